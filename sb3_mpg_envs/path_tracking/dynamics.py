@@ -1,0 +1,249 @@
+"""
+Constants and equations of the path tracking task, written once for NumPy (simulator) and torch (prior model).
+
+Functions take the array module as ``xp``: ``numpy`` or ``torch``. The state of a vehicle on its path is the tuple of its
+tracking errors ``(du, v, r, dy, dphi, x)``, each an array of any one shape.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+Array = Any  # np.ndarray or th.Tensor
+ArrayModule = Any  # numpy or torch
+
+STEP_TIME = 0.1  # s, between two actions
+N_SUBSTEPS = 20  # of 1 / 200 s each
+REFERENCE_SPEED = 20.0  # m/s
+MIN_SPEED, MAX_SPEED = 1.0, 35.0  # m/s
+MAX_STEERING = 0.4  # rad
+MAX_ACCELERATION = 3.0  # m/s^2
+
+# The reference path is a sum of sine curves: (amplitude in m, wavelength in m)
+PATH_WAVES = ((7.5, 200.0), (2.5, 300.0), (-5.0, 400.0))
+PATH_PERIOD = 1200.0  # m, the least common multiple of the wavelengths
+
+# Outside of these limits an episode is cut short
+MAX_LATERAL_ERROR = 3.0  # m
+MAX_HEADING_ERROR = math.pi / 4  # rad
+MIN_USEFUL_SPEED = 2.0  # m/s
+MAX_YAW_RATE = 0.8  # rad/s
+
+# Start distribution: centre and half width of the uniform ones, standard deviation of the normal ones
+START_X_CENTRE, START_X_HALF_WIDTH = 300.0, 300.0  # m
+START_SPEED_HALF_WIDTH = 5.0  # m/s, around the reference speed
+START_LATERAL_ERROR_STD = 1.0  # m
+START_HEADING_ERROR_STD = math.pi / 9  # rad
+START_SLIP_ANGLE_STD = 0.15  # rad, with v = u tan(slip angle)
+START_YAW_RATE_STD = 0.3  # rad/s
+
+Reference = Literal["path", "straight"]
+
+
+@dataclass(frozen=True)
+class VehicleParameters:
+    """
+    Parameters of the bicycle model with linear tyres (Table III of the paper).
+
+    :param front_cornering_stiffness: of the front axle, negative, N/rad
+    :param rear_cornering_stiffness: of the rear axle, negative, N/rad
+    :param front_axle_distance: from the centre of gravity to the front axle, m
+    :param rear_axle_distance: from the centre of gravity to the rear axle, m
+    :param mass: kg
+    :param yaw_inertia: polar moment of inertia at the centre of gravity, kg m^2
+    """
+
+    front_cornering_stiffness: float = -88000.0
+    rear_cornering_stiffness: float = -94000.0
+    front_axle_distance: float = 1.14
+    rear_axle_distance: float = 1.40
+    mass: float = 1500.0
+    yaw_inertia: float = 2420.0
+
+
+class TrackingState(NamedTuple):
+    """
+    A vehicle on its path, in the order of the observation.
+
+    :param speed_error: longitudinal velocity minus the reference speed, m/s
+    :param lateral_velocity: m/s
+    :param yaw_rate: rad/s
+    :param lateral_error: lateral position minus that of the path at the same x, m
+    :param heading_error: yaw angle minus that of the path, rad, in (-pi, pi]
+    :param x: position along the x axis, m, in [0, 1200)
+    """
+
+    speed_error: Array
+    lateral_velocity: Array
+    yaw_rate: Array
+    lateral_error: Array
+    heading_error: Array
+    x: Array
+
+
+def wrap_angle(angle: Array, xp: ArrayModule) -> Array:
+    """
+    :param angle: angles, rad
+    :param xp: array module
+    :return: the same angles in (-pi, pi]; the derivative is 1
+    """
+    return math.pi - xp.remainder(math.pi - angle, 2 * math.pi)
+
+
+def path_reference(x: Array, reference: Reference, xp: ArrayModule) -> tuple[Array, Array]:
+    """
+    Where a path runs.
+
+    :param x: positions along the x axis, m
+    :param reference: the sine curves of the task (``"path"``) or the x axis (``"straight"``)
+    :param xp: array module
+    :return: lateral position of the path, m, and its yaw angle, rad, both in the shape of ``x``
+    """
+    if reference == "straight":
+        return xp.zeros_like(x), xp.zeros_like(x)
+    y, slope = 0.0, 0.0
+    for amplitude, wavelength in PATH_WAVES:
+        wave_number = 2 * math.pi / wavelength
+        phase = wave_number * x
+        y = y + amplitude * xp.sin(phase)
+        slope = slope + (amplitude * wave_number) * xp.cos(phase)
+    return y, xp.arctan(slope)
+
+
+def vehicle_step(
+    vehicle_state: tuple[Array, Array, Array, Array, Array, Array],
+    steering: Array,
+    acceleration: Array,
+    vehicle: VehicleParameters,
+    n_substeps: int,
+    xp: ArrayModule,
+) -> tuple[Array, Array, Array, Array, Array, Array]:
+    """
+    The bicycle model over one step of the environment: equation (15) of the paper, ``n_substeps`` times.
+
+    The equation for v is divided by m and the one for r by -I_z. Position and yaw do not act back on the velocities, so
+    only the velocities are stepped one by one; the positions are summed up afterwards, all substeps at once.
+
+    :param vehicle_state: u, v (m/s), r (rad/s), y (m), phi (rad), x (m), each of shape ``(n,)``
+    :param steering: front wheel angle, rad, ``(n,)``
+    :param acceleration: longitudinal acceleration, m/s^2, ``(n,)``
+    :param vehicle: parameters of the vehicle
+    :param n_substeps: number of integration steps per step of the environment
+    :param xp: array module
+    :return: the next u, v, r, y, phi, x, neither clipped nor wrapped, each ``(n,)``
+    """
+    u, v, r, y, phi, x = vehicle_state
+    dt = STEP_TIME / n_substeps
+    c_front, c_rear = vehicle.front_cornering_stiffness, vehicle.rear_cornering_stiffness
+    a, b = vehicle.front_axle_distance, vehicle.rear_axle_distance
+    mass, inertia = vehicle.mass, vehicle.yaw_inertia
+
+    # Everything that stays constant over the substeps
+    v_from_r = dt * (a * c_front - b * c_rear) / mass
+    r_from_v = dt * (a * c_front - b * c_rear) / inertia
+    v_damping = -dt * (c_front + c_rear) / mass
+    r_damping = -dt * (a**2 * c_front + b**2 * c_rear) / inertia
+    v_steering = (dt * c_front / mass) * steering
+    r_steering = (dt * a * c_front / inertia) * steering
+    du = dt * acceleration
+
+    u_steps, v_steps, phi_steps = [], [], []
+    for _ in range(n_substeps):
+        u_steps.append(u)
+        v_steps.append(v)
+        phi_steps.append(phi)
+        turn = dt * r
+        next_phi = phi + turn
+        next_v = (u * (v - v_steering - u * turn) + v_from_r * r) / (u + v_damping)
+        next_r = (u * (r - r_steering) + r_from_v * v) / (u + r_damping)
+        u = u + du + turn * v
+        v, r, phi = next_v, next_r, next_phi
+
+    # (n_substeps, n)
+    all_u, all_v, all_phi = xp.stack(u_steps), xp.stack(v_steps), xp.stack(phi_steps)
+    sin, cos = xp.sin(all_phi), xp.cos(all_phi)
+    y = y + dt * (all_u * sin + all_v * cos).sum(0)
+    x = x + dt * (all_u * cos - all_v * sin).sum(0)
+    return u, v, r, y, phi, x
+
+
+def tracking_step(
+    state: TrackingState,
+    steering: Array,
+    acceleration: Array,
+    vehicle: VehicleParameters,
+    n_substeps: int,
+    reference: Reference,
+    xp: ArrayModule,
+) -> TrackingState:
+    """
+    One step of the environment, from tracking errors to tracking errors.
+
+    :param state: tracking errors, each ``(n,)``
+    :param steering: front wheel angle, rad, ``(n,)``
+    :param acceleration: longitudinal acceleration, m/s^2, ``(n,)``
+    :param vehicle: parameters of the vehicle
+    :param n_substeps: number of integration steps
+    :param reference: the path to track
+    :param xp: array module
+    :return: next tracking errors, speed clipped, angle and position wrapped, each ``(n,)``
+    """
+    y_ref, phi_ref = path_reference(state.x, reference, xp)
+    u, v, r, y, phi, x = vehicle_step(
+        (
+            state.speed_error + REFERENCE_SPEED,
+            state.lateral_velocity,
+            state.yaw_rate,
+            state.lateral_error + y_ref,
+            state.heading_error + phi_ref,
+            state.x,
+        ),
+        steering,
+        acceleration,
+        vehicle,
+        n_substeps,
+        xp,
+    )
+    y_ref, phi_ref = path_reference(x, reference, xp)
+    return TrackingState(
+        speed_error=xp.clip(u, MIN_SPEED, MAX_SPEED) - REFERENCE_SPEED,
+        lateral_velocity=v,
+        yaw_rate=r,
+        lateral_error=y - y_ref,
+        heading_error=wrap_angle(phi - phi_ref, xp),
+        x=xp.remainder(x, PATH_PERIOD),
+    )
+
+
+def tracking_reward(state: TrackingState, steering: Array, acceleration: Array) -> Array:
+    """
+    Equation (16) of the paper.
+
+    :param state: tracking errors before the step, each ``(n,)``
+    :param steering: front wheel angle, rad, ``(n,)``
+    :param acceleration: longitudinal acceleration, m/s^2, ``(n,)``
+    :return: rewards, ``(n,)``
+    """
+    return -(
+        0.01 * state.speed_error**2
+        + 0.04 * state.lateral_error**2
+        + 0.1 * state.heading_error**2
+        + 0.02 * state.yaw_rate**2
+        + 5.0 * steering**2
+        + 0.05 * acceleration**2
+    )
+
+
+def is_off_path(state: TrackingState) -> Array:
+    """
+    Whether a vehicle left the useful region: too far from the path, too slow or spinning.
+
+    :param state: tracking errors, each ``(n,)``
+    :return: booleans, ``(n,)``
+    """
+    return (
+        (abs(state.lateral_error) > MAX_LATERAL_ERROR)
+        | (abs(state.heading_error) > MAX_HEADING_ERROR)
+        | (state.speed_error + REFERENCE_SPEED < MIN_USEFUL_SPEED)
+        | (abs(state.yaw_rate) > MAX_YAW_RATE)
+    )

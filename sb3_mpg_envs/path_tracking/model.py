@@ -1,0 +1,114 @@
+"""Prior models of the path tracking task."""
+
+import torch as th
+
+from sb3_mpg.common.models.base import PriorModel
+from sb3_mpg_envs.path_tracking.dynamics import (
+    N_SUBSTEPS,
+    Reference,
+    TrackingState,
+    VehicleParameters,
+    is_off_path,
+    tracking_reward,
+    tracking_step,
+)
+
+
+class PathTrackingModel(PriorModel):
+    """
+    A differentiable model of ``PathTracking-v0``; its state is the observation, ``(B, 6)``.
+
+    By default the rough model of the paper (equation (17)): the vehicle is taken to track a straight line, the dynamics are
+    integrated in a single step of 0.1 s, and every step moves the vehicle to the side by N(0.5, 0.01) m.
+    :meth:`exact` gives the model that agrees with the simulator. Worse models are one argument away
+    (``steering_gain=-1.0`` steers to the wrong side).
+
+    Actions are not clipped to the action space, as the environment does: the policy is bounded anyway, and clipping would
+    remove its gradient at the border.
+
+    :param vehicle: parameters of the vehicle
+    :param n_substeps: number of integration steps per step of the environment
+    :param reference: the path that the model knows about: ``"straight"`` or that of the task, ``"path"``
+    :param lateral_bias: added to the lateral error in every step, m
+    :param lateral_noise: standard deviation of the noise on the lateral error, m; drawn in training mode only
+    :param steering_gain: factor on the steering angle in the dynamics
+    :param terminates: the early-reset region is terminal (for environments with ``early_reset_terminates=True``)
+    :param early_reset_penalty: subtracted from the reward of a step into the terminal region; only used with ``terminates``
+    """
+
+    def __init__(
+        self,
+        vehicle: VehicleParameters = VehicleParameters(),
+        n_substeps: int = 1,
+        reference: Reference = "straight",
+        lateral_bias: float = 0.5,
+        lateral_noise: float = 0.01,
+        steering_gain: float = 1.0,
+        terminates: bool = False,
+        early_reset_penalty: float = 0.0,
+    ):
+        super().__init__()
+        if reference not in ("straight", "path"):
+            raise ValueError(f"reference must be 'straight' or 'path', got {reference!r}")
+        if n_substeps < 1:
+            raise ValueError(f"n_substeps must be at least 1, got {n_substeps}")
+        self.vehicle = vehicle
+        self.n_substeps = n_substeps
+        self.reference: Reference = reference
+        self.lateral_bias = lateral_bias
+        self.lateral_noise = lateral_noise
+        self.steering_gain = steering_gain
+        self.terminates = terminates
+        self.early_reset_penalty = early_reset_penalty
+
+    @classmethod
+    def exact(
+        cls,
+        vehicle: VehicleParameters = VehicleParameters(),
+        terminates: bool = False,
+        early_reset_penalty: float = 0.0,
+    ) -> "PathTrackingModel":
+        """
+        The model that agrees with the simulator step by step.
+
+        :param vehicle: parameters of the vehicle
+        :param terminates: the early-reset region is terminal
+        :param early_reset_penalty: subtracted from the reward of a step into the terminal region
+        :return: the model
+        """
+        return cls(
+            vehicle=vehicle,
+            n_substeps=N_SUBSTEPS,
+            reference="path",
+            lateral_bias=0.0,
+            lateral_noise=0.0,
+            terminates=terminates,
+            early_reset_penalty=early_reset_penalty,
+        )
+
+    def transition(self, states: th.Tensor, actions: th.Tensor) -> th.Tensor:
+        steering, acceleration = actions.unbind(-1)
+        next_state = tracking_step(
+            TrackingState(*states.unbind(-1)),
+            self.steering_gain * steering,
+            acceleration,
+            self.vehicle,
+            self.n_substeps,
+            self.reference,
+            th,
+        )
+        lateral_error = next_state.lateral_error + self.lateral_bias
+        if self.training and self.lateral_noise > 0:
+            lateral_error = lateral_error + self.lateral_noise * th.randn_like(lateral_error)
+        return th.stack(next_state._replace(lateral_error=lateral_error), -1)
+
+    def reward(self, states: th.Tensor, actions: th.Tensor, next_states: th.Tensor) -> th.Tensor:
+        rewards = tracking_reward(TrackingState(*states.unbind(-1)), *actions.unbind(-1)).unsqueeze(-1)
+        if self.terminates and self.early_reset_penalty > 0:
+            rewards = rewards - self.early_reset_penalty * self.terminal(next_states)
+        return rewards
+
+    def terminal(self, states: th.Tensor) -> th.Tensor:
+        if not self.terminates:
+            return super().terminal(states)
+        return is_off_path(TrackingState(*states.unbind(-1))).unsqueeze(-1)

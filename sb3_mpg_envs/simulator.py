@@ -81,8 +81,9 @@ class BatchSimulator(ABC):
         self.early_reset_terminates = early_reset_terminates
         self.early_reset_penalty = early_reset_penalty
         self.start_width = start_width
-        self._action_low = action_space.low.astype(np.float64)
-        self._action_high = action_space.high.astype(np.float64)
+        # (A, 1)
+        self._action_low = action_space.low.astype(np.float64)[:, np.newaxis]
+        self._action_high = action_space.high.astype(np.float64)[:, np.newaxis]
         self._allocate(num_agents)
 
     def _allocate(self, num_agents: int) -> None:
@@ -177,8 +178,9 @@ class BatchSimulator(ABC):
             raise ValueError(f"Expected actions of shape {expected_shape}, got {actions.shape}")
         if not np.isfinite(actions).all():
             raise ValueError("The actions are not finite")
-        # np.clip costs several times more than the two ufuncs for a single agent
-        self._actions = np.ascontiguousarray(np.minimum(np.maximum(actions, self._action_low), self._action_high).T)
+        # Not np.clip: its overhead is several times that of the two functions
+        actions = np.ascontiguousarray(actions.T)
+        self._actions = np.minimum(np.maximum(actions, self._action_low), self._action_high)
 
         states = self._states
         self._states = self._transition(states, self._actions)

@@ -108,6 +108,10 @@ class PathTrackingModel(PriorModel):
             rewards = rewards - self.early_reset_penalty * self.terminal(next_states)
         return rewards
 
+    @property
+    def may_terminate(self) -> bool:
+        return self.terminates
+
     def terminal(self, states: th.Tensor) -> th.Tensor:
         if not self.terminates:
             return super().terminal(states)

@@ -24,7 +24,7 @@ class PathTrackingVectorEnv(SimulatorVectorEnv):
 
 class PathTrackingVecEnv(SimulatorVecEnv):
     """
-    ``PathTracking-v0`` as a Stable-Baselines3 ``VecEnv``, several hundred times faster than a ``DummyVecEnv`` of it.
+    ``PathTracking-v0`` as a Stable-Baselines3 ``VecEnv``, much faster than a ``DummyVecEnv`` of it.
 
     :param num_envs: number of agents
     :param max_episode_steps: time limit; ``None`` for none

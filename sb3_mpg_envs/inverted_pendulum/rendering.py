@@ -1,0 +1,71 @@
+"""Pictures of the inverted pendulum task, drawn by MuJoCo."""
+
+from typing import Any
+
+import mujoco
+import numpy as np
+
+from sb3_mpg_envs.inverted_pendulum import dynamics
+
+CAMERA = "side"
+
+
+class InvertedPendulumRenderer:
+    """
+    Shows the cart from the side; the camera moves along with it.
+
+    :param render_mode: ``human`` (MuJoCo's viewer) or ``rgb_array``
+    :param model: the MuJoCo model
+    :raises RuntimeError: when this machine has no OpenGL to draw with
+    """
+
+    def __init__(self, render_mode: str, model: mujoco.MjModel):
+        self.render_mode = render_mode
+        self.model = model
+        self.data = mujoco.MjData(model)
+        self.renderer: Any = None
+        self.viewer: Any = None
+        try:
+            if render_mode == "human":
+                self.viewer = self._launch_viewer()
+            else:
+                self.renderer = mujoco.Renderer(model, dynamics.IMAGE_HEIGHT, dynamics.IMAGE_WIDTH)
+        except Exception as error:
+            # What MuJoCo raises without OpenGL depends on the backend, down to AttributeError
+            raise RuntimeError(
+                "MuJoCo cannot draw on this machine. Without a display, render_mode='rgb_array' needs the environment variable "
+                "MUJOCO_GL=egl (graphics card) or MUJOCO_GL=osmesa (library libosmesa6), set before MuJoCo is imported"
+            ) from error
+
+    def _launch_viewer(self) -> Any:
+        import mujoco.viewer
+
+        viewer = mujoco.viewer.launch_passive(self.model, self.data, show_left_ui=False, show_right_ui=False)
+        viewer.cam.type = mujoco.mjtCamera.mjCAMERA_FIXED
+        viewer.cam.fixedcamid = self.model.camera(CAMERA).id
+        return viewer
+
+    def render(self, state: np.ndarray, action: np.ndarray) -> np.ndarray | None:
+        """
+        :param state: position, angle and their velocities, ``(4,)``
+        :param action: control, ``(1,)``
+        :return: the picture, ``(480, 720, 3)``, in the mode ``rgb_array``
+        """
+        self.data.qpos[:] = state[:2]
+        self.data.qvel[:] = state[2:]
+        self.data.ctrl[:] = action
+        mujoco.mj_forward(self.model, self.data)
+        if self.viewer is not None:
+            self.viewer.sync()
+            return None
+        self.renderer.update_scene(self.data, camera=CAMERA)
+        # render() may return its own buffer
+        return self.renderer.render().copy()
+
+    def close(self) -> None:
+        if self.renderer is not None:
+            self.renderer.close()
+            self.renderer = None
+        if self.viewer is not None:
+            self.viewer.close()
+            self.viewer = None

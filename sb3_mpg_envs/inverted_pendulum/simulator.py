@@ -1,0 +1,117 @@
+"""Simulator of the inverted pendulum task."""
+
+from typing import Any, ClassVar
+
+import mujoco
+import numpy as np
+from gymnasium import spaces
+from mujoco.rollout import Rollout
+
+from sb3_mpg_envs.inverted_pendulum import dynamics
+from sb3_mpg_envs.inverted_pendulum.dynamics import PendulumParameters, PendulumState
+from sb3_mpg_envs.inverted_pendulum.model import InvertedPendulumModel
+from sb3_mpg_envs.simulator import RENDER_MODES, BatchSimulator, Renderer
+
+# Stands for "unbounded" where the task sets no limit: infinite bounds make the environment checkers complain
+UNBOUNDED = 1e6
+CONTROL_SPEC = int(mujoco.mjtState.mjSTATE_CTRL.value)
+
+
+class InvertedPendulumSimulator(BatchSimulator):
+    """
+    Many cart-poles, stepped by MuJoCo; see :class:`sb3_mpg_envs.inverted_pendulum.env.InvertedPendulumContiEnv` for the task.
+
+    :param num_agents: number of cart-poles
+    :param parameters: parameters of the cart and its pole
+    :param early_reset: end an episode when the pole falls or the cart is too far away
+    :param early_reset_terminates: report these ends as ``terminated`` instead of ``truncated``
+    :param early_reset_penalty: subtracted from the reward of such a step; only used with ``early_reset_terminates``
+    :param start_width: scales the spread of the start distribution
+    """
+
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": RENDER_MODES, "render_fps": 25}
+
+    def __init__(
+        self,
+        num_agents: int,
+        *,
+        parameters: PendulumParameters = PendulumParameters(),
+        early_reset: bool = True,
+        early_reset_terminates: bool = False,
+        early_reset_penalty: float = 50.0,
+        start_width: float = 1.0,
+    ):
+        self.parameters = parameters
+        self._make_mujoco()
+        super().__init__(
+            num_agents,
+            spaces.Box(-UNBOUNDED, UNBOUNDED, (4,), dtype=np.float32),
+            spaces.Box(-dynamics.MAX_CONTROL, dynamics.MAX_CONTROL, (1,), dtype=np.float32),
+            early_reset=early_reset,
+            early_reset_terminates=early_reset_terminates,
+            early_reset_penalty=early_reset_penalty,
+            start_width=start_width,
+        )
+
+    def _make_mujoco(self) -> None:
+        self.mujoco_model = mujoco.MjModel.from_xml_string(dynamics.mujoco_xml(self.parameters))
+        self._mujoco_data = [mujoco.MjData(self.mujoco_model)]
+        # No threads: the agents are stepped by the calling one
+        self._rollout = Rollout(nthread=0)
+
+    def _allocate(self, num_agents: int) -> None:
+        super()._allocate(num_agents)
+        # MuJoCo's state: time (not used), position, angle, velocity, angular velocity
+        self._initial_states = np.zeros((num_agents, 5))
+        self._trajectories = np.zeros((num_agents, dynamics.FRAME_SKIP, 5))
+        self._controls = np.zeros((num_agents, dynamics.FRAME_SKIP, 1))
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        for name in ("mujoco_model", "_mujoco_data", "_rollout"):
+            del state[name]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A rollout cannot be pickled: MuJoCo's objects are made anew from the parameters
+        self.__dict__.update(state)
+        self._make_mujoco()
+
+    def prior_model(self) -> InvertedPendulumModel:
+        terminates = self.early_reset and self.early_reset_terminates
+        return InvertedPendulumModel(
+            parameters=self.parameters,
+            terminates=terminates,
+            early_reset_penalty=self.early_reset_penalty if terminates else 0.0,
+        )
+
+    def make_renderer(self, render_mode: str) -> Renderer:
+        from sb3_mpg_envs.inverted_pendulum.rendering import InvertedPendulumRenderer
+
+        return InvertedPendulumRenderer(render_mode, self.mujoco_model)
+
+    def _start_states(self, n_starts: int) -> np.ndarray:
+        half_width = self.start_width * dynamics.START_HALF_WIDTH
+        return half_width * self.np_random.uniform(-1, 1, (4, n_starts))
+
+    def _transition(self, states: np.ndarray, actions: np.ndarray) -> np.ndarray:
+        self._initial_states[:, 1:] = states.T
+        self._controls[:, :, 0] = actions.T
+        # One call for all agents. The shapes are right by construction, and checking them would allocate new outputs
+        self._rollout.rollout(
+            [self.mujoco_model] * self.num_agents,
+            self._mujoco_data,
+            self._initial_states,
+            self._controls,
+            control_spec=CONTROL_SPEC,
+            skip_checks=True,
+            nstep=dynamics.FRAME_SKIP,
+            state=self._trajectories,
+        )
+        return np.ascontiguousarray(self._trajectories[:, -1, 1:].T)
+
+    def _rewards(self, states: np.ndarray, actions: np.ndarray, next_states: np.ndarray) -> np.ndarray:
+        return dynamics.pendulum_reward(PendulumState(*next_states), dynamics.REWARD_WEIGHTS)
+
+    def _is_outside(self, states: np.ndarray) -> np.ndarray:
+        return dynamics.is_fallen(PendulumState(*states))

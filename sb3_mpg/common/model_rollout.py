@@ -1,0 +1,161 @@
+"""
+One rollout of the model gives the returns of every horizon: the unified policy gradient (eq. 6 of both MPG texts), the
+model policy gradient (eq. 5 of the first version) and any mixture of them are derivatives of what these functions return.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch as th
+from torch.func import functional_call
+
+from sb3_mpg.common.models.base import PriorModel
+from sb3_mpg.common.type_aliases import Differentiate
+from sb3_mpg.common.units import Units
+
+#: Horizons that weigh less than this are left out of the rollout.
+NEGLIGIBLE_WEIGHT = 1e-6
+
+#: (normalised observations (B, *obs_shape), actions in [-1, 1] (B, A)) -> values (B, 1)
+QFunction = Callable[[th.Tensor, th.Tensor], th.Tensor]
+
+
+def model_rollout(
+    observations: th.Tensor,
+    actor: th.nn.Module,
+    q_function: QFunction,
+    model: PriorModel,
+    units: Units,
+    horizons: Sequence[int],
+    gamma: float,
+    differentiate: Differentiate = "first_action",
+) -> th.Tensor:
+    r"""
+    Discounted model returns of all horizons, with the critic at the end of each:
+
+    .. math::
+        X_n(s_t) = \sum_{l=t}^{t+n-1} \gamma^{l-t} \hat r_l + \gamma^n Q(\hat s_{t+n}, \pi(\hat s_{t+n})), \quad
+        \hat s_{l+1} = f(\hat s_l, \pi(\hat s_l)), \; \hat s_t = s_t.
+
+    The model is stepped ``max(horizons)`` times, whatever the number of horizons. Behind a terminal state there is
+    neither reward nor value.
+
+    :param observations: raw observations, ``(B, *obs_shape)``
+    :param actor: maps normalised observations to actions in [-1, 1], ``(B, A)``
+    :param q_function: the critic, in the units of the networks
+    :param model: the model
+    :param units: between the environment, which the model speaks for, and the networks
+    :param horizons: numbers of model steps, each 0 or more; 0 is :math:`Q(s_t, \pi(s_t))` itself
+    :param gamma: discount factor
+    :param differentiate: ``"first_action"``: the parameters of the actor get their gradient through the first action
+        alone, later ones come from a frozen copy (eq. 6); ``"all_actions"``: through every action (eq. 5)
+    :return: returns, ``(n_horizons, B, 1)``, in the order of ``horizons``
+    """
+    frozen_parameters = {name: parameter.detach() for name, parameter in actor.named_parameters()}
+    may_terminate = model.may_terminate
+
+    returns: dict[int, th.Tensor] = {}
+    states = model.state_from_observation(observations)
+    network_inputs = units.normalize_observations(observations)
+    actions = actor(network_inputs)
+    rewards_so_far = th.zeros(observations.shape[0], 1, device=observations.device)
+    alive = th.ones_like(rewards_so_far, dtype=th.bool)
+
+    for step in range(max(horizons) + 1):
+        if step in horizons:
+            values = q_function(network_inputs, actions)
+            if may_terminate:
+                values = th.where(alive, values, 0.0)
+            returns[step] = rewards_so_far + gamma**step * values
+        if step == max(horizons):
+            break
+
+        env_actions = units.unscale_actions(actions)
+        next_states = model.transition(states, env_actions)
+        rewards = units.scale_rewards(model.reward(states, env_actions, next_states))
+        if may_terminate:
+            # Rows that ended stay where they are: what the model would say behind the end, infinities too, must not
+            # reach the gradient, and 0 * inf is not 0.
+            rewards = th.where(alive, rewards, 0.0)
+            next_states = th.where(alive, next_states, states)
+            alive = alive & ~model.terminal(next_states)
+        rewards_so_far = rewards_so_far + gamma**step * rewards
+        states = next_states
+        network_inputs = units.normalize_observations(model.observation(states))
+        if differentiate == "first_action":
+            actions = functional_call(actor, frozen_parameters, (network_inputs,))
+        else:
+            actions = actor(network_inputs)
+
+    stacked = th.stack([returns[horizon] for horizon in horizons])
+    assert stacked.shape == (len(horizons), observations.shape[0], 1), stacked.shape
+    return stacked
+
+
+def mixed_policy_loss(
+    observations: th.Tensor,
+    actor: th.nn.Module,
+    q_function: QFunction,
+    model: PriorModel,
+    units: Units,
+    weights: dict[int, float],
+    gamma: float,
+    differentiate: Differentiate = "first_action",
+) -> tuple[th.Tensor, dict[int, th.Tensor]]:
+    r"""
+    The loss whose gradient is the mixed policy gradient (eq. 9; the general form of appendix C-A):
+    :math:`-E[\sum_i w_i X_i(s)]`. Horizons of weight below ``NEGLIGIBLE_WEIGHT`` cost nothing.
+
+    :param weights: weight of each horizon
+    :return: the loss, a scalar, and the mean return of each horizon that was computed;
+        see :func:`model_rollout` for the other parameters
+    """
+    used = {horizon: weight for horizon, weight in weights.items() if abs(weight) >= NEGLIGIBLE_WEIGHT}
+    horizons = sorted(used)
+    returns = model_rollout(observations, actor, q_function, model, units, horizons, gamma, differentiate)
+    mean_returns = returns.mean(dim=(1, 2))  # (n_horizons,)
+    loss = -sum(used[horizon] * mean_returns[index] for index, horizon in enumerate(horizons))
+    assert isinstance(loss, th.Tensor)
+    return loss, dict(zip(horizons, mean_returns.detach(), strict=True))
+
+
+def first_non_finite_step(
+    observations: th.Tensor,
+    actor: th.nn.Module,
+    q_function: QFunction,
+    model: PriorModel,
+    units: Units,
+    horizon: int,
+    gamma: float,
+) -> str | None:
+    """
+    Find out what went wrong in a rollout: slow, for error messages.
+
+    :param horizon: number of model steps; see :func:`model_rollout` for the other parameters
+    :return: a clause that names the first model step with a non-finite value, or the last one that a non-finite
+        gradient enters at; ``None`` if the horizon is sound
+    """
+    states = model.state_from_observation(observations).detach().requires_grad_()
+    trail, total = [states], th.zeros((), device=observations.device)
+    for step in range(horizon):
+        env_actions = units.unscale_actions(actor(units.normalize_observations(model.observation(states))))
+        next_states = model.transition(states, env_actions)
+        rewards = model.reward(states, env_actions, next_states)
+        for name, tensor in (("action", env_actions), ("next state", next_states), ("reward", rewards)):
+            if not th.isfinite(tensor).all():
+                row = int((~th.isfinite(tensor)).flatten(1).any(dim=1).nonzero()[0])
+                return f"the {name} of model step {step} is not finite, in the state {states[row].tolist()}"
+        total = total + gamma**step * units.scale_rewards(rewards).mean()
+        states = next_states
+        trail.append(states)
+    network_inputs = units.normalize_observations(model.observation(states))
+    total = total + gamma**horizon * q_function(network_inputs, actor(network_inputs)).mean()
+    if not th.isfinite(total):
+        return f"the critic's value after model step {horizon} is not finite"
+    # The gradient runs backwards: the first state, from the end, that it is not finite for names the culprit
+    gradients = th.autograd.grad(total, trail, allow_unused=True)
+    for step in reversed(range(len(trail))):
+        gradient = gradients[step]
+        if gradient is not None and not th.isfinite(gradient).all():
+            where = "the critic's value" if step == horizon else f"model step {step}"
+            return f"the gradient becomes non-finite in {where}"
+    return None

@@ -1,0 +1,80 @@
+"""From what users pass as ``prior_model`` to a :class:`PriorModel`."""
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_mpg.common.models.base import PriorModel
+
+#: What the ``prior_model`` argument of the algorithms may be.
+PriorModelLike = PriorModel | type[PriorModel] | Callable[..., PriorModel] | str
+
+HOW_TO_WRITE_A_MODEL = """A prior model is what you know about your system, in torch:
+
+    import torch as th
+    from sb3_mpg import PriorModel
+
+    class MyModel(PriorModel):
+        def transition(self, states, actions):                 # (B, S), (B, A) -> (B, S)
+            position, velocity = states.split(1, dim=1)
+            return th.cat([position + 0.1 * velocity, velocity + 0.1 * actions], dim=1)
+
+        def reward(self, states, actions, next_states):        # -> (B, 1)
+            return -(states**2).sum(dim=1, keepdim=True)
+
+Pass it as `prior_model=MyModel`, or let the environment offer it with a method `prior_model()`."""
+
+
+def import_from_path(path: str) -> Callable[..., PriorModel]:
+    """
+    :param path: dotted path, ``"package.module:Class"``
+    :return: the class or factory
+    :raises ValueError: when there is no such thing
+    """
+    module_name, separator, name = path.partition(":")
+    if not separator:
+        raise ValueError(f"A prior model given as text must be 'auto' or a path 'package.module:Class', got {path!r}.")
+    try:
+        return getattr(importlib.import_module(module_name), name)
+    except ModuleNotFoundError as error:
+        # A missing import inside the user's module is their error to see, not ours to rephrase
+        if error.name is not None and not (module_name + ".").startswith(error.name + "."):
+            raise
+        raise ValueError(f"The prior model {path!r} was not found: there is no module {error.name!r}.") from error
+    except AttributeError as error:
+        raise ValueError(f"The prior model {path!r} was not found: module {module_name!r} has no {name!r}.") from error
+
+
+def make_prior_model(prior_model: PriorModelLike, env: VecEnv, prior_model_kwargs: dict[str, Any] | None = None) -> PriorModel:
+    """
+    :param prior_model: a model, a class or factory of models, a dotted path to one, or ``"auto"``: the environment's own
+    :param env: the environment
+    :param prior_model_kwargs: arguments of the class or factory
+    :return: the model
+    :raises ValueError: when the environment offers no model, or the path leads nowhere
+    :raises TypeError: when what was found is no ``PriorModel``
+    """
+    kwargs = prior_model_kwargs or {}
+    model: Any
+    if isinstance(prior_model, PriorModel):
+        if kwargs:
+            raise ValueError("`prior_model_kwargs` goes with a class, a factory, a path or 'auto', but `prior_model` is a model.")
+        model = prior_model
+    elif prior_model == "auto":
+        if not env.has_attr("prior_model"):
+            raise ValueError(f"No `prior_model` was given and the environment offers none.\n{HOW_TO_WRITE_A_MODEL}")
+        model = env.env_method("prior_model", indices=[0], **kwargs)[0]
+    elif isinstance(prior_model, str):
+        model = import_from_path(prior_model)(**kwargs)
+    elif callable(prior_model):
+        model = prior_model(**kwargs)
+    else:
+        model = prior_model
+    if not isinstance(model, PriorModel):
+        raise TypeError(
+            f"`prior_model` must be a PriorModel, a class or factory of one, 'package.module:Class' or 'auto', "
+            f"got {model!r}.\n{HOW_TO_WRITE_A_MODEL}"
+        )
+    return model

@@ -1,0 +1,266 @@
+import io
+import pathlib
+import random
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.base_class import maybe_make_env
+from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.noise import ActionNoise, NormalActionNoise, VectorizedActionNoise
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+
+from sb3_mpg.common.models.base import PriorModel
+from sb3_mpg.common.models.checker import validate_prior_model
+from sb3_mpg.common.models.loading import PriorModelLike, make_prior_model
+from sb3_mpg.common.torch_layers import ObservationScaler
+from sb3_mpg.common.type_aliases import Simulator
+from sb3_mpg.common.units import Units
+from sb3_mpg.common.value_targets import ValueTarget, make_value_target
+
+
+def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) -> None:
+    """
+    :param observation_space: observation space of the environment
+    :param action_space: action space of the environment
+    :raises ValueError: when a policy cannot be differentiated through a model between these spaces
+    """
+    if not isinstance(observation_space, spaces.Box) or not np.issubdtype(observation_space.dtype, np.floating):
+        raise ValueError(
+            f"The gradient runs through the observations, which must be a Box of floats, got {observation_space}; "
+            "flatten dictionaries (gymnasium.wrappers.FlattenObservation) and convert integers to floats."
+        )
+    if not isinstance(action_space, spaces.Box) or len(action_space.shape) != 1:
+        raise ValueError(f"The gradient runs through the actions, which must be a one-dimensional Box, got {action_space}.")
+    if not (np.isfinite(action_space.low).all() and np.isfinite(action_space.high).all()):
+        raise ValueError(
+            f"Policies act between the bounds of the action space, which must be finite, got {action_space}; "
+            "use gymnasium.wrappers.RescaleAction or set bounds."
+        )
+
+
+class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
+    """
+    The base of off-policy algorithms that learn from a replay buffer and from a differentiable model at once.
+
+    On top of SB3's ``OffPolicyAlgorithm`` it keeps the model that the gradient is back-propagated through, the conversions
+    between the units of the environment and those of the networks, the value target, and all that makes a
+    continued training equal to an uninterrupted one.
+
+    :param policy: The policy model to use
+    :param env: The environment to learn from (if registered in Gym, can be str)
+    :param learning_rate: learning rate of the actor
+    :param prior_model: the user's knowledge of the system: a ``PriorModel``, a class or factory of one, a dotted path
+        ``"package.module:Class"``, or ``"auto"``, the model that the environment offers
+    :param prior_model_kwargs: arguments of the class or factory of the prior model
+    :param value_target: what the critics regress on: ``"clipped_double_q"``, ``"n_step_simulator"``,
+        ``"n_step_replay"``, or a ``ValueTarget``
+    :param value_target_kwargs: arguments of the named value target
+    :param max_grad_norm: largest norm of the gradient of each network, ``None`` for no limit
+    :param reward_scale: factor of all rewards, recorded and predicted ones alike
+    :param exploration_noise: standard deviation of the Gaussian noise on actions in [-1, 1] when ``action_noise`` is None
+    :param max_skipped_updates: how many updates in a row may be skipped for a non-finite gradient before training stops
+
+    The other parameters are those of ``OffPolicyAlgorithm``.
+
+    :raises ValueError: before the first environment step, for spaces, models, or settings that cannot work
+    """
+
+    _model_attributes: ClassVar[list[str]] = ["rollout_model", "_simulator"]
+
+    def __init__(
+        self,
+        policy: str | type[BasePolicy],
+        env: GymEnv | str | None,
+        learning_rate: float | Schedule,
+        buffer_size: int,
+        learning_starts: int,
+        batch_size: int,
+        tau: float,
+        gamma: float,
+        train_freq: int | tuple[int, str],
+        gradient_steps: int,
+        action_noise: ActionNoise | None,
+        replay_buffer_class: type[ReplayBuffer] | None,
+        replay_buffer_kwargs: dict[str, Any] | None,
+        optimize_memory_usage: bool,
+        prior_model: PriorModelLike,
+        prior_model_kwargs: dict[str, Any] | None,
+        value_target: str | ValueTarget,
+        value_target_kwargs: dict[str, Any] | None,
+        max_grad_norm: float | None,
+        reward_scale: float,
+        exploration_noise: float,
+        max_skipped_updates: int,
+        stats_window_size: int,
+        tensorboard_log: str | None,
+        policy_kwargs: dict[str, Any] | None,
+        verbose: int,
+        seed: int | None,
+        device: th.device | str,
+    ):
+        env = maybe_make_env(env, verbose)
+        if env is not None:
+            check_spaces(env.observation_space, env.action_space)
+        self.value_target = make_value_target(value_target, value_target_kwargs)
+        if self.value_target.replay_n_steps > 1 and not (
+            replay_buffer_class is None or issubclass(replay_buffer_class, NStepReplayBuffer)
+        ):
+            raise ValueError(
+                f"The value target spans {self.value_target.replay_n_steps} recorded steps and needs an NStepReplayBuffer, "
+                f"got replay_buffer_class={replay_buffer_class.__name__}; leave it at None."
+            )
+        super().__init__(
+            policy,
+            env,  # type: ignore[arg-type]
+            learning_rate,
+            buffer_size,
+            learning_starts,
+            batch_size,
+            tau,
+            gamma,
+            train_freq,
+            gradient_steps,
+            action_noise=action_noise,
+            replay_buffer_class=replay_buffer_class,
+            replay_buffer_kwargs=replay_buffer_kwargs,
+            optimize_memory_usage=optimize_memory_usage,
+            n_steps=self.value_target.replay_n_steps,
+            policy_kwargs=policy_kwargs,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            verbose=verbose,
+            device=device,
+            seed=seed,
+            sde_support=False,
+            support_multi_env=True,
+        )
+        self.prior_model = prior_model
+        self.prior_model_kwargs = prior_model_kwargs
+        self.max_grad_norm = max_grad_norm
+        self.reward_scale = reward_scale
+        self.exploration_noise = exploration_noise
+        self.max_skipped_updates = max_skipped_updates
+        #: The model that the gradient is back-propagated through
+        self.rollout_model: PriorModel | None = None
+        self.n_skipped_updates = 0
+        self._n_skipped_in_a_row = 0
+        self._simulator: Simulator | None = None
+        self._rng_state: dict[str, Any] | None = None
+
+    def _setup_model(self) -> None:
+        if self.env is not None:
+            self._setup_rollout_model()
+        super()._setup_model()
+        if self.action_noise is None and self.exploration_noise > 0:
+            n_actions = self.action_space.shape[0]  # type: ignore[index]
+            self.action_noise = NormalActionNoise(np.zeros(n_actions), self.exploration_noise * np.ones(n_actions))
+
+    def _needs_prior_model(self) -> bool:
+        """
+        :return: whether the model is ever stepped
+        """
+        return True
+
+    def _setup_rollout_model(self) -> None:
+        """Find the prior model and check, before anything is stepped, that it and the environment can be learned with."""
+        assert self.env is not None
+        if self._needs_prior_model():
+            model = make_prior_model(self.prior_model, self.env, self.prior_model_kwargs).to(self.device)
+            validate_prior_model(model, self.observation_space, self.action_space, self.device)
+        else:
+            model = PriorModel()
+        self.rollout_model = model
+        self._simulator = None
+        if self.value_target.needs_simulator and not self.env.has_attr("make_simulator"):
+            raise ValueError(
+                "The value target runs the policy in the simulator from recorded states, but the environment has no method "
+                "`make_simulator(num_agents)` and cannot be put into a state; use value_target='n_step_replay'."
+            )
+
+    def _make_simulator(self, num_agents: int) -> Simulator:
+        """
+        :param num_agents: size of the batch
+        :return: a simulator, the same one at each call
+        """
+        if self._simulator is None or self._simulator.num_agents != num_agents:
+            assert self.env is not None
+            self._simulator = self.env.env_method("make_simulator", num_agents, indices=[0])[0]
+        assert self._simulator is not None
+        return self._simulator
+
+    def _units(self) -> Units:
+        """
+        :return: the conversions between environment and networks, with the present statistics of ``VecNormalize``
+        """
+        assert isinstance(self.action_space, spaces.Box)
+        return Units.of(self.action_space, self.device, self.reward_scale, self._vec_normalize_env)
+
+    def _fit_observation_scalers(self, units: Units) -> None:
+        """Let the features extractors that want to know see the observations that were gathered before the first update."""
+        scalers = [module for module in self.policy.modules() if isinstance(module, ObservationScaler)]
+        if not scalers:
+            return
+        assert self.replay_buffer is not None
+        stored = self.replay_buffer.observations[: self.replay_buffer.size()]
+        observations = th.as_tensor(stored.reshape(-1, *self.observation_space.shape), dtype=th.float32, device=self.device)
+        for scaler in scalers:
+            scaler.fit(units.normalize_observations(observations))
+
+    def _setup_learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        reset_num_timesteps: bool = True,
+        tb_log_name: str = "run",
+        progress_bar: bool = False,
+    ) -> tuple[int, BaseCallback]:
+        if self.rollout_model is None and self.env is not None:
+            self._setup_rollout_model()
+        if isinstance(self.action_noise, VectorizedActionNoise) and self.action_noise.n_envs != self.n_envs:
+            # Loaded with another number of environments
+            self.action_noise = VectorizedActionNoise(self.action_noise.base_noise, self.n_envs)
+        setup = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+        if not reset_num_timesteps and self._rng_state is not None:
+            self._restore_rng_state(self._rng_state)
+        self._rng_state = None
+        return setup
+
+    def _restore_rng_state(self, state: dict[str, Any]) -> None:
+        random.setstate(state["python"])
+        np.random.set_state(state["numpy"])
+        th.set_rng_state(state["torch"])
+        if state["cuda"] is not None and th.cuda.is_available():
+            th.cuda.set_rng_state(state["cuda"])
+
+    def save(
+        self,
+        path: str | pathlib.Path | io.BufferedIOBase,
+        exclude: Iterable[str] | None = None,
+        include: Iterable[str] | None = None,
+    ) -> None:
+        """
+        Save as SB3 does, with the states of the random number generators: ``learn(reset_num_timesteps=False)`` after
+        loading goes on as if training had not been interrupted (with the replay buffer loaded, and the environment in
+        the state in which it was).
+
+        :param path: path to the file where the rl agent should be saved
+        :param exclude: name of parameters that should be excluded in addition to the default ones
+        :param include: name of parameters that might be excluded but should be included anyway
+        """
+        self._rng_state = {
+            "python": random.getstate(),
+            "numpy": np.random.get_state(),
+            "torch": th.get_rng_state(),
+            "cuda": th.cuda.get_rng_state() if self.device.type == "cuda" else None,
+        }
+        super().save(path, exclude, include)
+        self._rng_state = None
+
+    def _excluded_save_params(self) -> list[str]:
+        return super()._excluded_save_params() + self._model_attributes  # noqa: RUF005

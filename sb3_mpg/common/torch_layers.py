@@ -1,0 +1,61 @@
+"""Network pieces."""
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+
+
+class ObservationScaler(BaseFeaturesExtractor):
+    """
+    Flattens observations and scales each of their elements: ``scale * (observation - shift)``.
+
+    With ``scale="auto"`` the algorithm fits shift and scale to the replay buffer once, just before its first update:
+    elements that spread over more than one unit are centred and divided by their standard deviation, the others are left
+    as they are (stretching a narrow start distribution would blow up all that lies outside it). From then on they stay
+    fixed, and are saved with the policy.
+
+    :param observation_space: float Box
+    :param scale: factors, of the shape of an observation; or ``"auto"``
+    """
+
+    shift: th.Tensor
+    scale: th.Tensor
+
+    def __init__(self, observation_space: spaces.Space, scale: "str | list[float] | np.ndarray" = "auto"):
+        assert isinstance(observation_space, spaces.Box), f"ObservationScaler takes a Box, got {observation_space}"
+        features_dim = int(np.prod(observation_space.shape))
+        super().__init__(observation_space, features_dim)
+        self.auto = isinstance(scale, str)
+        if isinstance(scale, str):
+            if scale != "auto":
+                raise ValueError(f"`scale` of the observations must be 'auto' or one factor for each element, got {scale!r}.")
+            factors = np.ones(features_dim)
+        else:
+            factors = np.asarray(scale, dtype=np.float64)
+            if factors.size != features_dim:
+                raise ValueError(
+                    f"`scale` must give one factor for each of the {features_dim} elements of an observation, got {factors.size}."
+                )
+        self.register_buffer("shift", th.zeros(features_dim))
+        self.register_buffer("scale", th.as_tensor(factors.reshape(-1), dtype=th.float32))
+
+    def fit(self, observations: th.Tensor) -> None:
+        """
+        Choose shift and scale; does nothing unless the scale is ``"auto"``.
+
+        :param observations: what the networks take, ``(N, *obs_shape)``
+        """
+        if not self.auto:
+            return
+        std, mean = th.std_mean(observations.flatten(1).double(), dim=0, correction=0)
+        wide = std > 1.0
+        self.shift.copy_(th.where(wide, mean, 0.0))
+        self.scale.copy_(th.where(wide, 1.0 / std.clamp(min=1.0), 1.0))
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        """
+        :param observations: ``(B, *obs_shape)``
+        :return: features, ``(B, features_dim)``
+        """
+        return (observations.flatten(1) - self.shift) * self.scale

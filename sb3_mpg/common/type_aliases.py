@@ -1,0 +1,60 @@
+"""Common aliases, batches and protocols."""
+
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+import torch as th
+
+#: Which actions of a model rollout carry the gradient: eq. 6 of the papers, or eq. 5 of the first version.
+Differentiate = Literal["first_action", "all_actions"]
+
+
+class TrainingBatch(NamedTuple):
+    """
+    What a gradient is computed from.
+
+    :param observations: raw observations, in the environment's units, float32, ``(B, *obs_shape)``
+    :param actions: recorded actions, scaled to [-1, 1], ``(B, A)``
+    :param target_q_values: what the critics regress on, ``(B, 1)``
+    """
+
+    observations: th.Tensor
+    actions: th.Tensor
+    target_q_values: th.Tensor
+
+
+class GradientResult(NamedTuple):
+    """
+    The gradients of one update: what a learner hands to the optimizer.
+
+    :param critic: gradient of the critic loss, one tensor for each parameter of the critic
+    :param actor: gradient of the actor loss, one tensor for each parameter of the actor,
+        or ``None`` when the policy is not due (delayed update)
+    :param logs: scalars about this update, named as in the logger
+    """
+
+    critic: list[th.Tensor]
+    actor: list[th.Tensor] | None
+    logs: dict[str, Any]
+
+
+class Simulator(Protocol):
+    """
+    A batch of environments that can be put into the states that observations describe.
+    Environments offer one with a method ``make_simulator(num_agents) -> Simulator``.
+    """
+
+    num_agents: int
+
+    def set_state(self, observations: np.ndarray) -> np.ndarray:
+        """
+        :param observations: ``(num_agents, O)``
+        :return: the observations of the new states, ``(num_agents, O)``
+        """
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """
+        :param actions: in the units of the environment, ``(num_agents, A)``
+        :return: observations ``(num_agents, O)``, rewards, terminated and truncated flags ``(num_agents,)``;
+            nothing is reset
+        """

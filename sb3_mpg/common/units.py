@@ -1,0 +1,96 @@
+"""
+Conversions between the units of the environment, where models and replay buffers live, and those of the networks.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.running_mean_std import RunningMeanStd
+from stable_baselines3.common.vec_env import VecNormalize
+
+
+@dataclass(frozen=True)
+class Units:
+    """
+    What lies between the environment and the networks, as differentiable functions.
+
+    The networks take normalised observations when the environment is a ``VecNormalize``, and speak actions in [-1, 1].
+    The value functions count rewards that were divided by the standard deviation of ``VecNormalize`` and multiplied by
+    ``reward_scale``. The statistics are those of the moment when the object was built.
+
+    :param action_low: lowest action of the environment, ``(A,)``
+    :param action_high: highest action of the environment, ``(A,)``
+    :param reward_scale: factor of all rewards
+    :param observation_mean: mean of the observations, ``obs_shape``, or ``None`` without normalisation
+    :param observation_std: standard deviation of the observations, ``obs_shape``
+    :param clip_observation: largest absolute value of a normalised observation
+    :param reward_std: what rewards are divided by, or ``None`` without normalisation
+    :param clip_reward: largest absolute value of a normalised reward
+    """
+
+    action_low: th.Tensor
+    action_high: th.Tensor
+    reward_scale: float = 1.0
+    observation_mean: th.Tensor | None = None
+    observation_std: th.Tensor | None = None
+    clip_observation: float = float("inf")
+    reward_std: float | None = None
+    clip_reward: float = float("inf")
+
+    @classmethod
+    def of(
+        cls, action_space: spaces.Box, device: th.device | str, reward_scale: float = 1.0, env: VecNormalize | None = None
+    ) -> "Units":
+        """
+        :param action_space: the action space of the environment
+        :param device: where the networks are
+        :param reward_scale: factor of all rewards
+        :param env: the ``VecNormalize`` around the environment, if any
+        :return: the conversions, with the present statistics of ``env``
+        """
+        to_tensor = lambda array: th.as_tensor(np.asarray(array), dtype=th.float32, device=device)  # noqa: E731
+        units = {"action_low": to_tensor(action_space.low), "action_high": to_tensor(action_space.high)}
+        normalisation: dict = {}
+        if env is not None and env.norm_obs:
+            assert isinstance(env.obs_rms, RunningMeanStd), "VecNormalize of dictionary observations is not supported"
+            normalisation.update(
+                observation_mean=to_tensor(env.obs_rms.mean),
+                observation_std=to_tensor(np.sqrt(env.obs_rms.var + env.epsilon)),
+                clip_observation=float(env.clip_obs),
+            )
+        if env is not None and env.norm_reward:
+            normalisation.update(
+                reward_std=float(np.sqrt(env.ret_rms.var + env.epsilon)), clip_reward=float(env.clip_reward)
+            )
+        return cls(**units, reward_scale=reward_scale, **normalisation)
+
+    def normalize_observations(self, observations: th.Tensor) -> th.Tensor:
+        """
+        :param observations: raw observations, ``(B, *obs_shape)``
+        :return: what the networks take, ``(B, *obs_shape)``
+        """
+        if self.observation_mean is None:
+            return observations
+        normalised = (observations - self.observation_mean) / self.observation_std
+        return normalised.clamp(-self.clip_observation, self.clip_observation)
+
+    def scale_rewards(self, rewards: th.Tensor, clip: bool = True) -> th.Tensor:
+        """
+        :param rewards: raw rewards (or sums of them), ``(B, 1)``
+        :param clip: whether the clipping of ``VecNormalize`` applies; it is meant for single rewards, not for sums
+        :return: rewards in the units of the value functions, ``(B, 1)``
+        """
+        if self.reward_std is not None:
+            rewards = rewards / self.reward_std
+            if clip:
+                rewards = rewards.clamp(-self.clip_reward, self.clip_reward)
+        return rewards if self.reward_scale == 1.0 else self.reward_scale * rewards
+
+    def unscale_actions(self, actions: th.Tensor) -> th.Tensor:
+        """
+        :param actions: in [-1, 1], ``(B, A)``
+        :return: actions in the units of the environment, ``(B, A)``
+        """
+        return self.action_low + 0.5 * (actions + 1.0) * (self.action_high - self.action_low)

@@ -1,0 +1,174 @@
+"""Value targets: what the critics regress on (eq. 12 of the revised text, eq. 11 of the first version)."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch as th
+from stable_baselines3.common.policies import ContinuousCritic
+from stable_baselines3.common.type_aliases import ReplayBufferSamples
+
+from sb3_mpg.common.type_aliases import Simulator
+from sb3_mpg.common.units import Units
+
+
+def bootstrap_values(
+    network_inputs: th.Tensor,
+    actor_target: th.nn.Module,
+    critic_target: ContinuousCritic,
+    noise_std: float = 0.0,
+    noise_clip: float = 0.5,
+) -> th.Tensor:
+    r"""
+    The least of the target critics' values, :math:`\min_i Q_{\omega'_i}(s, \pi_{\theta'}(s) + \epsilon)`.
+
+    :param network_inputs: normalised observations, ``(B, *obs_shape)``
+    :param actor_target: the target policy
+    :param critic_target: the target critics
+    :param noise_std: standard deviation of the noise that smooths the target policy, in [-1, 1] units
+    :param noise_clip: largest absolute value of that noise
+    :return: values, ``(B, 1)``
+    """
+    actions = actor_target(network_inputs)
+    if noise_std > 0:
+        noise = (noise_std * th.randn_like(actions)).clamp(-noise_clip, noise_clip)
+        actions = (actions + noise).clamp(-1, 1)
+    return th.cat(critic_target(network_inputs, actions), dim=1).min(dim=1, keepdim=True).values
+
+
+class ValueTarget(ABC):
+    """
+    A rule for the values that the critics regress on.
+
+    :cvar n_critics: how many critics the rule was published with
+    :cvar needs_simulator: whether a batched simulator must be at hand
+    """
+
+    n_critics: int = 1
+    needs_simulator: bool = False
+
+    @property
+    def replay_n_steps(self) -> int:
+        """Number of recorded steps that one sample of the replay buffer must span."""
+        return 1
+
+    @abstractmethod
+    def __call__(
+        self,
+        replay_data: ReplayBufferSamples,
+        actor: th.nn.Module,
+        actor_target: th.nn.Module,
+        critic_target: ContinuousCritic,
+        units: Units,
+        gamma: float,
+        make_simulator: Callable[[int], Simulator],
+    ) -> th.Tensor:
+        """
+        :param replay_data: raw observations and rewards, actions in [-1, 1]
+        :param actor: the current policy
+        :param actor_target: the target policy
+        :param critic_target: the target critics
+        :param units: between the environment and the networks
+        :param gamma: discount factor
+        :param make_simulator: gives a simulator of so many agents
+        :return: target values, ``(B, 1)``
+        """
+
+
+class ReplayTarget(ValueTarget):
+    r"""
+    Clipped double Q on recorded transitions (MPG-v2 and TD3),
+    :math:`r_t + \gamma \min_i Q_{\omega'_i}(s_{t+1}, \pi_{\theta'}(s_{t+1}))`, or its form over the next
+    ``n_steps`` recorded transitions, which SB3's ``NStepReplayBuffer`` adds up. Behind a termination there is no value.
+
+    :param n_steps: number of recorded steps; more than one follows the policies that gathered the data
+    :param noise_std: standard deviation of the noise that smooths the target policy; the papers' MPG has none
+    :param noise_clip: largest absolute value of that noise
+    """
+
+    n_critics = 2
+
+    def __init__(self, n_steps: int = 1, noise_std: float = 0.0, noise_clip: float = 0.5):
+        self.n_steps = check_n_steps(n_steps)
+        self.noise_std = noise_std
+        self.noise_clip = noise_clip
+
+    @property
+    def replay_n_steps(self) -> int:
+        return self.n_steps
+
+    def __call__(self, replay_data, actor, actor_target, critic_target, units, gamma, make_simulator):
+        network_inputs = units.normalize_observations(replay_data.next_observations)
+        values = bootstrap_values(network_inputs, actor_target, critic_target, self.noise_std, self.noise_clip)
+        # For n-step replay the discount is gamma ** n_steps, less where an episode ended earlier
+        discounts = gamma if replay_data.discounts is None else replay_data.discounts
+        rewards = units.scale_rewards(replay_data.rewards, clip=self.n_steps == 1)
+        return rewards + (1 - replay_data.dones) * discounts * values
+
+
+class SimulatorTarget(ValueTarget):
+    r"""
+    n-step TD with the current policy (MPG-v1): from each sampled state the simulator takes the recorded action and then
+    follows :math:`\pi_\theta`,
+    :math:`\sum_{l=t}^{t+n-1} \gamma^{l-t} r_l + \gamma^n Q_{\omega'}(s_{t+n}, \pi_{\theta'}(s_{t+n}))`.
+
+    Nothing counts behind a termination; a truncation ends an episode, not the return, and is passed over.
+
+    :param n_steps: number of simulator steps
+    """
+
+    needs_simulator = True
+
+    def __init__(self, n_steps: int = 25):
+        self.n_steps = check_n_steps(n_steps)
+
+    def __call__(self, replay_data, actor, actor_target, critic_target, units, gamma, make_simulator):
+        observations, device = replay_data.observations, replay_data.observations.device
+        simulator = make_simulator(observations.shape[0])
+        simulator.set_state(observations.cpu().numpy())
+        actions = replay_data.actions
+        target_q_values = th.zeros(observations.shape[0], 1, device=device)
+        alive = th.ones_like(target_q_values)
+        for step in range(self.n_steps):
+            new_obs, rewards, terminated, _ = simulator.step(units.unscale_actions(actions).cpu().numpy())
+            rewards_tensor = th.as_tensor(rewards, dtype=th.float32, device=device).reshape(-1, 1)
+            target_q_values += gamma**step * alive * units.scale_rewards(rewards_tensor)
+            alive = alive * (1 - th.as_tensor(terminated, dtype=th.float32, device=device).reshape(-1, 1))
+            network_inputs = units.normalize_observations(th.as_tensor(new_obs, dtype=th.float32, device=device))
+            if step < self.n_steps - 1:
+                actions = actor(network_inputs)
+        values = bootstrap_values(network_inputs, actor_target, critic_target)
+        return target_q_values + gamma**self.n_steps * alive * values
+
+
+def check_n_steps(n_steps: int) -> int:
+    """
+    :param n_steps: number of steps of a value target
+    :return: the same
+    :raises ValueError: when it is not a positive whole number
+    """
+    if isinstance(n_steps, bool) or int(n_steps) != n_steps or n_steps < 1:
+        raise ValueError(f"A value target spans a positive whole number of steps, got n_steps={n_steps!r}.")
+    return int(n_steps)
+
+
+VALUE_TARGETS: dict[str, Callable[..., ValueTarget]] = {
+    "clipped_double_q": ReplayTarget,
+    "n_step_replay": partial(ReplayTarget, n_steps=25),
+    "n_step_simulator": SimulatorTarget,
+}
+
+
+def make_value_target(value_target: str | ValueTarget, value_target_kwargs: dict[str, Any] | None = None) -> ValueTarget:
+    """
+    :param value_target: name of a value target, or a value target
+    :param value_target_kwargs: arguments of the named value target
+    :return: the value target
+    :raises ValueError: for an unknown name
+    """
+    if isinstance(value_target, ValueTarget):
+        return value_target
+    if value_target not in VALUE_TARGETS:
+        raise ValueError(f"Unknown value target {value_target!r}; choose one of {sorted(VALUE_TARGETS)} or pass a ValueTarget.")
+    return VALUE_TARGETS[value_target](**(value_target_kwargs or {}))

@@ -1,0 +1,157 @@
+"""Weighting rules: how much each horizon counts in the mixed policy gradient, at each update."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+
+def check_horizons(horizons: Sequence[int]) -> tuple[int, ...]:
+    """
+    :param horizons: numbers of model steps
+    :return: the same, sorted
+    :raises ValueError: when there is none, or one is negative, fractional or repeated
+    """
+    if isinstance(horizons, (str, bytes)) or not isinstance(horizons, Sequence) or len(horizons) == 0:
+        raise ValueError(f"`horizons` must be a non-empty sequence of whole numbers such as (0, 25), got {horizons!r}.")
+    if any(isinstance(horizon, bool) or int(horizon) != horizon or horizon < 0 for horizon in horizons):
+        raise ValueError(f"Every horizon must be a whole number of model steps, 0 or more, got {tuple(horizons)}.")
+    if len(set(horizons)) < len(horizons):
+        raise ValueError(f"Every horizon may be given once, got {tuple(horizons)}.")
+    return tuple(sorted(int(horizon) for horizon in horizons))
+
+
+class WeightingRule(ABC):
+    """
+    Gives the weight of each horizon at an update. A rule is a function of ``n_updates`` alone and thus survives saving
+    and loading with it.
+
+    :param horizons: numbers of model steps
+    """
+
+    def __init__(self, horizons: Sequence[int]):
+        self.horizons = check_horizons(horizons)
+
+    @abstractmethod
+    def weights(self, n_updates: int) -> np.ndarray:
+        """
+        :param n_updates: number of the update, from 1
+        :return: weights in the order of ``horizons``, ``(n_horizons,)``; they sum to one
+        """
+
+    def __call__(self, n_updates: int) -> dict[int, float]:
+        """
+        :param n_updates: number of the update, from 1
+        :return: the weight of each horizon
+        """
+        return dict(zip(self.horizons, self.weights(n_updates).tolist(), strict=True))
+
+
+class RuleBasedWeighting(WeightingRule):
+    r"""
+    The papers' rule (eq. 10; appendix C-A for many horizons): trust in the model falls as the updates go by.
+
+    .. math::
+        w_i = \mathrm{softmax}(1 / e_i), \quad
+        e_i = \lambda^i \text{ if } \lambda \le 1, \text{ else } (2 - \lambda)^{\max I - i},
+
+    where :math:`\lambda` grows linearly from :math:`1 - \eta` to :math:`1 + \eta` within ``total_updates`` and stays there.
+
+    :param horizons: numbers of model steps :math:`I`; 0, the data-driven gradient, must be among them
+    :param eta: half the range of lambda, between 0 and 1
+    :param total_updates: the papers' T
+    """
+
+    def __init__(self, horizons: Sequence[int] = (0, 25), eta: float = 0.1, total_updates: int = 9000):
+        super().__init__(horizons)
+        if 0 not in self.horizons:
+            raise ValueError(
+                f"The rule-based weighting moves from the model to the data-driven gradient and needs horizon 0, "
+                f"got horizons {self.horizons}; add 0 or choose the constant or geometric weighting."
+            )
+        if not 0 < eta < 1:
+            raise ValueError(f"`eta` must lie between 0 and 1, got {eta}.")
+        if total_updates <= 0:
+            raise ValueError(f"`total_updates` must be positive, got {total_updates}.")
+        self.eta = eta
+        self.total_updates = total_updates
+
+    def weights(self, n_updates: int) -> np.ndarray:
+        lambda_ = 1 - self.eta + 2 * self.eta * min(n_updates / self.total_updates, 1.0)
+        horizons = np.array(self.horizons)
+        # The softmax takes inverse errors: logarithms of weights, which may be very large (0.1 ** -25)
+        scores = lambda_**-horizons if lambda_ <= 1 else (2 - lambda_) ** (horizons - horizons.max())
+        exponentials = np.exp(scores - scores.max())
+        return exponentials / exponentials.sum()
+
+
+class ConstantWeighting(WeightingRule):
+    """
+    The same weights at every update.
+
+    :param horizons: numbers of model steps
+    :param values: their weights, not negative; they are divided by their sum. Equal by default.
+    """
+
+    def __init__(self, horizons: Sequence[int], values: Sequence[float] | None = None):
+        super().__init__(horizons)
+        if values is None:
+            values = [1.0] * len(self.horizons)
+        if len(values) != len(self.horizons) or min(values) < 0 or sum(values) <= 0:
+            raise ValueError(
+                f"The constant weighting needs one weight, 0 or more, for each of the horizons {tuple(horizons)} "
+                f"and a positive sum, got {values!r}."
+            )
+        by_horizon = dict(zip(horizons, values, strict=True))
+        self._weights = np.array([by_horizon[horizon] for horizon in self.horizons], dtype=np.float64)
+        self._weights /= self._weights.sum()
+
+    def weights(self, n_updates: int) -> np.ndarray:
+        return self._weights
+
+
+class GeometricWeighting(WeightingRule):
+    r"""
+    Weights that fall geometrically with the horizon, :math:`w_k \propto (1 - \lambda) \lambda^k`, as in the lambda-return
+    and in DVPG; normalised, since the horizons are finitely many.
+
+    :param horizons: numbers of model steps
+    :param lambda_: how slowly the weights fall, between 0 and 1
+    """
+
+    def __init__(self, horizons: Sequence[int], lambda_: float = 0.9):
+        super().__init__(horizons)
+        if not 0 < lambda_ < 1:
+            raise ValueError(f"`lambda_` must lie between 0 and 1, got {lambda_}.")
+        self.lambda_ = lambda_
+
+    def weights(self, n_updates: int) -> np.ndarray:
+        weights = (1 - self.lambda_) * self.lambda_ ** np.array(self.horizons, dtype=np.float64)
+        return weights / weights.sum()
+
+
+WEIGHTING_RULES: dict[str, type[WeightingRule]] = {
+    "rule_based": RuleBasedWeighting,
+    "constant": ConstantWeighting,
+    "geometric": GeometricWeighting,
+}
+
+
+def make_weighting_rule(
+    weighting: str | WeightingRule, horizons: Sequence[int], weighting_kwargs: dict[str, Any] | None = None
+) -> WeightingRule:
+    """
+    :param weighting: name of a rule, or a rule
+    :param horizons: numbers of model steps
+    :param weighting_kwargs: further arguments of the named rule
+    :return: the rule
+    :raises ValueError: for an unknown name
+    """
+    if isinstance(weighting, WeightingRule):
+        if weighting.horizons != check_horizons(horizons):
+            raise ValueError(f"The weighting rule is for horizons {weighting.horizons}, but `horizons` is {tuple(horizons)}.")
+        return weighting
+    if weighting not in WEIGHTING_RULES:
+        raise ValueError(f"Unknown weighting {weighting!r}; choose one of {sorted(WEIGHTING_RULES)} or pass a WeightingRule.")
+    return WEIGHTING_RULES[weighting](horizons, **(weighting_kwargs or {}))

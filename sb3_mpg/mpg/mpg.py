@@ -1,0 +1,435 @@
+from collections.abc import Sequence
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.noise import ActionNoise
+from stable_baselines3.common.policies import BasePolicy, ContinuousCritic
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+from stable_baselines3.common.utils import FloatSchedule, LinearSchedule, get_parameters_by_name, polyak_update, update_learning_rate
+from stable_baselines3.td3.policies import Actor
+from torch.nn import functional as F
+
+from sb3_mpg.common.model_rollout import first_non_finite_step, mixed_policy_loss
+from sb3_mpg.common.models.loading import PriorModelLike
+from sb3_mpg.common.off_policy_model_algorithm import OffPolicyModelAlgorithm
+from sb3_mpg.common.type_aliases import Differentiate, GradientResult, TrainingBatch
+from sb3_mpg.common.units import Units
+from sb3_mpg.common.value_targets import ValueTarget
+from sb3_mpg.common.weighting import WeightingRule, check_horizons, make_weighting_rule
+from sb3_mpg.mpg.policies import MlpPolicy, MPGPolicy
+
+SelfMPG = TypeVar("SelfMPG", bound="MPG")
+
+# Table VI of the first version
+ACTOR_LEARNING_RATE = LinearSchedule(3e-4, 3e-6, 1.0)
+CRITIC_LEARNING_RATE = LinearSchedule(8e-4, 8e-6, 1.0)
+
+
+class MPG(OffPolicyModelAlgorithm):
+    """
+    Mixed Policy Gradient (MPG): the gradient of the learned Q function and the gradient that is back-propagated through
+    a differentiable model, mixed.
+
+    Paper: https://arxiv.org/abs/2102.11513 (the first version and its revision)
+    Original implementation: https://github.com/idthanm/mpg
+
+    The defaults are MPG-v2 with the hyperparameters of Table VI. MPG-v1 is ``value_target="n_step_simulator"`` with
+    ``batch_reuse=10``. Differences from the papers: both gradients of an update are computed at the same parameters (as
+    the papers' learners do, and unlike TD3, whose actor sees the critic just updated); recorded targets
+    bootstrap behind truncations and not behind terminations.
+
+    :param policy: The policy model to use (MlpPolicy)
+    :param env: The environment to learn from (if registered in Gym, can be str)
+    :param learning_rate: learning rate of the actor, a number or a function of the progress remaining (from 1 to 0)
+    :param buffer_size: size of the replay buffer
+    :param learning_starts: how many steps to collect transitions for, with random actions, before learning starts
+    :param batch_size: Minibatch size for each gradient update
+    :param tau: the soft update coefficient ("Polyak update", between 0 and 1)
+    :param gamma: the discount factor
+    :param train_freq: Update the model every ``train_freq`` steps. Alternatively pass a tuple of frequency and unit
+        like ``(5, "step")`` or ``(2, "episode")``.
+    :param gradient_steps: How many gradient steps to do after each rollout (see ``train_freq``)
+        Set to ``-1`` means to do as many gradient steps as steps done in the environment during the rollout.
+    :param action_noise: the action noise type; ``None`` stands for Gaussian noise of ``exploration_noise``
+    :param replay_buffer_class: Replay buffer class to use. If ``None``, it will be automatically selected.
+    :param replay_buffer_kwargs: Keyword arguments to pass to the replay buffer on creation.
+    :param optimize_memory_usage: Enable a memory efficient variant of the replay buffer
+    :param critic_learning_rate: learning rate of the critics
+    :param prior_model: what is known about the system: a ``PriorModel``, a class or factory of one, a dotted path
+        ``"package.module:Class"``, or ``"auto"``, the model that the environment offers with a method ``prior_model()``
+    :param prior_model_kwargs: arguments of the class or factory of the prior model
+    :param horizons: numbers of model steps that are mixed; 0 is the data-driven gradient
+    :param weighting: how the horizons are weighted: ``"rule_based"`` (the papers'), ``"constant"``, ``"geometric"``, or a
+        ``WeightingRule``
+    :param weighting_kwargs: arguments of the named weighting rule
+    :param differentiate: which actions of the model rollout carry the gradient: ``"first_action"`` is the unified policy
+        gradient (eq. 6), ``"all_actions"`` the model policy gradient (eq. 5 of the first version)
+    :param value_target: what the critics regress on: ``"clipped_double_q"`` (MPG-v2), ``"n_step_simulator"`` (MPG-v1),
+        ``"n_step_replay"``, or a ``ValueTarget``
+    :param value_target_kwargs: arguments of the named value target
+    :param batch_reuse: in how many updates a batch and its targets are used before the next is drawn
+    :param policy_delay: Policy and target networks will only be updated once every policy_delay updates
+    :param max_grad_norm: largest norm of the gradient of each network, ``None`` for no limit
+    :param reward_scale: factor of all rewards, recorded and predicted ones alike
+    :param exploration_noise: standard deviation of the Gaussian noise on actions in [-1, 1] when ``action_noise`` is None
+    :param max_skipped_updates: how many updates in a row may be skipped for a non-finite gradient before training stops
+    :param stats_window_size: Window size for the rollout logging, specifying the number of episodes to average
+        the reported success rate, mean episode length, and mean reward over
+    :param tensorboard_log: the log location for tensorboard (if None, no logging)
+    :param policy_kwargs: additional arguments to be passed to the policy on creation, see ``MPGPolicy``
+    :param verbose: Verbosity level: 0 for no output, 1 for info messages (such as device or wrappers used), 2 for
+        debug messages
+    :param seed: Seed for the pseudo random generators
+    :param device: Device (cpu, cuda, ...) on which the code should be run.
+        Setting it to auto, the code will be run on the GPU if possible.
+    :param _init_setup_model: Whether or not to build the network at the creation of the instance
+    """
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"MlpPolicy": MlpPolicy}
+    policy: MPGPolicy
+    actor: Actor
+    actor_target: Actor
+    critic: ContinuousCritic
+    critic_target: ContinuousCritic
+    weighting_rule: WeightingRule
+
+    def __init__(
+        self,
+        policy: str | type[MPGPolicy],
+        env: GymEnv | str,
+        learning_rate: float | Schedule = ACTOR_LEARNING_RATE,
+        buffer_size: int = 500_000,
+        learning_starts: int = 3000,
+        batch_size: int = 256,
+        tau: float = 0.005,
+        gamma: float = 0.98,
+        train_freq: int | tuple[int, str] = 1,
+        gradient_steps: int = 1,
+        action_noise: ActionNoise | None = None,
+        replay_buffer_class: type[ReplayBuffer] | None = None,
+        replay_buffer_kwargs: dict[str, Any] | None = None,
+        optimize_memory_usage: bool = False,
+        critic_learning_rate: float | Schedule = CRITIC_LEARNING_RATE,
+        prior_model: PriorModelLike = "auto",
+        prior_model_kwargs: dict[str, Any] | None = None,
+        horizons: Sequence[int] = (0, 25),
+        weighting: str | WeightingRule = "rule_based",
+        weighting_kwargs: dict[str, Any] | None = None,
+        differentiate: Differentiate = "first_action",
+        value_target: str | ValueTarget = "clipped_double_q",
+        value_target_kwargs: dict[str, Any] | None = None,
+        batch_reuse: int = 1,
+        policy_delay: int = 2,
+        max_grad_norm: float | None = 3.0,
+        reward_scale: float = 1.0,
+        exploration_noise: float = 0.1,
+        max_skipped_updates: int = 20,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: th.device | str = "auto",
+        _init_setup_model: bool = True,
+    ):
+        if differentiate not in ("first_action", "all_actions"):
+            raise ValueError(f"`differentiate` must be 'first_action' or 'all_actions', got {differentiate!r}.")
+        super().__init__(
+            policy,
+            env,
+            learning_rate,
+            buffer_size,
+            learning_starts,
+            batch_size,
+            tau,
+            gamma,
+            train_freq,
+            gradient_steps,
+            action_noise=action_noise,
+            replay_buffer_class=replay_buffer_class,
+            replay_buffer_kwargs=replay_buffer_kwargs,
+            optimize_memory_usage=optimize_memory_usage,
+            prior_model=prior_model,
+            prior_model_kwargs=prior_model_kwargs,
+            value_target=value_target,
+            value_target_kwargs=value_target_kwargs,
+            max_grad_norm=max_grad_norm,
+            reward_scale=reward_scale,
+            exploration_noise=exploration_noise,
+            max_skipped_updates=max_skipped_updates,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            policy_kwargs=policy_kwargs,
+            verbose=verbose,
+            seed=seed,
+            device=device,
+        )
+        self.critic_learning_rate = critic_learning_rate
+        self.weighting_rule = make_weighting_rule(weighting, horizons, weighting_kwargs)
+        self.differentiate = differentiate
+        self.batch_reuse = batch_reuse
+        self.policy_delay = policy_delay
+        self.policy_kwargs.setdefault("n_critics", self.value_target.n_critics)
+        self._batch: TrainingBatch | None = None
+        self._batch_uses = 0
+
+        if _init_setup_model:
+            self._setup_model()
+
+    def _setup_model(self) -> None:
+        super()._setup_model()
+        self.critic_lr_schedule = FloatSchedule(self.critic_learning_rate)
+        self._create_aliases()
+        # Running mean and running var
+        self.batch_norm_stats = get_parameters_by_name(self.actor, ["running_"]) + get_parameters_by_name(
+            self.critic, ["running_"]
+        )
+        self.batch_norm_stats_target = get_parameters_by_name(self.actor_target, ["running_"]) + get_parameters_by_name(
+            self.critic_target, ["running_"]
+        )
+
+    def _create_aliases(self) -> None:
+        self.actor = self.policy.actor
+        self.actor_target = self.policy.actor_target
+        self.critic = self.policy.critic
+        self.critic_target = self.policy.critic_target
+
+    def _needs_prior_model(self) -> bool:
+        return max(self.weighting_rule.horizons) > 0
+
+    def _q1(self, network_inputs: th.Tensor, actions: th.Tensor) -> th.Tensor:
+        """
+        The first critic. SB3's ``q1_forward`` extracts the features without gradient; a rollout needs dQ/ds.
+
+        :param network_inputs: normalised observations, ``(B, *obs_shape)``
+        :param actions: in [-1, 1], ``(B, A)``
+        :return: values, ``(B, 1)``
+        """
+        features = self.critic.extract_features(network_inputs, self.critic.features_extractor)
+        return self.critic.q_networks[0](th.cat([features, actions], dim=1))
+
+    def _to_tensor(self, observations: np.ndarray | th.Tensor) -> th.Tensor:
+        return th.as_tensor(observations, dtype=th.float32, device=self.device)
+
+    def policy_gradient(
+        self,
+        observations: np.ndarray | th.Tensor,
+        horizon: int,
+        differentiate: Differentiate = "first_action",
+    ) -> th.Tensor:
+        r"""
+        The policy gradient of one horizon at some states, for analysis: :math:`\nabla_\theta J_n` (eq. 6), or
+        the model policy gradient (eq. 5 of the first version). A random model is taken at the mean of its noise.
+
+        :param observations: raw observations, ``(B, *obs_shape)``
+        :param horizon: number of model steps, 0 for the data-driven gradient
+        :param differentiate: ``"first_action"`` or ``"all_actions"``
+        :return: the gradient of the mean return (which ascends), flat, ``(n_actor_parameters,)``
+        """
+        check_horizons([horizon])
+        assert self.rollout_model is not None, "There is no model: give the algorithm an environment first (`set_env`)"
+        was_training = self.rollout_model.training
+        self.rollout_model.eval()
+        try:
+            loss, _ = mixed_policy_loss(
+                self._to_tensor(observations),
+                self.actor,
+                self._q1,
+                self.rollout_model,
+                self._units(),
+                {horizon: 1.0},
+                self.gamma,
+                differentiate,
+            )
+            gradients = th.autograd.grad(loss, list(self.actor.parameters()))
+        finally:
+            self.rollout_model.train(was_training)
+        return -th.cat([gradient.flatten() for gradient in gradients])
+
+    def _sample_batch(self, batch_size: int, units: Units) -> TrainingBatch:
+        """
+        :param batch_size: number of transitions
+        :param units: conversions between environment and networks
+        :return: transitions with their value targets: new ones, or those of the last update (batch reuse)
+        """
+        if self._batch is None or self._batch_uses >= self.batch_reuse:
+            # Raw samples: the model needs them, and the networks get them through `units`
+            replay_data = self.replay_buffer.sample(batch_size)  # type: ignore[union-attr]
+            replay_data = replay_data._replace(
+                observations=replay_data.observations.float(), next_observations=replay_data.next_observations.float()
+            )
+            with th.no_grad():
+                target_q_values = self.value_target(
+                    replay_data, self.actor, self.actor_target, self.critic_target, units, self.gamma, self._make_simulator
+                )
+            assert target_q_values.shape == (batch_size, 1), target_q_values.shape
+            self._batch = TrainingBatch(replay_data.observations, replay_data.actions, target_q_values)
+            self._batch_uses = 0
+        self._batch_uses += 1
+        return self._batch
+
+    def compute_gradients(self, batch: TrainingBatch, n_updates: int, units: Units) -> GradientResult:
+        """
+        The gradients of one update; nothing is changed.
+
+        :param batch: transitions with their value targets
+        :param n_updates: number of the update, which sets the weights of the horizons and whether the policy is due
+        :param units: conversions between environment and networks
+        :return: gradients of critic and actor, and what the log says of them
+        """
+        network_inputs = units.normalize_observations(batch.observations)
+        logs: dict[str, Any] = {}
+
+        # Get current Q-values estimates for each critic network
+        current_q_values = self.critic(network_inputs, batch.actions)
+        # Compute critic loss
+        critic_loss = sum(F.mse_loss(current_q, batch.target_q_values) for current_q in current_q_values)
+        assert isinstance(critic_loss, th.Tensor)
+        critic_gradients = th.autograd.grad(critic_loss, list(self.critic.parameters()))
+        logs["train/critic_loss"] = critic_loss.item()
+
+        # Delayed policy updates
+        actor_gradients = None
+        if n_updates % self.policy_delay == 0:
+            assert self.rollout_model is not None
+            weights = self.weighting_rule(n_updates)
+            # Compute actor loss, eq. 9
+            actor_loss, mean_returns = mixed_policy_loss(
+                batch.observations,
+                self.actor,
+                self._q1,
+                self.rollout_model,
+                units,
+                weights,
+                self.gamma,
+                self.differentiate,
+            )
+            actor_gradients = list(th.autograd.grad(actor_loss, list(self.actor.parameters())))
+            logs["train/actor_loss"] = actor_loss.item()
+            logs.update({f"horizons/weight_{horizon}": weight for horizon, weight in weights.items()})
+            logs.update({f"horizons/return_{horizon}": value.item() for horizon, value in mean_returns.items()})
+
+        return GradientResult(list(critic_gradients), actor_gradients, logs)
+
+    def apply_gradients(self, result: GradientResult) -> bool:
+        """
+        Clip the gradients, step the optimizers and move the targets; skip all of it when a gradient is not finite.
+
+        :param result: what :meth:`compute_gradients` returned; the norms of the gradients are added to its logs
+        :return: whether the gradients were applied
+        """
+        networks: dict[str, tuple[th.nn.Module, list[th.Tensor] | None]] = {
+            "critic": (self.critic, result.critic),
+            "actor": (self.actor, result.actor),
+        }
+        max_norm = float("inf") if self.max_grad_norm is None else self.max_grad_norm
+        is_finite = True
+        for name, (network, gradients) in networks.items():
+            if gradients is None:
+                continue
+            for parameter, gradient in zip(network.parameters(), gradients, strict=True):
+                parameter.grad = gradient
+            norm = th.nn.utils.clip_grad_norm_(network.parameters(), max_norm).item()
+            is_finite = is_finite and np.isfinite(norm)
+            result.logs[f"train/{name}_grad_norm"] = norm
+            result.logs[f"train/{name}_grad_norm_clipped"] = min(norm, max_norm)
+
+        if not is_finite:
+            self.n_skipped_updates += 1
+            self._n_skipped_in_a_row += 1
+            return False
+
+        self.critic.optimizer.step()
+        if result.actor is not None:
+            # Updates without the actor say nothing of the model and do not end a row of failures
+            self._n_skipped_in_a_row = 0
+            self.actor.optimizer.step()
+            polyak_update(self.critic.parameters(), self.critic_target.parameters(), self.tau)
+            polyak_update(self.actor.parameters(), self.actor_target.parameters(), self.tau)
+            # Copy running stats, see SB3 issue #996
+            polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
+        return True
+
+    def _stop_if_hopeless(self, batch: TrainingBatch, units: Units) -> None:
+        """
+        :param batch: the batch of the update that was just skipped
+        :param units: conversions between environment and networks
+        :raises FloatingPointError: when too many updates in a row were skipped
+        """
+        if self._n_skipped_in_a_row <= self.max_skipped_updates:
+            return
+        assert self.rollout_model is not None
+        reasons = []
+        for horizon, weight in self.weighting_rule(self._n_updates).items():
+            reason = first_non_finite_step(
+                batch.observations, self.actor, self._q1, self.rollout_model, units, horizon, self.gamma
+            )
+            if reason is not None:
+                reasons.append(f"horizon {horizon} (weight {weight:.2g}): {reason}")
+        if not th.isfinite(batch.target_q_values).all():
+            reasons.append("the value targets are not finite: look at the rewards of the environment")
+        raise FloatingPointError(
+            f"Training stopped after {self._n_skipped_in_a_row} updates in a row with a non-finite gradient "
+            f"(the weights are still finite and can be saved). "
+            + ("; ".join(reasons) or "The model is sound at this batch: its noise may be the cause")
+            + ". Check the model with `check_prior_model`, bound what overflows in it, or use shorter horizons."
+        )
+
+    def train(self, gradient_steps: int, batch_size: int = 100) -> None:
+        # Switch to train mode (this affects batch norm / dropout, and the noise of the model)
+        self.policy.set_training_mode(True)
+        assert self.rollout_model is not None
+        self.rollout_model.train()
+        # The statistics of VecNormalize are those of now for all of these updates
+        units = self._units()
+        if self._n_updates == 0:
+            self._fit_observation_scalers(units)
+
+        # Update learning rates according to their schedules
+        self._update_learning_rate(self.actor.optimizer)
+        critic_learning_rate = self.critic_lr_schedule(self._current_progress_remaining)
+        update_learning_rate(self.critic.optimizer, critic_learning_rate)
+        self.logger.record("train/critic_learning_rate", critic_learning_rate)
+
+        logs: dict[str, list[float]] = {}
+        for _ in range(gradient_steps):
+            self._n_updates += 1
+            batch = self._sample_batch(batch_size, units)
+            result = self.compute_gradients(batch, self._n_updates, units)
+            if not self.apply_gradients(result):
+                self._stop_if_hopeless(batch, units)
+            for key, value in result.logs.items():
+                logs.setdefault(key, []).append(value)
+
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        self.logger.record("train/updates_per_step", self._n_updates / max(self.num_timesteps, 1))
+        self.logger.record("train/skipped_updates", self.n_skipped_updates)
+        for key, values in logs.items():
+            self.logger.record(key, float(np.mean(values)))
+
+    def learn(
+        self: SelfMPG,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 4,
+        tb_log_name: str = "MPG",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfMPG:
+        return super().learn(
+            total_timesteps=total_timesteps,
+            callback=callback,
+            log_interval=log_interval,
+            tb_log_name=tb_log_name,
+            reset_num_timesteps=reset_num_timesteps,
+            progress_bar=progress_bar,
+        )
+
+    def _excluded_save_params(self) -> list[str]:
+        return super()._excluded_save_params() + ["actor", "critic", "actor_target", "critic_target"]  # noqa: RUF005
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        state_dicts = ["policy", "actor.optimizer", "critic.optimizer"]
+        return state_dicts, []

@@ -1,0 +1,68 @@
+from typing import Any
+
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.type_aliases import Schedule
+from stable_baselines3.td3.policies import TD3Policy
+from torch import nn
+
+from sb3_mpg.common.torch_layers import ObservationScaler
+
+
+class MPGPolicy(TD3Policy):
+    """
+    Policy class (with both actor and critic) for MPG: that of TD3 with the papers' networks, two hidden layers of
+    256 ELU units. ELU rather than ReLU also because the rollout needs dQ/ds and dπ/ds, which should be continuous.
+
+    :param observation_space: Observation space
+    :param action_space: Action space
+    :param lr_schedule: Learning rate schedule (could be constant)
+    :param net_arch: The specification of the policy and value networks.
+    :param activation_fn: Activation function
+    :param features_extractor_class: Features extractor to use; scales the observations by default
+    :param features_extractor_kwargs: Keyword arguments to pass to the features extractor.
+    :param normalize_images: Ignored: MPG takes float observations
+    :param optimizer_class: The optimizer to use, ``th.optim.Adam`` by default
+    :param optimizer_kwargs: Additional keyword arguments, excluding the learning rate, to pass to the optimizer
+    :param n_critics: Number of critic networks to create.
+    :param share_features_extractor: Must be False: a shared extractor hides dQ/ds from the rollout
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Box,
+        lr_schedule: Schedule,
+        net_arch: list[int] | dict[str, list[int]] | None = None,
+        activation_fn: type[nn.Module] = nn.ELU,
+        features_extractor_class: type[BaseFeaturesExtractor] = ObservationScaler,
+        features_extractor_kwargs: dict[str, Any] | None = None,
+        normalize_images: bool = True,
+        optimizer_class: type[th.optim.Optimizer] = th.optim.Adam,
+        optimizer_kwargs: dict[str, Any] | None = None,
+        n_critics: int = 2,
+        share_features_extractor: bool = False,
+    ):
+        if share_features_extractor:
+            raise ValueError(
+                "`share_features_extractor=True` cuts the gradient of the critic with respect to the state, "
+                "which the model rollout needs; leave it at False."
+            )
+        super().__init__(
+            observation_space,
+            action_space,
+            lr_schedule,
+            [256, 256] if net_arch is None else net_arch,
+            activation_fn,
+            features_extractor_class,
+            features_extractor_kwargs,
+            normalize_images,
+            optimizer_class,
+            optimizer_kwargs,
+            n_critics,
+            share_features_extractor,
+        )
+
+
+MlpPolicy = MPGPolicy

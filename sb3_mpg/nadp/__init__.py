@@ -1,0 +1,3 @@
+from sb3_mpg.nadp.nadp import NStepADP
+
+__all__ = ["NStepADP"]

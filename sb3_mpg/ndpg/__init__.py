@@ -1,0 +1,3 @@
+from sb3_mpg.ndpg.ndpg import NStepDPG
+
+__all__ = ["NStepDPG"]

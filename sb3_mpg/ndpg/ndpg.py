@@ -1,0 +1,111 @@
+from typing import Any, TypeVar
+
+import torch as th
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.noise import ActionNoise
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+
+from sb3_mpg.mpg.mpg import ACTOR_LEARNING_RATE, CRITIC_LEARNING_RATE, MPG
+from sb3_mpg.mpg.policies import MPGPolicy
+
+SelfNStepDPG = TypeVar("SelfNStepDPG", bound="NStepDPG")
+
+
+class NStepDPG(MPG):
+    """
+    n-step deterministic policy gradient (the papers' n-step DPG): the data-driven gradient of MPG alone, with the value
+    target of MPG-v1. It needs no prior model.
+
+    :param policy: The policy model to use (MlpPolicy)
+    :param env: The environment to learn from (if registered in Gym, can be str);
+        it must have a method ``make_simulator(num_agents)``
+    :param n_steps: number of simulator steps of the value target
+    :param batch_reuse: in how many updates a batch and its targets are used before the next is drawn
+
+    The other parameters are those of :class:`~sb3_mpg.mpg.mpg.MPG`.
+    """
+
+    def __init__(
+        self,
+        policy: str | type[MPGPolicy],
+        env: GymEnv | str,
+        learning_rate: float | Schedule = ACTOR_LEARNING_RATE,
+        buffer_size: int = 500_000,
+        learning_starts: int = 3000,
+        batch_size: int = 256,
+        tau: float = 0.005,
+        gamma: float = 0.98,
+        train_freq: int | tuple[int, str] = 1,
+        gradient_steps: int = 1,
+        action_noise: ActionNoise | None = None,
+        replay_buffer_class: type[ReplayBuffer] | None = None,
+        replay_buffer_kwargs: dict[str, Any] | None = None,
+        optimize_memory_usage: bool = False,
+        critic_learning_rate: float | Schedule = CRITIC_LEARNING_RATE,
+        n_steps: int = 25,
+        batch_reuse: int = 10,
+        max_grad_norm: float | None = 3.0,
+        reward_scale: float = 1.0,
+        exploration_noise: float = 0.1,
+        max_skipped_updates: int = 20,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: th.device | str = "auto",
+        _init_setup_model: bool = True,
+    ):
+        super().__init__(
+            policy=policy,
+            env=env,
+            learning_rate=learning_rate,
+            buffer_size=buffer_size,
+            learning_starts=learning_starts,
+            batch_size=batch_size,
+            tau=tau,
+            gamma=gamma,
+            train_freq=train_freq,
+            gradient_steps=gradient_steps,
+            action_noise=action_noise,
+            replay_buffer_class=replay_buffer_class,
+            replay_buffer_kwargs=replay_buffer_kwargs,
+            optimize_memory_usage=optimize_memory_usage,
+            critic_learning_rate=critic_learning_rate,
+            # Remove the model from MPG-v1 to obtain n-step DPG
+            horizons=(0,),
+            weighting="constant",
+            value_target="n_step_simulator",
+            value_target_kwargs={"n_steps": n_steps},
+            batch_reuse=batch_reuse,
+            policy_delay=1,
+            max_grad_norm=max_grad_norm,
+            reward_scale=reward_scale,
+            exploration_noise=exploration_noise,
+            max_skipped_updates=max_skipped_updates,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            policy_kwargs=policy_kwargs,
+            verbose=verbose,
+            seed=seed,
+            device=device,
+            _init_setup_model=_init_setup_model,
+        )
+
+    def learn(
+        self: SelfNStepDPG,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 4,
+        tb_log_name: str = "NStepDPG",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfNStepDPG:
+        return super().learn(
+            total_timesteps=total_timesteps,
+            callback=callback,
+            log_interval=log_interval,
+            tb_log_name=tb_log_name,
+            reset_num_timesteps=reset_num_timesteps,
+            progress_bar=progress_bar,
+        )

@@ -47,7 +47,8 @@ def model_rollout(
     :param horizons: numbers of model steps, each 0 or more; 0 is :math:`Q(s_t, \pi(s_t))` itself
     :param gamma: discount factor
     :param differentiate: ``"first_action"``: the parameters of the actor get their gradient through the first action
-        alone, later ones come from a frozen copy (eq. 6); ``"all_actions"``: through every action (eq. 5)
+        alone, later ones come from a frozen copy (eq. 6); ``"all_actions"``: through every action, the critic's at the
+        end included (eq. 5)
     :return: returns, ``(n_horizons, B, 1)``, in the order of ``horizons``
     """
     frozen_parameters = {name: parameter.detach() for name, parameter in actor.named_parameters()}

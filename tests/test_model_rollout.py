@@ -1,0 +1,237 @@
+import numpy as np
+import pytest
+import torch as th
+from lq import LinearActor, LinearModel, analytic_gradient, quadratic_q, random_problem
+
+from sb3_mpg import PriorModel
+from sb3_mpg.common.model_rollout import first_non_finite_step, mixed_policy_loss, model_rollout
+from sb3_mpg.common.units import Units
+
+IDENTITY = Units(-th.ones(1, dtype=th.float64), th.ones(1, dtype=th.float64))
+
+
+def tensors(*arrays):
+    return [th.as_tensor(array, dtype=th.float64) for array in arrays]
+
+
+def rollout_gradient(states, actor, q_function, model, horizon, gamma, differentiate="first_action", units=IDENTITY):
+    returns = model_rollout(states, actor, q_function, model, units, [horizon], gamma, differentiate)
+    return th.autograd.grad(returns.mean(), actor.k)[0]
+
+
+@pytest.fixture(scope="module")
+def problem():
+    a, b, q, r, k, critic = random_problem()
+    model = LinearModel(*tensors(a, b, q, r))
+    q_function = quadratic_q(*tensors(*critic))
+    return (a, b, q, r, k, critic), model, q_function
+
+
+@pytest.mark.parametrize("horizon", [0, 1, 5, 25])
+def test_unified_gradient_equals_the_analytic_one(problem, horizon):
+    (a, b, q, r, k, critic), model, q_function = problem
+    states = np.random.default_rng(1).normal(size=(16, 3))
+    gradient = rollout_gradient(th.as_tensor(states), LinearActor(th.as_tensor(k)), q_function, model, horizon, 0.97)
+    expected = np.mean([analytic_gradient(s, a, b, q, r, k, critic, horizon, 0.97) for s in states], axis=0)
+    np.testing.assert_allclose(gradient.numpy(), expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize("horizon", [0, 1, 5])
+def test_model_gradient_equals_finite_differences(problem, horizon):
+    """Eq. 5 of the first version: the derivative of the return when every action changes with the parameters."""
+    (_, _, _, _, k, _), model, q_function = problem
+    states = th.as_tensor(np.random.default_rng(1).normal(size=(8, 3)))
+    gradient = rollout_gradient(states, LinearActor(th.as_tensor(k)), q_function, model, horizon, 0.97, "all_actions")
+    expected = np.zeros_like(k)
+    for index in np.ndindex(*k.shape):
+        values = []
+        for sign in (1, -1):
+            moved = k.copy()
+            moved[index] += sign * 1e-6
+            actor = LinearActor(th.as_tensor(moved))
+            values.append(model_rollout(states, actor, q_function, model, IDENTITY, [horizon], 0.97).mean().item())
+        expected[index] = (values[0] - values[1]) / 2e-6
+    np.testing.assert_allclose(gradient.numpy(), expected, rtol=1e-5, atol=1e-7)
+
+
+def rotation_problem(n_points=7, gamma=0.9):
+    """
+    The closed loop turns the plane by 2 pi / n_points, so the uniform distribution over an orbit is stationary, exactly:
+    expectations are sums over its points.
+    """
+    angle = 2 * np.pi / n_points
+    rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    rng = np.random.default_rng(3)
+    b, k = rng.normal(size=(2, 2)), 0.4 * rng.normal(size=(2, 2))
+    q, r = np.array([[1.0, 0.2], [0.2, 0.5]]), np.array([[0.3, 0.1], [0.1, 0.4]])
+    model = LinearModel(*tensors(rotation - b @ k, b, q, r))
+    start = np.array([0.7, -0.4])
+    states = [start]
+    for _ in range(n_points - 1):
+        states.append(rotation @ states[-1])
+    return th.as_tensor(np.stack(states)), LinearActor(th.as_tensor(k)), model, gamma
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 25])
+def test_theorem_1_of_the_first_version(n):
+    """
+    The model gradient is the sum of gamma^k unified gradients of horizon n - k, whatever the critic.
+    The text's sum ends at k = n - 1 and so leaves out the critic's own action, which eq. 5 differentiates too.
+    """
+    states, actor, model, gamma = rotation_problem()
+    q_function = quadratic_q(*tensors(*random_problem(2, 2, seed=5)[5]))
+    model_gradient = rollout_gradient(states, actor, q_function, model, n, gamma, "all_actions")
+    unified = sum(gamma**k * rollout_gradient(states, actor, q_function, model, n - k, gamma) for k in range(n + 1))
+    th.testing.assert_close(model_gradient, unified, rtol=1e-10, atol=1e-12)
+
+
+def test_theorem_1_of_the_revision():
+    """With infinitely many steps, the model gradient is the unified gradient over 1 - gamma."""
+    states, actor, model, gamma = rotation_problem(gamma=0.9)
+    q_function = quadratic_q(*tensors(*random_problem(2, 2, seed=5)[5]))
+    model_gradient = rollout_gradient(states, actor, q_function, model, 400, gamma, "all_actions")
+    unified = rollout_gradient(states, actor, q_function, model, 400, gamma)
+    th.testing.assert_close(model_gradient, unified / (1 - gamma), rtol=1e-8, atol=1e-10)
+
+
+def test_one_rollout_gives_every_horizon(problem):
+    (_, _, _, _, k, _), model, q_function = problem
+    states = th.as_tensor(np.random.default_rng(2).normal(size=(4, 3)))
+    actor = LinearActor(th.as_tensor(k))
+    together = model_rollout(states, actor, q_function, model, IDENTITY, [5, 0, 3], 0.9)
+    assert together.shape == (3, 4, 1)
+    for index, horizon in enumerate([5, 0, 3]):
+        alone = model_rollout(states, actor, q_function, model, IDENTITY, [horizon], 0.9)
+        th.testing.assert_close(together[index], alone[0])
+
+
+class CountingModel(LinearModel):
+    calls = 0
+
+    def transition(self, states, actions):
+        self.calls += 1
+        return super().transition(states, actions)
+
+
+def test_negligible_horizons_cost_nothing(problem):
+    (a, b, q, r, k, _), _, q_function = problem
+    model = CountingModel(*tensors(a, b, q, r))
+    states = th.as_tensor(np.random.default_rng(2).normal(size=(4, 3)))
+    actor = LinearActor(th.as_tensor(k))
+    _, returns = mixed_policy_loss(states, actor, q_function, model, IDENTITY, {0: 1.0, 5: 0.9e-6, 25: 1e-9}, 0.9)
+    assert model.calls == 0
+    assert set(returns) == {0}
+    loss, returns = mixed_policy_loss(states, actor, q_function, model, IDENTITY, {0: 0.25, 5: 0.75}, 0.9)
+    assert model.calls == 5
+    th.testing.assert_close(loss, -(0.25 * returns[0] + 0.75 * returns[5]))
+
+
+class TerminalModel(LinearModel):
+    """Terminates beyond 1, and is not even finite behind it."""
+
+    def transition(self, states, actions):
+        next_states = super().transition(states, actions)
+        return th.where(states[:, :1].abs() > 1, th.full_like(next_states, float("inf")), next_states)
+
+    def terminal(self, states):
+        return states[:, :1].abs() > 1
+
+
+@pytest.mark.parametrize("differentiate", ["first_action", "all_actions"])
+def test_terminal_states_are_masked(differentiate):
+    a, b, q, r, k, critic = random_problem(seed=4)
+    a = a * 1.1  # some leave the useful region
+    model = TerminalModel(*tensors(a, b, q, r))
+    q_function = quadratic_q(*tensors(*critic))
+    actor = LinearActor(th.as_tensor(k))
+    states = th.as_tensor(np.random.default_rng(0).uniform(-0.9, 0.9, size=(32, 3)))
+    gamma, horizon = 0.9, 6
+    returns = model_rollout(states, actor, q_function, model, IDENTITY, [horizon], gamma, differentiate)[0]
+
+    n_ended = 0
+    for s, value in zip(states.numpy(), returns[:, 0].tolist(), strict=True):
+        expected, ended = 0.0, False
+        for step in range(horizon):
+            action = k @ s
+            expected -= gamma**step * (s @ q @ s + action @ r @ action)
+            s = a @ s + b @ action
+            if abs(s[0]) > 1:
+                ended = True
+                break
+        if not ended:
+            p_ss, p_sa, p_aa = critic
+            action = k @ s
+            expected -= gamma**horizon * (s @ p_ss @ s + 2 * s @ p_sa @ action + action @ p_aa @ action)
+        n_ended += ended
+        assert value == pytest.approx(expected, rel=1e-10)
+    assert 3 < n_ended < 29
+    gradient = th.autograd.grad(returns.mean(), actor.k)[0]
+    assert th.isfinite(gradient).all()
+
+
+def test_units_are_those_of_the_environment():
+    """Actions are un-scaled, observations normalised and clipped, and rewards scaled, inside the graph."""
+    units = Units(
+        action_low=th.tensor([-1.0]),
+        action_high=th.tensor([5.0]),
+        reward_scale=0.5,
+        observation_mean=th.tensor([1.0, -2.0]),
+        observation_std=th.tensor([2.0, 4.0]),
+        clip_observation=1.5,
+        reward_std=10.0,
+        clip_reward=3.0,
+    )
+    seen = []
+
+    class Spy(PriorModel):
+        def transition(self, states, actions):
+            seen.append((states.clone(), actions.clone()))
+            return states + actions
+
+        def reward(self, states, actions, next_states):
+            return -100.0 * next_states[:, :1]
+
+    class Actor(th.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gain = th.nn.Parameter(th.tensor(0.1))
+
+        def forward(self, observations):
+            seen.append(observations.clone())
+            return (self.gain * observations).sum(1, keepdim=True)
+
+    observations = th.tensor([[2.0, 2.0], [30.0, -2.0]])
+    returns = model_rollout(observations, Actor(), lambda o, a: o[:, :1], Spy(), units, [1], 0.9)
+    network_inputs = th.tensor([[0.5, 1.0], [1.5, 0.0]])
+    th.testing.assert_close(seen[0], network_inputs)
+    actions = -1 + 0.5 * (0.1 * network_inputs.sum(1, keepdim=True) + 1) * 6
+    th.testing.assert_close(seen[1][0], observations)
+    th.testing.assert_close(seen[1][1], actions)
+    rewards = 0.5 * (-100.0 * (observations + actions)[:, :1] / 10.0).clamp(-3, 3)
+    values = (((observations + actions)[:, :1] - 1) / 2).clamp(-1.5, 1.5)
+    th.testing.assert_close(returns[0], rewards + 0.9 * values)
+
+
+def test_first_non_finite_step_names_the_step():
+    class Explodes(PriorModel):
+        def transition(self, states, actions):
+            return states + 1 + th.exp(100 * (states - 1.5)) + 0 * actions
+
+        def reward(self, states, actions, next_states):
+            return -states
+
+    actor = LinearActor(th.zeros(1, 1, dtype=th.float64))
+    q_function = quadratic_q(*tensors(np.eye(1), np.eye(1), np.eye(1)))
+    units, states = IDENTITY, th.zeros(2, 1, dtype=th.float64)
+    assert first_non_finite_step(states, actor, q_function, Explodes(), units, 3, 0.9) is None
+    assert "next state of model step 3" in str(first_non_finite_step(states, actor, q_function, Explodes(), units, 5, 0.9))
+
+    class BadSlope(PriorModel):
+        def transition(self, states, actions):
+            return states + actions
+
+        def reward(self, states, actions, next_states):
+            return -(states**2).sqrt()
+
+    reason = first_non_finite_step(states, actor, q_function, BadSlope(), units, 3, 0.9)
+    assert "gradient becomes non-finite in model step 2" in str(reason)

@@ -1,0 +1,54 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+EXTRAS := tests,plots,render,progress,zoo
+PACKAGES := sb3_mpg sb3_mpg_envs
+# Folders come and go while the library grows; linters refuse those that are missing
+SOURCES := $(wildcard sb3_mpg sb3_mpg_envs hyperparams benchmarks examples tests setup.py)
+BENCHMARKS := benchmarks/simulators.py benchmarks/learning.py
+ALGO ?= mpg
+ENV ?= PathTracking-v0
+N_WORKERS ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help venv train test lint type format commit-checks benchmark clean
+
+help: ## show this help
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+
+venv: $(STAMP) ## create .venv and install the library with all its tools, at the tested versions
+
+$(STAMP): setup.py .ci/constraints.txt
+	@echo "Installing sb3-mpg and its tools into $(VENV) (a few minutes the first time)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e '.[$(EXTRAS)]'
+	@touch $@
+
+train: $(STAMP) ## train and evaluate (ALGO=mpg ENV=PathTracking-v0), save the agent and a picture
+	$(BIN)/python benchmarks/train.py --algo $(ALGO) --env $(ENV)
+
+test: $(STAMP) ## run the tests (all but those marked expensive)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(N_WORKERS) --durations=15
+
+lint: $(STAMP) ## check style with ruff and black
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/black --check --quiet --diff $(SOURCES)
+
+type: $(STAMP) ## check types with mypy
+	$(BIN)/mypy $(PACKAGES)
+
+format: $(STAMP) ## fix what can be fixed of the style
+	$(BIN)/ruff check --fix --quiet $(SOURCES) || true
+	$(BIN)/black --quiet $(SOURCES)
+
+# One after the other, also under make -j: the formatter writes what the others read
+commit-checks: ## format, lint, type, test
+	@for target in format lint type test; do $(MAKE) --no-print-directory $$target || exit 1; done
+
+benchmark: $(STAMP) ## measure the speed of the simulators and the learning curves
+	@for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+clean: ## remove the virtual environment, caches and build products
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .coverage .coverage.*
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -324,9 +324,7 @@ class SimulatorEnv(gym.Env[np.ndarray, np.ndarray]):
         """
         return self.simulator.make_simulator(num_agents)
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[np.ndarray, dict[str, Any]]:
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
         super().reset(seed=seed)
         # One generator for both, so that whoever looks at np_random sees what is drawn from
         self.simulator.np_random = self.np_random
@@ -344,9 +342,11 @@ class SimulatorEnv(gym.Env[np.ndarray, np.ndarray]):
             self.render()
         return observations[0], float(rewards[0]), bool(terminated[0]), bool(truncated[0]), {}
 
-    def render(self) -> np.ndarray | None:  # type: ignore[override]
+    def render(self) -> np.ndarray | None:
         if self.render_mode is None:
-            gym.logger.warn("render() needs a render mode: pass render_mode='human' or 'rgb_array' when making the environment")
+            gym.logger.warn(
+                "render() needs a render mode: pass render_mode='human' or 'rgb_array' when making the environment"
+            )
             return None
         if self._renderers is None:
             self._renderers = _AgentRenderers(self.simulator, self.render_mode, max_agents=1)
@@ -402,9 +402,7 @@ class SimulatorVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray
         """
         return self.simulator.make_simulator(num_agents)
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[np.ndarray, dict[str, Any]]:
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
         super().reset(seed=seed)
         self.simulator.np_random = self.np_random
         if options is not None and "state" in options:
@@ -434,7 +432,9 @@ class SimulatorVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray
 
     def render(self) -> tuple[np.ndarray | None, ...] | None:  # type: ignore[override]
         if self.render_mode is None:
-            gym.logger.warn("render() needs a render mode: pass render_mode='human' or 'rgb_array' when making the environment")
+            gym.logger.warn(
+                "render() needs a render mode: pass render_mode='human' or 'rgb_array' when making the environment"
+            )
             return None
         if self._renderers is None:
             max_agents = 1 if self.render_mode == "human" else MAX_RENDERED_AGENTS

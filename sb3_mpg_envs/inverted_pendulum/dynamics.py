@@ -53,6 +53,9 @@ class PendulumParameters:
     gear: float = 100.0
 
 
+PAPER_PENDULUM = PendulumParameters()
+
+
 class PendulumState(NamedTuple):
     """
     In the order of the observation.
@@ -178,9 +181,7 @@ def pendulum_reward(next_state: PendulumState, weights: RewardWeights) -> Array:
     :return: rewards, ``(n,)``
     """
     position, angle, velocity, angular_velocity = next_state
-    return -(
-        weights[0] * position**2 + weights[1] * angle**2 + weights[2] * velocity**2 + weights[3] * angular_velocity**2
-    )
+    return -(weights[0] * position**2 + weights[1] * angle**2 + weights[2] * velocity**2 + weights[3] * angular_velocity**2)
 
 
 def is_fallen(state: PendulumState) -> Array:

@@ -1,6 +1,6 @@
 """The inverted pendulum task as a Gymnasium environment."""
 
-from sb3_mpg_envs.inverted_pendulum.dynamics import PendulumParameters
+from sb3_mpg_envs.inverted_pendulum.dynamics import PAPER_PENDULUM, PendulumParameters
 from sb3_mpg_envs.inverted_pendulum.simulator import InvertedPendulumSimulator
 from sb3_mpg_envs.simulator import SimulatorEnv
 
@@ -54,8 +54,8 @@ class InvertedPendulumContiEnv(SimulatorEnv):
 
     The value behind a truncation is to be bootstrapped. With `early_reset_terminates=True` an early reset *terminates*
     the episode instead. All rewards are negative, so that a free way out would teach the agent to let the pole fall;
-    therefore `early_reset_penalty` is subtracted from the last reward. Its default, 50, is the discounted cost (γ = 0.98) of
-    1 per step forever: more than balancing badly costs.
+    therefore `early_reset_penalty` is subtracted from the last reward. Its default, 50, is the
+    discounted cost (discount factor 0.98) of 1 per step forever: more than balancing badly costs.
 
     ## Models
 
@@ -66,7 +66,8 @@ class InvertedPendulumContiEnv(SimulatorEnv):
 
     - `render_mode`: `None`, `"human"` (MuJoCo's viewer) or `"rgb_array"` (without a display, set `MUJOCO_GL=egl` or
       `MUJOCO_GL=osmesa`).
-    - `parameters`: `PendulumParameters`; the default is Table IV of the paper, a damping of 1 in both joints and a gear of 100.
+    - `parameters`: `PendulumParameters`; the default is Table IV of the paper, with a damping of 1 in both joints and a
+      gear of 100.
     - `early_reset` (`True`), `early_reset_terminates` (`False`), `early_reset_penalty` (`50.0`): see *Episode End*.
     - `start_width` (`1.0`): see *Starting State*.
 
@@ -92,7 +93,7 @@ class InvertedPendulumContiEnv(SimulatorEnv):
         self,
         render_mode: str | None = None,
         *,
-        parameters: PendulumParameters = PendulumParameters(),
+        parameters: PendulumParameters = PAPER_PENDULUM,
         early_reset: bool = True,
         early_reset_terminates: bool = False,
         early_reset_penalty: float = 50.0,

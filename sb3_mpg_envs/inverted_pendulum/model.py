@@ -7,6 +7,7 @@ from sb3_mpg_envs.inverted_pendulum.dynamics import (
     FRAME_SKIP,
     REWARD_WEIGHTS,
     Integrator,
+    PAPER_PENDULUM,
     PendulumParameters,
     PendulumState,
     RewardWeights,
@@ -24,8 +25,8 @@ class InvertedPendulumModel(PriorModel):
     added to the position in every step, and too small reward weights on the velocities. :meth:`exact` gives the
     model that agrees with MuJoCo. Worse models are one argument away (``force_gain=-1.0`` pushes to the wrong side).
 
-    The matrix D in the paper's appendix is misprinted: its units do not match. This model has the rigid-body dynamics of a cart
-    with a uniform rod, see :func:`sb3_mpg_envs.inverted_pendulum.dynamics.accelerations`.
+    The matrix D in the paper's appendix is misprinted: its units do not match. This model has the rigid-body dynamics of a
+    cart with a uniform rod, see :func:`sb3_mpg_envs.inverted_pendulum.dynamics.accelerations`.
 
     Actions are not clipped to the action space, as the environment does: the policy is bounded anyway, and clipping would
     remove its gradient at the border.
@@ -44,7 +45,7 @@ class InvertedPendulumModel(PriorModel):
 
     def __init__(
         self,
-        parameters: PendulumParameters = PendulumParameters(),
+        parameters: PendulumParameters = PAPER_PENDULUM,
         joint_damping: float = 0.0,
         integrator: Integrator = "euler",
         n_substeps: int = 1,
@@ -77,7 +78,7 @@ class InvertedPendulumModel(PriorModel):
     @classmethod
     def exact(
         cls,
-        parameters: PendulumParameters = PendulumParameters(),
+        parameters: PendulumParameters = PAPER_PENDULUM,
         terminates: bool = False,
         early_reset_penalty: float = 0.0,
     ) -> "InvertedPendulumModel":

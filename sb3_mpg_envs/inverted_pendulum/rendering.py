@@ -1,5 +1,7 @@
 """Pictures of the inverted pendulum task, drawn by MuJoCo."""
 
+import os
+import sys
 from typing import Any
 
 import mujoco
@@ -33,11 +35,16 @@ class InvertedPendulumRenderer:
         except Exception as error:
             # What MuJoCo raises without OpenGL depends on the backend, down to AttributeError
             raise RuntimeError(
-                "MuJoCo cannot draw on this machine. Without a display, render_mode='rgb_array' needs the environment variable "
-                "MUJOCO_GL=egl (graphics card) or MUJOCO_GL=osmesa (library libosmesa6), set before MuJoCo is imported"
+                f"MuJoCo cannot draw on this machine ({error}). Without a display, use render_mode='rgb_array' and set the "
+                "environment variable MUJOCO_GL=egl (graphics card) or MUJOCO_GL=osmesa (library libosmesa6) before MuJoCo "
+                "is imported"
             ) from error
 
     def _launch_viewer(self) -> Any:
+        # The viewer does not raise without a display, it ends the process
+        if sys.platform.startswith("linux") and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+            raise RuntimeError("render_mode='human' needs a display, and neither DISPLAY nor WAYLAND_DISPLAY is set")
+
         import mujoco.viewer
 
         viewer = mujoco.viewer.launch_passive(self.model, self.data, show_left_ui=False, show_right_ui=False)

@@ -8,7 +8,7 @@ from gymnasium import spaces
 from mujoco.rollout import Rollout
 
 from sb3_mpg_envs.inverted_pendulum import dynamics
-from sb3_mpg_envs.inverted_pendulum.dynamics import PendulumParameters, PendulumState
+from sb3_mpg_envs.inverted_pendulum.dynamics import PAPER_PENDULUM, PendulumParameters, PendulumState
 from sb3_mpg_envs.inverted_pendulum.model import InvertedPendulumModel
 from sb3_mpg_envs.simulator import RENDER_MODES, BatchSimulator, Renderer
 
@@ -35,7 +35,7 @@ class InvertedPendulumSimulator(BatchSimulator):
         self,
         num_agents: int,
         *,
-        parameters: PendulumParameters = PendulumParameters(),
+        parameters: PendulumParameters = PAPER_PENDULUM,
         early_reset: bool = True,
         early_reset_terminates: bool = False,
         early_reset_penalty: float = 50.0,

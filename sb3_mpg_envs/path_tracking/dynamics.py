@@ -61,6 +61,9 @@ class VehicleParameters:
     yaw_inertia: float = 2420.0
 
 
+PAPER_VEHICLE = VehicleParameters()
+
+
 class TrackingState(NamedTuple):
     """
     A vehicle on its path, in the order of the observation.

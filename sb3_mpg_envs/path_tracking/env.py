@@ -1,6 +1,6 @@
 """The path tracking task as a Gymnasium environment."""
 
-from sb3_mpg_envs.path_tracking.dynamics import VehicleParameters
+from sb3_mpg_envs.path_tracking.dynamics import PAPER_VEHICLE, VehicleParameters
 from sb3_mpg_envs.path_tracking.simulator import PathTrackingSimulator
 from sb3_mpg_envs.simulator import SimulatorEnv
 
@@ -72,8 +72,8 @@ class PathTrackingEnv(SimulatorEnv):
 
     The value behind a truncation is to be bootstrapped. With `early_reset_terminates=True` an early reset *terminates*
     the episode instead. All rewards are negative, so that a free way out would teach the agent to leave the road; therefore
-    `early_reset_penalty` is subtracted from the last reward. Its default, 100, is the discounted cost (γ = 0.98) of 2 per
-    step forever: more than what any reasonable driving costs.
+    `early_reset_penalty` is subtracted from the last reward. Its default, 100, is the discounted cost
+    (discount factor 0.98) of 2 per step forever: more than what any reasonable driving costs.
 
     ## Models
 
@@ -109,7 +109,7 @@ class PathTrackingEnv(SimulatorEnv):
         self,
         render_mode: str | None = None,
         *,
-        vehicle: VehicleParameters = VehicleParameters(),
+        vehicle: VehicleParameters = PAPER_VEHICLE,
         early_reset: bool = True,
         early_reset_terminates: bool = False,
         early_reset_penalty: float = 100.0,

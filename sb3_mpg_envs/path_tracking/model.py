@@ -7,6 +7,7 @@ from sb3_mpg_envs.path_tracking.dynamics import (
     N_SUBSTEPS,
     Reference,
     TrackingState,
+    PAPER_VEHICLE,
     VehicleParameters,
     is_off_path,
     tracking_reward,
@@ -38,7 +39,7 @@ class PathTrackingModel(PriorModel):
 
     def __init__(
         self,
-        vehicle: VehicleParameters = VehicleParameters(),
+        vehicle: VehicleParameters = PAPER_VEHICLE,
         n_substeps: int = 1,
         reference: Reference = "straight",
         lateral_bias: float = 0.5,
@@ -64,7 +65,7 @@ class PathTrackingModel(PriorModel):
     @classmethod
     def exact(
         cls,
-        vehicle: VehicleParameters = VehicleParameters(),
+        vehicle: VehicleParameters = PAPER_VEHICLE,
         terminates: bool = False,
         early_reset_penalty: float = 0.0,
     ) -> "PathTrackingModel":

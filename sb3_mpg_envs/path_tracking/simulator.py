@@ -4,7 +4,7 @@ import numpy as np
 from gymnasium import spaces
 
 from sb3_mpg_envs.path_tracking import dynamics
-from sb3_mpg_envs.path_tracking.dynamics import TrackingState, VehicleParameters
+from sb3_mpg_envs.path_tracking.dynamics import PAPER_VEHICLE, TrackingState, VehicleParameters
 from sb3_mpg_envs.path_tracking.model import PathTrackingModel
 from sb3_mpg_envs.simulator import BatchSimulator, Renderer
 
@@ -28,7 +28,7 @@ class PathTrackingSimulator(BatchSimulator):
         self,
         num_agents: int,
         *,
-        vehicle: VehicleParameters = VehicleParameters(),
+        vehicle: VehicleParameters = PAPER_VEHICLE,
         early_reset: bool = True,
         early_reset_terminates: bool = False,
         early_reset_penalty: float = 100.0,

@@ -1,0 +1,132 @@
+"""
+How fast the environments are, on one core.
+
+Run it with ``python benchmarks/simulators.py``. It prints a table and writes ``benchmarks/results/simulators.csv``.
+Rates are per second of processor time, so that other programs on the machine disturb them less.
+"""
+
+import csv
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+# Before NumPy is imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import gymnasium as gym
+import mujoco
+import numpy as np
+import stable_baselines3
+
+import sb3_mpg_envs  # noqa: F401
+from sb3_mpg_envs.inverted_pendulum import InvertedPendulumContiVecEnv
+from sb3_mpg_envs.path_tracking import PathTrackingVecEnv
+
+NUM_AGENTS = 512
+N_REPEATS = 7
+SECONDS_PER_REPEAT = 0.7
+RESULTS = Path(__file__).parent / "results" / "simulators.csv"
+TASKS = {"PathTracking-v0": PathTrackingVecEnv, "InvertedPendulumConti-v0": InvertedPendulumContiVecEnv}
+
+
+def cpu_model() -> str:
+    """Name of the processor."""
+    cpu_info = Path("/proc/cpuinfo")
+    if cpu_info.exists():
+        for line in cpu_info.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def use_one_core() -> None:
+    """Pin this process, where the operating system can do it."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+
+
+def steps_per_second(step: Callable[[], object], steps_per_call: int) -> tuple[float, float]:
+    """
+    :param step: what to time
+    :param steps_per_call: number of agents that it steps
+    :return: best and median of the repeats, in agent-steps per second of processor time
+    """
+    step()
+    rates = []
+    for _ in range(N_REPEATS):
+        n_calls, start = 0, time.process_time()
+        while (elapsed := time.process_time() - start) < SECONDS_PER_REPEAT:
+            step()
+            n_calls += 1
+        rates.append(n_calls * steps_per_call / elapsed)
+    return max(rates), statistics.median(rates)
+
+
+def time_task(env_id: str) -> dict[str, tuple[float, float]]:
+    """
+    :param env_id: which task
+    :return: best and median rate of each way to step it
+    """
+    rng = np.random.default_rng(0)
+    # Small actions and centred starts: few early resets, as with a trained policy
+    venv = TASKS[env_id](NUM_AGENTS, start_width=0.5)
+    venv.seed(0)
+    venv.reset()
+    space = venv.simulator.action_space
+    actions = 0.05 * rng.uniform(space.low, space.high, (NUM_AGENTS, *space.shape))
+
+    simulator = venv.simulator.make_simulator(NUM_AGENTS)
+    simulator.seed(0)
+    simulator.reset()
+
+    env = gym.make(env_id, start_width=0.5)
+    env.reset(seed=0)
+
+    def step_env() -> None:
+        _, _, terminated, truncated, _ = env.step(actions[0])
+        if terminated or truncated:
+            env.reset()
+
+    return {
+        "simulator": steps_per_second(lambda: simulator.step(actions), NUM_AGENTS),
+        "Stable-Baselines3 VecEnv": steps_per_second(lambda: venv.step(actions), NUM_AGENTS),
+        "gymnasium.make": steps_per_second(step_env, 1),
+    }
+
+
+def main() -> None:
+    """Time everything and write the table."""
+    use_one_core()
+    machine = {
+        "cpu": cpu_model(),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "mujoco": mujoco.__version__,
+        "gymnasium": gym.__version__,
+        "stable_baselines3": stable_baselines3.__version__,
+    }
+    rows: list[dict[str, object]] = []
+    for env_id in TASKS:
+        for interface, (best, median) in time_task(env_id).items():
+            n_agents = 1 if interface == "gymnasium.make" else NUM_AGENTS
+            print(f"{env_id:26} {interface:26} {n_agents:4} agents: best {best:12,.0f}, median {median:12,.0f} agent-steps/s")
+            result = {
+                "env": env_id,
+                "interface": interface,
+                "n_agents": n_agents,
+                "best": round(best),
+                "median": round(median),
+            }
+            rows.append({**result, **machine})
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    with RESULTS.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

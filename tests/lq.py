@@ -85,6 +85,10 @@ def random_problem(n_states: int = 3, n_actions: int = 2, seed: int = 0):
     return a, b, positive(n_states), positive(n_actions), k, critic
 
 
+# Beyond it the first state terminates, where that is asked for
+LIMIT = 0.5
+
+
 class LinearEnv(gym.Env):
     """A stable linear system, with a prior model and a simulator: the smallest environment that everything runs on."""
 
@@ -113,7 +117,7 @@ class LinearEnv(gym.Env):
     def step(self, action):
         reward = -float(self.state @ self.state + 0.1 * action @ action)
         self.state = self.a @ self.state + self.b @ action + self.noise * self.np_random.normal(size=2)
-        terminated = bool(self.terminates and abs(self.state[0]) > 1.5)
+        terminated = bool(self.terminates and abs(self.state[0]) > LIMIT)
         return self.state.astype(self.dtype), reward, terminated, False, {}
 
 
@@ -131,5 +135,5 @@ class LinearSimulator:
     def step(self, actions):
         rewards = -((self.states**2).sum(1) + 0.1 * (actions**2).sum(1))
         self.states = self.states @ self.env.a.T + actions @ self.env.b.T
-        terminated = self.env.terminates & (np.abs(self.states[:, 0]) > 1.5)
+        terminated = self.env.terminates & (np.abs(self.states[:, 0]) > LIMIT)
         return self.states.astype(np.float32), rewards, terminated, np.zeros(self.num_agents, dtype=bool)

@@ -156,6 +156,9 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
     def _setup_model(self) -> None:
         if self.env is not None:
             self._setup_rollout_model()
+        if self.replay_buffer_class is NStepReplayBuffer and self.n_steps > 1:
+            # Loaded: SB3 saved its own choice of the class, and would take it for the user's
+            self.replay_buffer_class = None
         super()._setup_model()
         if self.action_noise is None and self.exploration_noise > 0:
             n_actions = self.action_space.shape[0]  # type: ignore[index]

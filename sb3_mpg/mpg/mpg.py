@@ -171,7 +171,8 @@ class MPG(OffPolicyModelAlgorithm):
         self.differentiate = differentiate
         self.batch_reuse = batch_reuse
         self.policy_delay = policy_delay
-        self.policy_kwargs.setdefault("n_critics", self.value_target.n_critics)
+        # A copy: the caller's dictionary is theirs
+        self.policy_kwargs = {"n_critics": self.value_target.n_critics, **self.policy_kwargs}
         self._batch: TrainingBatch | None = None
         self._batch_uses = 0
 

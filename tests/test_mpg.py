@@ -1,0 +1,382 @@
+import copy
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from lq import LinearEnv
+from stable_baselines3 import TD3
+from stable_baselines3.common.callbacks import CheckpointCallback, EvalCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
+
+import sb3_mpg_envs  # noqa: F401
+from sb3_mpg import MPG, NStepADP, NStepDPG, PriorModel
+from sb3_mpg.common.torch_layers import ObservationScaler
+
+SMALL = {"policy_kwargs": {"net_arch": [16]}, "learning_starts": 40, "batch_size": 32, "seed": 0, "buffer_size": 2000}
+ALGORITHMS = {
+    "v1": (MPG, {"value_target": "n_step_simulator", "value_target_kwargs": {"n_steps": 4}, "batch_reuse": 2, "horizons": (0, 3)}),
+    "v2": (MPG, {"horizons": (0, 2, 5)}),
+    "replay": (MPG, {"horizons": (3,), "weighting": "constant", "value_target": "n_step_replay"}),
+    "geometric": (MPG, {"horizons": (0, 1, 3), "weighting": "geometric", "differentiate": "all_actions"}),
+    "ndpg": (NStepDPG, {"n_steps": 3}),
+    "nadp": (NStepADP, {"n_steps": 3}),
+}
+
+
+@pytest.mark.parametrize("env_id", ["PathTracking-v0", "InvertedPendulumConti-v0"])
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_run_save_load(name, env_id, tmp_path):
+    cls, kwargs = ALGORITHMS[name]
+    model = cls("MlpPolicy", env_id, **SMALL, **kwargs)
+    initial = copy.deepcopy(model.policy.state_dict())
+    model.learn(80, log_interval=1)
+    assert model._n_updates == 40
+    assert any(not th.equal(initial[key], value) for key, value in model.policy.state_dict().items() if "actor" in key)
+    observations = np.stack([model.observation_space.sample() for _ in range(3)])
+    model.save(tmp_path / "model.zip")
+    loaded = cls.load(tmp_path / "model.zip")
+    np.testing.assert_array_equal(model.predict(observations)[0], loaded.predict(observations)[0])
+    for key, value in model.policy.state_dict().items():
+        th.testing.assert_close(value, loaded.policy.state_dict()[key], rtol=0, atol=0)
+    loaded.set_env(model.get_env())
+    loaded.learn(20, reset_num_timesteps=False)
+    assert loaded._n_updates == 60
+
+
+def test_log_values():
+    model = MPG("MlpPolicy", LinearEnv(), horizons=(0, 4), max_grad_norm=1e-3, **SMALL).learn(44)
+    log = model.logger.name_to_value
+    for key in (
+        "train/critic_loss",
+        "train/actor_loss",
+        "train/learning_rate",
+        "train/critic_learning_rate",
+        "horizons/weight_0",
+        "horizons/weight_4",
+        "horizons/return_4",
+        "train/actor_grad_norm",
+        "train/critic_grad_norm",
+        "train/n_updates",
+    ):
+        assert np.isfinite(log[key]), key
+    assert log["train/skipped_updates"] == 0
+    assert log["train/updates_per_step"] == pytest.approx(4 / 44)
+    assert log["train/actor_grad_norm"] > log["train/actor_grad_norm_clipped"] == pytest.approx(1e-3)
+    assert log["train/critic_grad_norm_clipped"] == pytest.approx(1e-3)
+
+
+def test_linear_decay_of_both_learning_rates():
+    model = MPG("MlpPolicy", LinearEnv(), horizons=(0, 1), **SMALL)
+    assert model.actor.optimizer.param_groups[0]["lr"] == 3e-4
+    model.learn(100)
+    for progress, fraction in ((1.0, 0.0), (0.5, 0.5), (0.0, 1.0)):
+        assert model.lr_schedule(progress) == pytest.approx(3e-4 + fraction * (3e-6 - 3e-4))
+        assert model.critic_lr_schedule(progress) == pytest.approx(8e-4 + fraction * (8e-6 - 8e-4))
+    assert model.actor.optimizer.param_groups[0]["lr"] == pytest.approx(3e-6)
+    assert model.critic.optimizer.param_groups[0]["lr"] == pytest.approx(8e-6)
+
+
+@pytest.mark.parametrize("vec_env_cls", [DummyVecEnv, SubprocVecEnv])
+def test_many_environments_and_callbacks(vec_env_cls, tmp_path):
+    # The module in the id lets worker processes find the environment
+    env = make_vec_env("sb3_mpg_envs:PathTracking-v0", 3, seed=1, vec_env_cls=vec_env_cls)
+    eval_env = make_vec_env("sb3_mpg_envs:PathTracking-v0", 1, vec_env_cls=vec_env_cls)
+    callbacks = [
+        EvalCallback(eval_env, n_eval_episodes=1, eval_freq=20, verbose=0),
+        CheckpointCallback(20, str(tmp_path)),
+    ]
+    model = MPG("MlpPolicy", env, gradient_steps=2, **SMALL)
+    model.learn(120, callback=callbacks)
+    assert len(list(tmp_path.glob("*.zip"))) == 2
+    assert model._n_updates == 2 * 27
+    assert model.logger.name_to_value["train/updates_per_step"] == pytest.approx(54 / 120)
+    env.close()
+    eval_env.close()
+
+
+def test_horizon_zero_is_the_actor_loss_of_td3():
+    env = LinearEnv()
+    model = MPG("MlpPolicy", env, horizons=(0,), weighting="constant", **SMALL)
+    td3 = TD3("MlpPolicy", env, policy_kwargs={"net_arch": [16], "activation_fn": th.nn.ELU}, seed=3)
+    model.actor.load_state_dict(td3.actor.state_dict(), strict=False)
+    model.critic.load_state_dict(td3.critic.state_dict(), strict=False)
+    observations = th.randn(32, 2)
+    loss = -td3.critic.q1_forward(observations, td3.actor(observations)).mean()
+    loss.backward()
+    expected = -th.cat([parameter.grad.flatten() for parameter in td3.actor.parameters()])
+    th.testing.assert_close(model.policy_gradient(observations, 0), expected)
+
+
+def test_policy_gradient_is_that_of_the_update():
+    """What `train` applies is the weighted sum of what `policy_gradient` returns."""
+    model = MPG("MlpPolicy", LinearEnv(), horizons=(0, 2, 6), max_grad_norm=None, policy_delay=1, **SMALL).learn(50)
+    units = model._units()
+    batch = model._sample_batch(32, units)
+    n_updates = 4400
+    result = model.compute_gradients(batch, n_updates, units)
+    weights = model.weighting_rule(n_updates)
+    assert min(weights.values()) > 0.01
+    expected = sum(w * model.policy_gradient(batch.observations, horizon) for horizon, w in weights.items())
+    th.testing.assert_close(-th.cat([gradient.flatten() for gradient in result.actor]), expected, rtol=1e-4, atol=1e-7)
+
+
+class ShapedEnv(LinearEnv):
+    """The linear system in other shapes and dtypes of observations."""
+
+    def __init__(self, shape, dtype):
+        super().__init__()
+        self.dtype, self.shape = dtype, shape
+        self.observation_space = spaces.Box(-np.inf, np.inf, shape, dtype)
+
+    def prior_model(self):
+        shape, linear = self.shape, LinearEnv().prior_model()
+
+        class Shaped(PriorModel):
+            def transition(self, states, actions):
+                return linear.transition(states, actions)
+
+            def reward(self, states, actions, next_states):
+                return linear.reward(states, actions, next_states)
+
+            def observation(self, states):
+                return states.reshape(-1, *shape)
+
+            def state_from_observation(self, observations):
+                return observations.flatten(1)
+
+        return Shaped()
+
+    def reset(self, **kwargs):
+        obs, info = super().reset(**kwargs)
+        return obs.reshape(self.shape), info
+
+    def step(self, action):
+        obs, *rest = super().step(action)
+        return obs.reshape(self.shape), *rest
+
+
+@pytest.mark.parametrize("shape", [(2,), (1, 2), (2, 1)])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_critic_has_a_slope_in_the_state(shape, dtype):
+    """SB3's q1_forward loses dQ/ds for all but flat float32 observations; the rollout's gradient must not."""
+    model = MPG("MlpPolicy", ShapedEnv(shape, dtype), horizons=(0, 2), **SMALL).learn(50)
+    observations = th.as_tensor(model.replay_buffer.observations[:8, 0]).float().requires_grad_()
+    slope = th.autograd.grad(model._q1(observations, th.zeros(8, 1)).sum(), observations)[0]
+    assert slope.shape == (8, *shape)
+    assert (slope != 0).all()
+    flat = MPG("MlpPolicy", LinearEnv(), horizons=(0, 2), **SMALL)
+    flat.policy.load_state_dict(model.policy.state_dict())
+    expected = flat.policy_gradient(observations.detach().reshape(8, 2), 2)
+    th.testing.assert_close(model.policy_gradient(observations.detach(), 2), expected)
+
+
+def test_gradient_under_vec_normalize_equals_that_by_hand_in_raw_units():
+    env = VecNormalize(DummyVecEnv([lambda: LinearEnv(noise=0.1)]))
+    model = MPG("MlpPolicy", env, horizons=(0, 5), reward_scale=0.7, **SMALL).learn(150)
+    mean, std = env.obs_rms.mean, np.sqrt(env.obs_rms.var + env.epsilon)
+    reward_std = np.sqrt(env.ret_rms.var + env.epsilon)
+    assert abs(std - 1).max() > 0.05
+    assert abs(reward_std - 1) > 0.05
+    observations = model.replay_buffer.observations[:16, 0].astype(np.float32)
+    n = 5
+
+    # A rollout in raw units, written out, with everything the wrapper does done by hand
+    linear = LinearEnv()
+    a, b = th.as_tensor(linear.a).float(), th.as_tensor(linear.b).float()
+    frozen = copy.deepcopy(model.actor)
+
+    def inputs(states):
+        return (states - th.as_tensor(mean).float()) / th.as_tensor(std).float()
+
+    states, total = th.as_tensor(observations), 0.0
+    actions = model.actor(inputs(states))
+    for step in range(n):
+        raw_actions = 2.0 * actions
+        reward = -((states**2).sum(1) + 0.1 * (raw_actions**2).sum(1))
+        total = total + model.gamma**step * 0.7 * reward / float(reward_std)
+        states = states @ a.T + raw_actions @ b.T
+        actions = frozen(inputs(states))
+    q1 = model.critic(inputs(states), actions)[0].squeeze(1)
+    gradients = th.autograd.grad((total + model.gamma**n * q1).mean(), list(model.actor.parameters()))
+    expected = th.cat([gradient.flatten() for gradient in gradients])
+    th.testing.assert_close(model.policy_gradient(observations, n), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["v1", "v2", "ndpg"])
+@pytest.mark.parametrize("env_id", ["PathTracking-v0", "InvertedPendulumConti-v0"])
+def test_continuing_equals_not_stopping(name, env_id, tmp_path):
+    """Bit-identical parameters after saving and loading in the middle, with the environment seeded anew at the cut."""
+    cls, kwargs = ALGORITHMS[name]
+
+    def first_half():
+        return cls("MlpPolicy", make_vec_env(env_id, 2, seed=0), **SMALL, **kwargs).learn(121)
+
+    def second_half(model):
+        model.env.seed(7)
+        model._last_obs = None
+        return model.learn(121, reset_num_timesteps=False)
+
+    uninterrupted = first_half()
+    th.manual_seed(11)  # what happens in between does not matter ...
+    uninterrupted.save(tmp_path / "model.zip")
+    uninterrupted.save_replay_buffer(tmp_path / "buffer.pkl")
+    uninterrupted = second_half(uninterrupted)
+
+    np.random.seed(99)
+    th.rand(100)
+    resumed = cls.load(tmp_path / "model.zip", env=make_vec_env(env_id, 2, seed=123))
+    resumed.load_replay_buffer(tmp_path / "buffer.pkl")
+    resumed = second_half(resumed)
+
+    assert resumed._n_updates == uninterrupted._n_updates > 80
+    for (key, expected), value in zip(
+        uninterrupted.policy.state_dict().items(), resumed.policy.state_dict().values(), strict=True
+    ):
+        assert th.equal(expected, value), key
+    for optimizer in ("actor", "critic"):
+        expected = getattr(uninterrupted, optimizer).optimizer.state_dict()
+        value = getattr(resumed, optimizer).optimizer.state_dict()
+        assert str(expected) == str(value)
+
+
+def test_same_seed_same_result():
+    runs = [MPG("MlpPolicy", "PathTracking-v0", **SMALL).learn(70) for _ in range(2)]
+    for first, second in zip(*(run.policy.parameters() for run in runs), strict=True):
+        assert th.equal(first, second)
+
+
+def test_prior_model_can_be_given_in_every_way():
+    instance = LinearEnv().prior_model()
+    for prior_model, kwargs in (
+        (instance, None),
+        (type("Fixed", (PriorModel,), dict(transition=lambda self, s, a: s + a, reward=lambda self, s, a, n: -a**2)), None),
+        (lambda bias: LinearEnv().prior_model(bias), {"bias": 0.1}),
+        ("auto", {"bias": 0.1}),
+        ("lq:LinearEnv.prior_model", None),
+        ("sb3_mpg_envs.path_tracking.model:PathTrackingModel", {"steering_gain": -1.0}),
+    ):
+        env = "PathTracking-v0" if "PathTracking" in str(prior_model) else LinearEnv()
+        if prior_model == "lq:LinearEnv.prior_model":
+            with pytest.raises(ValueError, match="has no 'LinearEnv.prior_model'"):
+                MPG("MlpPolicy", env, prior_model=prior_model, **SMALL)
+            continue
+        model = MPG("MlpPolicy", env, prior_model=prior_model, prior_model_kwargs=kwargs, **SMALL)
+        assert isinstance(model.rollout_model, PriorModel)
+    assert model.rollout_model.steering_gain == -1.0
+
+
+def test_load_with_another_prior_model(tmp_path):
+    MPG("MlpPolicy", LinearEnv(), **SMALL).save(tmp_path / "model.zip")
+    other = LinearEnv().prior_model(0.5)
+    loaded = MPG.load(tmp_path / "model.zip", env=LinearEnv(), prior_model=other)
+    assert loaded.rollout_model is other
+
+
+def test_load_without_environment_predicts_and_then_asks_for_one(tmp_path):
+    MPG("MlpPolicy", LinearEnv(), **SMALL).learn(50).save(tmp_path / "model.zip")
+    loaded = MPG.load(tmp_path / "model.zip")
+    assert loaded.predict(np.zeros(2, dtype=np.float32))[0].shape == (1,)
+    loaded.set_env(DummyVecEnv([LinearEnv]))
+    loaded.learn(20)
+
+
+def test_load_with_another_number_of_environments(tmp_path):
+    MPG("MlpPolicy", make_vec_env(LinearEnv, 2), **SMALL).learn(80).save(tmp_path / "model.zip")
+    loaded = MPG.load(tmp_path / "model.zip", env=make_vec_env(LinearEnv, 3))
+    loaded.learn(90)
+    assert loaded.action_noise().shape == (3, 1)
+
+
+class TestObservationScaler:
+    space = spaces.Box(-np.inf, np.inf, (3,), np.float32)
+
+    def test_given_factors(self):
+        scaler = ObservationScaler(self.space, [1.0, 2.0, 0.5])
+        scaler.fit(100 * th.randn(50, 3))
+        th.testing.assert_close(scaler(th.ones(2, 3)), th.tensor([[1.0, 2.0, 0.5]] * 2))
+
+    def test_auto_shrinks_and_never_stretches(self):
+        scaler = ObservationScaler(self.space)
+        observations = th.randn(1000, 3) * th.tensor([100.0, 1e-3, 0.5]) + th.tensor([300.0, 1.0, 0.0])
+        scaler.fit(observations)
+        features = scaler(observations)
+        assert features[:, 0].std().item() == pytest.approx(1, rel=0.01)
+        assert features[:, 0].mean().abs() < 1e-3
+        th.testing.assert_close(features[:, 1:], observations[:, 1:])
+
+    def test_every_network_gets_the_same_fit_and_keeps_it(self, tmp_path):
+        model = MPG("MlpPolicy", "PathTracking-v0", **SMALL).learn(50)
+        scalers = [module for module in model.policy.modules() if isinstance(module, ObservationScaler)]
+        assert len(scalers) == 4
+        for scaler in scalers:
+            assert scaler.scale[5] < 0.1
+            assert th.equal(scaler.scale, scalers[0].scale)
+        before = scalers[0].scale.clone()
+        model.learn(20, reset_num_timesteps=False)
+        assert th.equal(before, scalers[0].scale)
+        model.save(tmp_path / "model.zip")
+        assert th.equal(MPG.load(tmp_path / "model.zip").actor.features_extractor.scale, before)
+
+    def test_wrong_number_of_factors(self):
+        with pytest.raises(ValueError, match="each of the 3 elements"):
+            ObservationScaler(self.space, [1.0])
+        with pytest.raises(ValueError, match="must be 'auto'"):
+            ObservationScaler(self.space, "big")
+
+
+class Breaks(PriorModel):
+    """A model that is fine for one step and overflows in the next."""
+
+    def transition(self, states, actions):
+        return 1e10 * states + actions
+
+    def reward(self, states, actions, next_states):
+        return -(next_states**2).sum(1, keepdim=True)
+
+
+def test_non_finite_gradients_are_skipped_counted_and_explained():
+    model = MPG("MlpPolicy", LinearEnv(), prior_model=Breaks, horizons=(0, 5), max_skipped_updates=3, **SMALL)
+    before = copy.deepcopy(model.policy.state_dict())
+    with pytest.raises(FloatingPointError, match="horizon 5.*model step 1") as error:
+        model.learn(200)
+    assert "4 updates in a row" in str(error.value)
+    assert "horizon 0" not in str(error.value)
+    assert model.n_skipped_updates == 4
+    for parameter in model.policy.parameters():
+        assert th.isfinite(parameter).all()
+    for key, value in model.actor.state_dict().items():
+        if "features_extractor" not in key:
+            assert th.equal(value, before[f"actor.{key}"])
+
+
+def test_a_single_bad_update_is_passed_over():
+    model = MPG("MlpPolicy", LinearEnv(), horizons=(0, 2), policy_delay=1, **SMALL).learn(45)
+    units = model._units()
+    batch = model._sample_batch(32, units)
+    result = model.compute_gradients(batch, 1, units)
+    result.actor[0][0] = float("nan")
+    before = [parameter.clone() for parameter in model.policy.parameters()]
+    assert not model.apply_gradients(result)
+    assert all(th.equal(a, b) for a, b in zip(before, model.policy.parameters(), strict=True))
+    assert model.n_skipped_updates == 1
+    assert model.apply_gradients(model.compute_gradients(batch, 1, units))
+    assert model._n_skipped_in_a_row == 0
+
+
+@pytest.mark.expensive
+def test_learns_the_linear_system():
+    env = gym.wrappers.TimeLimit(LinearEnv(), 50)
+    model = MPG("MlpPolicy", env, policy_kwargs={"net_arch": [32]}, learning_starts=200, seed=0, horizons=(0, 10)).learn(1500)
+    costs = {}
+    for name in ("trained", "zero"):
+        obs, _ = env.reset(seed=5)
+        costs[name], done = 0.0, False
+        while not done:
+            action = model.predict(obs, deterministic=True)[0] if name == "trained" else np.zeros(1)
+            obs, reward, terminated, truncated, _ = env.step(action)
+            costs[name] += reward
+            done = terminated or truncated
+    assert costs["trained"] > 0.8 * costs["zero"]

@@ -4,6 +4,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
+import torch as th
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_mpg.common.models.base import PriorModel
@@ -68,7 +69,7 @@ def make_prior_model(prior_model: PriorModelLike, env: VecEnv, prior_model_kwarg
         model = env.env_method("prior_model", indices=[0], **kwargs)[0]
     elif isinstance(prior_model, str):
         model = import_from_path(prior_model)(**kwargs)
-    elif callable(prior_model):
+    elif callable(prior_model) and not isinstance(prior_model, th.nn.Module):
         model = prior_model(**kwargs)
     else:
         model = prior_model

@@ -1,0 +1,104 @@
+"""
+Train one agent with the papers' settings, evaluate it, save it, and draw what it does.
+
+    python benchmarks/train.py --algo mpg --env PathTracking-v0
+"""
+
+import argparse
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch as th
+from settings import TASKS, Task, evaluate, make_model, make_vec_env
+
+from sb3_mpg_envs.path_tracking.dynamics import path_reference
+
+ALGORITHM_NAMES = {"mpg": "mpg_v2", "mpg_v1": "mpg_v1", "ndpg": "n_step_dpg", "nadp": "n_step_adp"}
+
+
+def draw_path_tracking(observations: np.ndarray, returns: np.ndarray, path: Path) -> None:
+    """
+    :param observations: ``(steps + 1, n_starts, 6)``
+    :param returns: ``(n_starts,)``
+    :param path: picture to write
+    """
+    order = np.argsort(returns)
+    shown = {"worst": order[0], "median": order[len(order) // 2], "best": order[-1]}
+    figure, (top, middle, bottom) = plt.subplots(3, 1, figsize=(11, 9), height_ratios=(2, 1, 1), layout="constrained")
+    seconds = 0.1 * np.arange(len(observations))
+    span = np.zeros(2)
+    for (name, index), colour in zip(shown.items(), ("tab:red", "tab:orange", "tab:green"), strict=True):
+        x = np.unwrap(observations[:, index, 5], period=1200)
+        span = np.array([min(span[0] or x[0], x[0]), max(span[1], x[-1])])
+        lateral_error = observations[:, index, 3]
+        label = f"{name} of {len(returns)} starts, return {returns[index]:.1f}"
+        top.plot(x, path_reference(x, "path", np)[0] + lateral_error, color=colour, lw=2, label=label)
+        top.plot(x[0], path_reference(x[:1], "path", np)[0] + lateral_error[0], "o", color=colour)
+        middle.plot(seconds, lateral_error, color=colour)
+        bottom.plot(seconds, observations[:, index, 0], color=colour)
+    x = np.linspace(*span, 1000)
+    top.plot(x, path_reference(x, "path", np)[0], "k--", lw=1, label="reference path")
+    top.set(xlabel="x [m]", ylabel="y [m]", title="Driven path")
+    top.legend()
+    middle.set(ylabel="lateral error [m]", xlabel="time [s]")
+    bottom.set(ylabel="speed error [m/s]", xlabel="time [s]")
+    for axes in (top, middle, bottom):
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=100)
+
+
+def draw_pendulum(observations: np.ndarray, returns: np.ndarray, path: Path) -> None:
+    """
+    :param observations: ``(steps + 1, n_starts, 4)``
+    :param returns: ``(n_starts,)``
+    :param path: picture to write
+    """
+    figure, axes = plt.subplots(4, 1, figsize=(9, 9), sharex=True, layout="constrained")
+    labels = ("cart position [m]", "pole angle [rad]", "cart velocity [m/s]", "pole velocity [rad/s]")
+    for index, (ax, label) in enumerate(zip(axes, labels, strict=True)):
+        ax.plot(0.04 * np.arange(len(observations)), observations[:, :, index], lw=1)
+        ax.set(ylabel=label)
+        ax.grid(alpha=0.3)
+    axes[0].set(title=f"{len(returns)} starts, mean return {returns.mean():.3g}")
+    axes[-1].set(xlabel="time [s]")
+    figure.savefig(path, dpi=100)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--algo", choices=ALGORITHM_NAMES, default="mpg")
+    parser.add_argument("--env", choices=[task.env_id for task in TASKS.values()], default="PathTracking-v0")
+    parser.add_argument("--updates", type=int, default=12_000, help="number of updates")
+    parser.add_argument("--n-envs", type=int, default=64, help="agents that gather data, one step each per update")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="folder to write to; logs/ALGO/ENV_SEED by default")
+    args = parser.parse_args()
+    th.set_num_threads(1)
+
+    task: Task = next(task for task in TASKS.values() if task.env_id == args.env)
+    out = args.out or Path("logs") / args.algo / f"{args.env}_{args.seed}"
+    out.mkdir(parents=True, exist_ok=True)
+    model = make_model(ALGORITHM_NAMES[args.algo], task, make_vec_env(task, args.n_envs), args.seed, verbose=0)
+    print(f"Training {args.algo} on {args.env}: {args.updates} updates, one for {args.n_envs} environment steps", flush=True)
+    try:
+        model.learn(args.updates * args.n_envs + model.learning_starts, progress_bar=True)
+    except KeyboardInterrupt:
+        print(f"\nStopped after {model._n_updates} updates; what was learned so far is evaluated and saved")
+
+    returns, observations = evaluate(model, task)
+    print(
+        f"Evaluation: {len(returns)} starts, {task.steps} steps without noise and resets: "
+        f"mean return {returns.mean():.3g}, standard deviation {returns.std():.2g}, worst {returns.min():.3g}"
+    )
+    model.save(out / "model.zip")
+    draw = draw_path_tracking if args.env == "PathTracking-v0" else draw_pendulum
+    draw(observations, returns, out / "evaluation.png")
+    print(f"Model: {out / 'model.zip'}\nPicture: {out / 'evaluation.png'}")
+
+
+if __name__ == "__main__":
+    main()

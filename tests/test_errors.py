@@ -1,0 +1,143 @@
+"""What bad input gets: one sentence, before the first environment step."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from lq import LinearEnv
+from stable_baselines3.common.buffers import ReplayBuffer
+
+from sb3_mpg import MPG, NStepADP, NStepDPG, PriorModel
+
+
+class NeverStepped(LinearEnv):
+    def step(self, action):
+        raise AssertionError("the error must come before the first environment step")
+
+
+class WithoutModel(gym.Env):
+    observation_space = spaces.Box(-1, 1, (2,), np.float32)
+    action_space = spaces.Box(-1, 1, (1,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        return np.zeros(2, dtype=np.float32), {}
+
+
+def env_with(**space):
+    env = NeverStepped()
+    for name, value in space.items():
+        setattr(env, name, value)
+    return env
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        ({"action_space": spaces.Discrete(3)}, "actions, which must be a one-dimensional Box, got Discrete"),
+        ({"action_space": spaces.Box(-np.inf, np.inf, (1,))}, "bounds of the action space, which must be finite"),
+        ({"action_space": spaces.Box(-1, 1, (1, 2))}, "one-dimensional Box"),
+        ({"observation_space": spaces.Discrete(3)}, "must be a Box of floats, got Discrete"),
+        ({"observation_space": spaces.Dict(a=spaces.Box(-1, 1, (2,)))}, "must be a Box of floats, got Dict"),
+        ({"observation_space": spaces.Box(0, 255, (8, 8, 3), np.uint8)}, "must be a Box of floats"),
+    ],
+)
+def test_spaces(space, message):
+    with pytest.raises(ValueError, match=message):
+        MPG("MlpPolicy", env_with(**space))
+
+
+def test_missing_model_shows_how_to_write_one():
+    with pytest.raises(ValueError, match="environment offers none") as error:
+        MPG("MlpPolicy", WithoutModel())
+    assert "class MyModel(PriorModel)" in str(error.value)
+    # ... and the algorithms that need none do not ask
+    MPG("MlpPolicy", WithoutModel(), horizons=(0,), weighting="constant")
+
+
+@pytest.mark.parametrize(
+    ("prior_model", "error", "message"),
+    [
+        ("somewhere", ValueError, "'auto' or a path 'package.module:Class'"),
+        ("no_such_package.models:Car", ValueError, "no module 'no_such_package'"),
+        ("lq:NoSuchModel", ValueError, "module 'lq' has no 'NoSuchModel'"),
+        (42, TypeError, "must be a PriorModel"),
+        (lambda: None, TypeError, "must be a PriorModel"),
+        (th.nn.Linear(2, 2), TypeError, "must be a PriorModel"),
+    ],
+)
+def test_things_that_are_no_model(prior_model, error, message):
+    with pytest.raises(error, match=message):
+        MPG("MlpPolicy", NeverStepped(), prior_model=prior_model)
+
+
+def test_the_example_of_the_error_message_works():
+    from sb3_mpg.common.models.loading import HOW_TO_WRITE_A_MODEL
+
+    code = HOW_TO_WRITE_A_MODEL.split("torch:\n\n")[1].split("\n\nPass it")[0]
+    namespace: dict = {}
+    exec("\n".join(line[4:] for line in code.splitlines()), namespace)
+    MPG("MlpPolicy", NeverStepped(), prior_model=namespace["MyModel"])
+
+
+def test_arguments_beside_a_finished_model():
+    with pytest.raises(ValueError, match="but `prior_model` is a model"):
+        MPG("MlpPolicy", NeverStepped(), prior_model=LinearEnv().prior_model(), prior_model_kwargs={"bias": 1.0})
+
+
+def model_with(transition=lambda s, a: s + a, reward=lambda s, a, n: -a):
+    class Model(PriorModel):
+        def transition(self, states, actions):
+            return transition(states, actions)
+
+        def reward(self, states, actions, next_states):
+            return reward(states, actions, next_states)
+
+    return Model
+
+
+@pytest.mark.parametrize(
+    ("prior_model", "message"),
+    [
+        (model_with(lambda s, a: s[:, :1]), "transition.*shape"),
+        (model_with(reward=lambda s, a, n: -a[:, 0]), "keepdim=True"),
+        (model_with(lambda s, a: (s + a).double()), "float64"),
+        (model_with(lambda s, a: (s + a).detach()), "gradient|differentiable|detach"),
+        (model_with(reward=lambda s, a, n: a / 0), "finite"),
+        (model_with(lambda s, a: (s + a).to("meta")), "device"),
+    ],
+)
+def test_models_that_break_the_rules(prior_model, message):
+    with pytest.raises((ValueError, TypeError), match=message) as error:
+        MPG("MlpPolicy", NeverStepped(), prior_model=prior_model)
+    assert "Model" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"horizons": ()}, "non-empty sequence"),
+        ({"horizons": (0, -5)}, "0 or more"),
+        ({"horizons": (5, 25)}, "needs horizon 0"),
+        ({"weighting": "magic"}, "Unknown weighting"),
+        ({"value_target": "magic"}, "Unknown value target"),
+        ({"value_target_kwargs": {"n_steps": 0}}, "positive whole number"),
+        ({"differentiate": "some_actions"}, "'first_action' or 'all_actions'"),
+        ({"policy_kwargs": {"share_features_extractor": True}}, "share_features_extractor"),
+        ({"value_target": "n_step_replay", "replay_buffer_class": ReplayBuffer}, "needs an NStepReplayBuffer"),
+    ],
+)
+def test_settings(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        MPG("MlpPolicy", NeverStepped(), **kwargs)
+
+
+@pytest.mark.parametrize("cls", [NStepDPG, NStepADP, lambda *args, **kwargs: MPG(*args, value_target="n_step_simulator", **kwargs)])
+def test_environment_that_cannot_be_put_into_a_state(cls):
+    with pytest.raises(ValueError, match="make_simulator"):
+        cls("MlpPolicy", WithoutModel(), **({} if cls is NStepDPG else {"prior_model": LinearEnv().prior_model()}))
+
+
+def test_horizon_of_the_analysis():
+    with pytest.raises(ValueError, match="0 or more"):
+        MPG("MlpPolicy", NeverStepped()).policy_gradient(np.zeros((1, 2)), -1)

@@ -49,7 +49,15 @@ def quadratic_q(p_ss: th.Tensor, p_sa: th.Tensor, p_aa: th.Tensor):
 
 
 def analytic_gradient(
-    s: np.ndarray, a: np.ndarray, b: np.ndarray, q: np.ndarray, r: np.ndarray, k: np.ndarray, critic, horizon: int, gamma: float
+    s: np.ndarray,
+    a: np.ndarray,
+    b: np.ndarray,
+    q: np.ndarray,
+    r: np.ndarray,
+    k: np.ndarray,
+    critic,
+    horizon: int,
+    gamma: float,
 ) -> np.ndarray:
     """
     The unified gradient of J_n with respect to K (eq. 6), at one state, by matrix algebra: the return as a quadratic form in
@@ -85,7 +93,7 @@ def random_problem(n_states: int = 3, n_actions: int = 2, seed: int = 0):
     return a, b, positive(n_states), positive(n_actions), k, critic
 
 
-# Beyond it the first state terminates, where that is asked for
+# Beyond it an episode ends, where that is asked for
 LIMIT = 0.5
 
 
@@ -95,12 +103,12 @@ class LinearEnv(gym.Env):
     dtype = np.float32
     low, high = -2.0, 2.0
 
-    def __init__(self, noise: float = 0.0, terminates: bool = False):
+    def __init__(self, noise: float = 0.0, ends: str | None = None):
         self.observation_space = spaces.Box(-np.inf, np.inf, (2,), self.dtype)
         self.action_space = spaces.Box(self.low, self.high, (1,), np.float32)
         self.a = np.array([[1.0, 0.1], [-0.1, 0.9]])
         self.b = np.array([[0.0], [0.1]])
-        self.noise, self.terminates = noise, terminates
+        self.noise, self.ends = noise, ends
 
     def prior_model(self, bias: float = 0.0) -> PriorModel:
         tensors = [th.as_tensor(m, dtype=th.float32) for m in (self.a + bias, self.b, np.eye(2), 0.1 * np.eye(1))]
@@ -117,8 +125,15 @@ class LinearEnv(gym.Env):
     def step(self, action):
         reward = -float(self.state @ self.state + 0.1 * action @ action)
         self.state = self.a @ self.state + self.b @ action + self.noise * self.np_random.normal(size=2)
-        terminated = bool(self.terminates and abs(self.state[0]) > LIMIT)
-        return self.state.astype(self.dtype), reward, terminated, False, {}
+        is_outside = bool(abs(self.state[0]) > LIMIT)
+        ends = self.ends
+        return (
+            self.state.astype(self.dtype),
+            reward,
+            is_outside and ends == "terminated",
+            is_outside and ends == "truncated",
+            {},
+        )
 
 
 class LinearSimulator:
@@ -135,5 +150,6 @@ class LinearSimulator:
     def step(self, actions):
         rewards = -((self.states**2).sum(1) + 0.1 * (actions**2).sum(1))
         self.states = self.states @ self.env.a.T + actions @ self.env.b.T
-        terminated = self.env.terminates & (np.abs(self.states[:, 0]) > LIMIT)
-        return self.states.astype(np.float32), rewards, terminated, np.zeros(self.num_agents, dtype=bool)
+        is_outside = np.abs(self.states[:, 0]) > LIMIT
+        ends = self.env.ends
+        return self.states.astype(np.float32), rewards, is_outside & (ends == "terminated"), is_outside & (ends == "truncated")

@@ -132,7 +132,9 @@ def test_settings(kwargs, message):
         MPG("MlpPolicy", NeverStepped(), **kwargs)
 
 
-@pytest.mark.parametrize("cls", [NStepDPG, NStepADP, lambda *args, **kwargs: MPG(*args, value_target="n_step_simulator", **kwargs)])
+@pytest.mark.parametrize(
+    "cls", [NStepDPG, NStepADP, lambda *args, **kwargs: MPG(*args, value_target="n_step_simulator", **kwargs)]
+)
 def test_environment_that_cannot_be_put_into_a_state(cls):
     with pytest.raises(ValueError, match="make_simulator"):
         cls("MlpPolicy", WithoutModel(), **({} if cls is NStepDPG else {"prior_model": LinearEnv().prior_model()}))

@@ -34,7 +34,7 @@ def targets(model, replay_data):
 
 
 def test_clipped_double_q():
-    model = make_model(LinearEnv(noise=0.15, terminates=True), reward_scale=0.3)
+    model = make_model(LinearEnv(noise=0.15, ends="terminated"), reward_scale=0.3)
     data = model.replay_buffer.sample(64)
     assert 0 < data.dones.sum() < 64
     with th.no_grad():
@@ -49,51 +49,59 @@ def test_target_noise_is_clipped():
     data = model.replay_buffer.sample(64)
     with th.no_grad():
         next_actions = model.actor_target(data.next_observations)
-        exact = data.rewards + model.gamma * th.cat(model.critic_target(data.next_observations, next_actions), 1).min(1)[0][:, None]
+        exact = (
+            data.rewards
+            + model.gamma * th.cat(model.critic_target(data.next_observations, next_actions), 1).min(1)[0][:, None]
+        )
     difference = (targets(model, data) - exact).abs()
     assert 0 < difference.max() < 1e-2
 
 
-@pytest.mark.parametrize("terminates", [False, True])
+@pytest.mark.parametrize("ends", [None, "terminated", "truncated"])
 @pytest.mark.parametrize("normalize", [False, True])
-def test_simulator_target_against_a_python_loop(terminates, normalize):
-    env = DummyVecEnv([lambda: LinearEnv(noise=0.15, terminates=terminates)])
+def test_simulator_target_against_a_python_loop(ends, normalize):
+    env = DummyVecEnv([lambda: LinearEnv(noise=0.15, ends=ends)])
     if normalize:
         env = VecNormalize(env, clip_reward=0.5)
     n_steps, reward_scale = 7, 0.5
     model = make_model(
-        env, value_target="n_step_simulator", value_target_kwargs={"n_steps": n_steps}, batch_reuse=3, reward_scale=reward_scale
+        env,
+        value_target="n_step_simulator",
+        value_target_kwargs={"n_steps": n_steps},
+        batch_reuse=3,
+        reward_scale=reward_scale,
     )
     data = model.replay_buffer.sample(32)
     result = targets(model, data)
     assert result.shape == (32, 1)
 
-    reference = LinearEnv(terminates=terminates)
-    n_terminated = 0
+    reference = LinearEnv(ends=ends)
+    n_ended = 0
     for row in range(32):
         state = data.observations[row].numpy().astype(np.float64)
         action = 2.0 * data.actions[row].numpy()
-        expected, alive = 0.0, True
+        expected, terminated = 0.0, False
         for step in range(n_steps):
             reward = -(state @ state + 0.1 * action @ action)
             if normalize:
                 reward = np.clip(reward / np.sqrt(env.ret_rms.var + env.epsilon), -0.5, 0.5)
             expected += model.gamma**step * reward_scale * reward
             state = reference.a @ state + reference.b @ action
-            if terminates and abs(state[0]) > LIMIT:
-                alive = False
-                break
+            is_outside = abs(state[0]) > LIMIT
+            terminated = is_outside and ends == "terminated"
             network_input = env.normalize_obs(state[None]) if normalize else state[None]
             network_input = th.as_tensor(network_input, dtype=th.float32)
             with th.no_grad():
                 action = 2.0 * model.actor(network_input)[0].numpy()
-        if alive:
+            if is_outside and ends:
+                break
+        if not terminated:
             with th.no_grad():
                 (value,) = model.critic_target(network_input, model.actor_target(network_input))
-            expected += model.gamma**n_steps * value.item()
-        n_terminated += not alive
+            expected += model.gamma ** (step + 1) * value.item()
+        n_ended += bool(is_outside and ends)
         assert result[row].item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
-    assert (n_terminated > 0) == terminates
+    assert (n_ended > 0) == (ends is not None)
 
 
 def test_recorded_n_step_target():

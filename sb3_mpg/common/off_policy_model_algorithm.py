@@ -104,7 +104,7 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         seed: int | None,
         device: th.device | str,
     ):
-        env = maybe_make_env(env, verbose)
+        env = None if env is None else maybe_make_env(env, verbose)
         if env is not None:
             check_spaces(env.observation_space, env.action_space)
         self.value_target = make_value_target(value_target, value_target_kwargs)
@@ -117,7 +117,7 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
             )
         super().__init__(
             policy,
-            env,  # type: ignore[arg-type]
+            env,  # type: ignore[arg-type]  # None when loading for predictions
             learning_rate,
             buffer_size,
             learning_starts,
@@ -211,7 +211,7 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
             return
         assert self.replay_buffer is not None
         stored = self.replay_buffer.observations[: self.replay_buffer.size()]
-        observations = th.as_tensor(stored.reshape(-1, *self.observation_space.shape), dtype=th.float32, device=self.device)
+        observations = th.as_tensor(stored.reshape(-1, *stored.shape[2:]), dtype=th.float32, device=self.device)
         for scaler in scalers:
             scaler.fit(units.normalize_observations(observations))
 
@@ -266,4 +266,4 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         self._rng_state = None
 
     def _excluded_save_params(self) -> list[str]:
-        return super()._excluded_save_params() + self._model_attributes  # noqa: RUF005
+        return super()._excluded_save_params() + self._model_attributes

@@ -35,7 +35,8 @@ class ObservationScaler(BaseFeaturesExtractor):
             factors = np.asarray(scale, dtype=np.float64)
             if factors.size != features_dim:
                 raise ValueError(
-                    f"`scale` must give one factor for each of the {features_dim} elements of an observation, got {factors.size}."
+                    f"`scale` must give one factor for each of the {features_dim} elements of an observation, "
+                    f"got {factors.size}."
                 )
         self.register_buffer("shift", th.zeros(features_dim))
         self.register_buffer("scale", th.as_tensor(factors.reshape(-1), dtype=th.float32))

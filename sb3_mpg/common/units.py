@@ -2,7 +2,7 @@
 Conversions between the units of the environment, where models and replay buffers live, and those of the networks.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch as th
@@ -50,28 +50,30 @@ class Units:
         :param env: the ``VecNormalize`` around the environment, if any
         :return: the conversions, with the present statistics of ``env``
         """
-        to_tensor = lambda array: th.as_tensor(np.asarray(array), dtype=th.float32, device=device)  # noqa: E731
-        units = {"action_low": to_tensor(action_space.low), "action_high": to_tensor(action_space.high)}
-        normalisation: dict = {}
+
+        def to_tensor(array: np.ndarray) -> th.Tensor:
+            return th.as_tensor(array, dtype=th.float32, device=device)
+
+        units = cls(to_tensor(action_space.low), to_tensor(action_space.high), reward_scale)
         if env is not None and env.norm_obs:
             assert isinstance(env.obs_rms, RunningMeanStd), "VecNormalize of dictionary observations is not supported"
-            normalisation.update(
+            units = replace(
+                units,
                 observation_mean=to_tensor(env.obs_rms.mean),
                 observation_std=to_tensor(np.sqrt(env.obs_rms.var + env.epsilon)),
                 clip_observation=float(env.clip_obs),
             )
         if env is not None and env.norm_reward:
-            normalisation.update(
-                reward_std=float(np.sqrt(env.ret_rms.var + env.epsilon)), clip_reward=float(env.clip_reward)
-            )
-        return cls(**units, reward_scale=reward_scale, **normalisation)
+            reward_std = float(np.sqrt(env.ret_rms.var + env.epsilon))
+            units = replace(units, reward_std=reward_std, clip_reward=float(env.clip_reward))
+        return units
 
     def normalize_observations(self, observations: th.Tensor) -> th.Tensor:
         """
         :param observations: raw observations, ``(B, *obs_shape)``
         :return: what the networks take, ``(B, *obs_shape)``
         """
-        if self.observation_mean is None:
+        if self.observation_mean is None or self.observation_std is None:
             return observations
         normalised = (observations - self.observation_mean) / self.observation_std
         return normalised.clamp(-self.clip_observation, self.clip_observation)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch as th
 from stable_baselines3.common.policies import ContinuousCritic
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
@@ -113,7 +114,8 @@ class SimulatorTarget(ValueTarget):
     follows :math:`\pi_\theta`,
     :math:`\sum_{l=t}^{t+n-1} \gamma^{l-t} r_l + \gamma^n Q_{\omega'}(s_{t+n}, \pi_{\theta'}(s_{t+n}))`.
 
-    Nothing counts behind a termination; a truncation ends an episode, not the return, and is passed over.
+    A rollout that ends earlier counts as a recorded episode does: behind a termination there is nothing, behind a
+    truncation the critic's value. (To run on instead would make the critic bootstrap from states that it never sees.)
 
     :param n_steps: number of simulator steps
     """
@@ -124,22 +126,32 @@ class SimulatorTarget(ValueTarget):
         self.n_steps = check_n_steps(n_steps)
 
     def __call__(self, replay_data, actor, actor_target, critic_target, units, gamma, make_simulator):
-        observations, device = replay_data.observations, replay_data.observations.device
+        observations = replay_data.observations
+        device = observations.device
+
+        def to_tensor(array: np.ndarray) -> th.Tensor:
+            return th.as_tensor(array, dtype=th.float32, device=device)
+
         simulator = make_simulator(observations.shape[0])
         simulator.set_state(observations.cpu().numpy())
         actions = replay_data.actions
         target_q_values = th.zeros(observations.shape[0], 1, device=device)
-        alive = th.ones_like(target_q_values)
+        running = th.ones_like(target_q_values, dtype=th.bool)
+        last_inputs = network_inputs = units.normalize_observations(observations)
+        # Of the value at the end of each rollout: 0 behind a termination
+        discounts = th.ones_like(target_q_values)
         for step in range(self.n_steps):
-            new_obs, rewards, terminated, _ = simulator.step(units.unscale_actions(actions).cpu().numpy())
-            rewards_tensor = th.as_tensor(rewards, dtype=th.float32, device=device).reshape(-1, 1)
-            target_q_values += gamma**step * alive * units.scale_rewards(rewards_tensor)
-            alive = alive * (1 - th.as_tensor(terminated, dtype=th.float32, device=device).reshape(-1, 1))
-            network_inputs = units.normalize_observations(th.as_tensor(new_obs, dtype=th.float32, device=device))
-            if step < self.n_steps - 1:
+            if step > 0:
                 actions = actor(network_inputs)
-        values = bootstrap_values(network_inputs, actor_target, critic_target)
-        return target_q_values + gamma**self.n_steps * alive * values
+            new_obs, rewards, terminated, truncated = simulator.step(units.unscale_actions(actions).cpu().numpy())
+            network_inputs = units.normalize_observations(to_tensor(new_obs))
+            step_rewards = units.scale_rewards(to_tensor(rewards).reshape(-1, 1))
+            target_q_values += th.where(running, gamma**step * step_rewards, 0.0)
+            is_terminated = to_tensor(terminated).reshape(-1, 1).bool()
+            discounts = th.where(running, th.where(is_terminated, 0.0, gamma ** (step + 1)), discounts)
+            last_inputs = th.where(running.reshape(-1, *[1] * (new_obs.ndim - 1)), network_inputs, last_inputs)
+            running = running & ~is_terminated & ~to_tensor(truncated).reshape(-1, 1).bool()
+        return target_q_values + discounts * bootstrap_values(last_inputs, actor_target, critic_target)
 
 
 def check_n_steps(n_steps: int) -> int:
@@ -170,5 +182,7 @@ def make_value_target(value_target: str | ValueTarget, value_target_kwargs: dict
     if isinstance(value_target, ValueTarget):
         return value_target
     if value_target not in VALUE_TARGETS:
-        raise ValueError(f"Unknown value target {value_target!r}; choose one of {sorted(VALUE_TARGETS)} or pass a ValueTarget.")
+        raise ValueError(
+            f"Unknown value target {value_target!r}; choose one of {sorted(VALUE_TARGETS)} or pass a ValueTarget."
+        )
     return VALUE_TARGETS[value_target](**(value_target_kwargs or {}))

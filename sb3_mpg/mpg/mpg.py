@@ -7,7 +7,13 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy, ContinuousCritic
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
-from stable_baselines3.common.utils import FloatSchedule, LinearSchedule, get_parameters_by_name, polyak_update, update_learning_rate
+from stable_baselines3.common.utils import (
+    FloatSchedule,
+    LinearSchedule,
+    get_parameters_by_name,
+    polyak_update,
+    update_learning_rate,
+)
 from stable_baselines3.td3.policies import Actor
 from torch.nn import functional as F
 

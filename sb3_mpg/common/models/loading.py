@@ -61,7 +61,9 @@ def make_prior_model(prior_model: PriorModelLike, env: VecEnv, prior_model_kwarg
     model: Any
     if isinstance(prior_model, PriorModel):
         if kwargs:
-            raise ValueError("`prior_model_kwargs` goes with a class, a factory, a path or 'auto', but `prior_model` is a model.")
+            raise ValueError(
+                "`prior_model_kwargs` goes with a class, a factory, a path or 'auto', but `prior_model` is a model."
+            )
         model = prior_model
     elif prior_model == "auto":
         if not env.has_attr("prior_model"):

@@ -28,6 +28,7 @@ LAYERS = [
     ("sb3_mpg.ndpg", 6),
     ("sb3_mpg.nadp", 6),
     ("sb3_mpg.zoo", 7),
+    ("sb3_mpg._zoo_hook", 7),
 ]
 # What environments may use of the library
 OPEN_TO_ENVIRONMENTS = ("sb3_mpg.common.models", "sb3_mpg.common.type_aliases")

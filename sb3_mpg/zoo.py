@@ -1,0 +1,443 @@
+"""
+Makes RL Zoo (https://github.com/DLR-RM/rl-baselines3-zoo) know the algorithms and environments of this project.
+
+RL Zoo has no plugin point. :func:`register` changes its tables in place; the import hook of ``_zoo_hook.py`` calls it when
+RL Zoo is imported, so that ``python -m rl_zoo3.train --algo mpg`` works once this package is installed. Without the hook,
+``python -m sb3_mpg.zoo train --algo mpg`` does the same.
+"""
+
+import ast
+import difflib
+import functools
+import importlib.util
+import inspect
+import re
+import runpy
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import CodeType, FunctionType, TracebackType
+from typing import TYPE_CHECKING, Any, SupportsFloat
+
+import gymnasium as gym
+import yaml
+
+from sb3_mpg.common.torch_layers import ObservationScaler
+from sb3_mpg.mpg import MPG
+from sb3_mpg.nadp import NStepADP
+from sb3_mpg.ndpg import NStepDPG
+
+# RL Zoo itself is imported by `register` only: workers of vectorized environments import this module for its wrapper
+if TYPE_CHECKING:
+    import optuna
+
+ALGORITHMS: dict[str, type[MPG]] = {"mpg": MPG, "ndpg": NStepDPG, "nadp": NStepADP}
+
+#: Commands of ``python -m sb3_mpg.zoo`` and the modules of RL Zoo that they run
+COMMANDS = {
+    "train": "rl_zoo3.train",
+    "enjoy": "rl_zoo3.enjoy",
+    "record_video": "rl_zoo3.record_video",
+    "record_training": "rl_zoo3.record_training",
+    "all_plots": "rl_zoo3.plots.all_plots",
+    "plot_train": "rl_zoo3.plots.plot_train",
+    "plot_from_file": "rl_zoo3.plots.plot_from_file",
+    "push_to_hub": "rl_zoo3.push_to_hub",
+    "benchmark": "rl_zoo3.benchmark",
+}
+
+#: Scripts of RL Zoo with a list of the off-policy algorithms among their constants
+SCRIPTS_WITH_LISTS = ("rl_zoo3.enjoy", "rl_zoo3.record_video", "rl_zoo3.push_to_hub", "rl_zoo3.benchmark")
+
+#: What RL Zoo takes out of an entry of a hyperparameter file before the rest goes to the constructor
+ZOO_KEYS = frozenset(
+    "n_timesteps n_envs normalize env_wrapper vec_env_wrapper callback frame_stack monitor_kwargs env_kwargs "
+    "noise_type noise_std".split()
+)
+#: What RL Zoo itself passes to the constructor
+PASSED_BY_ZOO = frozenset(["self", "env", "tensorboard_log", "seed", "verbose", "device", "_init_setup_model"])
+
+LEARNING_RATES = ("learning_rate", "critic_learning_rate")
+#: Hyperparameters whose text needs no second pair of quotes on the command line: ``-params prior_model:package.module:Class``
+TEXT_KEYS = frozenset([*LEARNING_RATES, "prior_model", "weighting", "value_target", "differentiate"])
+#: What shapes the agent when it is made: it is saved with it, and stays when training is continued
+SET_AT_CONSTRUCTION = ("horizons", "weighting", "weighting_kwargs", "value_target", "value_target_kwargs", "n_steps")
+
+
+class ZooError(ValueError):
+    """A mistake of the user's, told in one message: the commands of RL Zoo print no traceback for it."""
+
+
+class ScaleReward(gym.RewardWrapper):
+    """
+    Multiplies rewards, for algorithms without ``reward_scale``. RL Zoo's evaluations still report the rewards themselves.
+
+    :param env: the environment
+    :param factor: factor of its rewards
+    """
+
+    def __init__(self, env: gym.Env, factor: float):
+        super().__init__(env)
+        self.factor = factor
+
+    def reward(self, reward: SupportsFloat) -> float:
+        return self.factor * float(reward)
+
+
+# Hyperparameter files
+
+
+def hyperparameter_folder() -> Path:
+    """
+    :return: where the hyperparameter files are: the package ``sb3_mpg.hyperparams``, or the folder of a checkout
+    """
+    spec = importlib.util.find_spec("sb3_mpg.hyperparams")
+    if spec is not None and spec.submodule_search_locations:
+        return Path(next(iter(spec.submodule_search_locations)))
+    return Path(__file__).parents[1] / "hyperparams"
+
+
+def hyperparameter_file(algorithm: str, env_id: str, chosen: str | None = None) -> str | None:
+    """
+    :param algorithm: name of the algorithm in RL Zoo
+    :param env_id: id of the environment
+    :param chosen: what the user asks for with ``--conf-file``: the name of one of our files is enough
+    :return: the file of ours to read, ``None`` when RL Zoo shall do what it does
+    """
+    if chosen:
+        path = hyperparameter_folder() / chosen
+        return str(path) if path.is_file() and not Path(chosen).exists() else None
+    path = hyperparameter_folder() / f"{algorithm}.yml"
+    if algorithm in ALGORITHMS:
+        return str(path)
+    # The baselines: RL Zoo's files know other environments, ours know our environments
+    if path.is_file() and env_id in yaml.safe_load(path.read_text(encoding="utf-8")):
+        return str(path)
+    return None
+
+
+def check_hyperparameters(algorithm: type, hyperparams: dict[str, Any], where: str) -> None:
+    """
+    :param algorithm: class of the algorithm
+    :param hyperparams: an entry of a hyperparameter file
+    :param where: name of the file and the entry
+    :raises ZooError: when RL Zoo or the constructor does not know a key, or misses one
+    """
+    allowed = ZOO_KEYS | inspect.signature(algorithm).parameters.keys() - PASSED_BY_ZOO
+    for key in hyperparams:
+        if key not in allowed:
+            close = difflib.get_close_matches(str(key), allowed, n=1)
+            hint = f", did you mean {close[0]!r}?" if close else f"; it takes {', '.join(sorted(allowed))}."
+            raise ZooError(f"{where}: {algorithm.__name__} has no hyperparameter {key!r}{hint}")
+    for key in ("n_timesteps", "policy"):
+        if key not in hyperparams:
+            raise ZooError(f"{where}: {key!r} is missing.")
+
+
+# Hyperparameter optimization
+
+
+def _sample_common(trial: "optuna.Trial") -> dict[str, Any]:
+    one_minus_gamma = trial.suggest_float("one_minus_gamma", 0.0001, 0.03, log=True)
+    batch_size_pow = trial.suggest_int("batch_size_pow", 5, 9)
+    # Display true values
+    trial.set_user_attr("gamma", 1 - one_minus_gamma)
+    trial.set_user_attr("batch_size", 2**batch_size_pow)
+    return {
+        "one_minus_gamma": one_minus_gamma,
+        "batch_size_pow": batch_size_pow,
+        "learning_rate": trial.suggest_float("learning_rate", 1e-5, 0.002, log=True),
+        "critic_learning_rate": trial.suggest_float("critic_learning_rate", 1e-5, 0.002, log=True),
+        "tau": trial.suggest_float("tau", 0.001, 0.08, log=True),
+        "exploration_noise": trial.suggest_float("exploration_noise", 0.0, 0.5),
+    }
+
+
+def sample_mpg_params(trial: "optuna.Trial", n_actions: int, n_envs: int, additional_args: dict) -> dict[str, Any]:
+    """
+    Sampler for MPG hyperparams.
+
+    :param trial:
+    :return: arguments of the constructor
+    """
+    sampled_params = _sample_common(trial)
+    sampled_params["horizon"] = trial.suggest_int("horizon", 1, 40)
+    sampled_params["eta"] = trial.suggest_float("eta", 0.02, 0.3, log=True)
+    sampled_params["total_updates"] = trial.suggest_int("total_updates", 500, 20_000, log=True)
+    sampled_params["policy_delay"] = trial.suggest_int("policy_delay", 1, 3)
+    return convert_params(sampled_params)
+
+
+def sample_n_step_params(trial: "optuna.Trial", n_actions: int, n_envs: int, additional_args: dict) -> dict[str, Any]:
+    """
+    Sampler for NStepDPG and NStepADP hyperparams.
+
+    :param trial:
+    :return: arguments of the constructor
+    """
+    sampled_params = _sample_common(trial)
+    sampled_params["n_steps"] = trial.suggest_int("n_steps", 1, 40)
+    sampled_params["batch_reuse"] = trial.suggest_int("batch_reuse", 1, 20)
+    return convert_params(sampled_params)
+
+
+def convert_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
+    """
+    :param sampled_params: what a sampler asked Optuna for
+    :return: arguments of the constructor, which can be written to a YAML file
+    """
+    hyperparams = sampled_params.copy()
+    hyperparams["gamma"] = 1 - hyperparams.pop("one_minus_gamma")
+    hyperparams["batch_size"] = 2 ** hyperparams.pop("batch_size_pow")
+    if "horizon" in hyperparams:
+        hyperparams["horizons"] = [0, hyperparams.pop("horizon")]
+        hyperparams["weighting"] = "rule_based"
+        hyperparams["weighting_kwargs"] = {key: hyperparams.pop(key) for key in ("eta", "total_updates")}
+    return hyperparams
+
+
+SAMPLERS = {"mpg": sample_mpg_params, "ndpg": sample_n_step_params, "nadp": sample_n_step_params}
+
+
+# Changes of RL Zoo
+
+
+def _wrap(owner: type, name: str, wrapper: Callable[..., Any]) -> None:
+    """
+    Put a function around a method, once.
+
+    :param owner: class of the method
+    :param name: name of the method
+    :param wrapper: takes the method, then the arguments of a call
+    """
+    attribute = inspect.getattr_static(owner, name)
+    original = attribute.__func__ if isinstance(attribute, staticmethod) else attribute
+    if hasattr(original, "changed_by_sb3_mpg"):
+        return
+
+    @functools.wraps(original)
+    def changed(*args: Any, **kwargs: Any) -> Any:
+        return wrapper(original, *args, **kwargs)
+
+    changed.changed_by_sb3_mpg = True  # type: ignore[attr-defined]
+    setattr(owner, name, staticmethod(changed) if isinstance(attribute, staticmethod) else changed)
+
+
+def _init(original: Callable, self: Any, *args: Any, **kwargs: Any) -> None:
+    original(self, *args, **kwargs)
+    chosen = inspect.signature(original).bind(self, *args, **kwargs).arguments.get("config")
+    self.config = hyperparameter_file(self.algo, self.env_name.gym_id, chosen) or self.config
+
+
+def _read_hyperparameters(original: Callable, self: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    if self.algo not in ALGORITHMS:
+        return original(self)
+    try:
+        hyperparams, saved_hyperparams = original(self)
+    except yaml.YAMLError as error:
+        raise ZooError(f"{self.config} is not a YAML file: {error}") from error
+    except (OSError, ModuleNotFoundError) as error:
+        raise ZooError(f"The hyperparameter file {self.config} cannot be read: {error}") from error
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ZooError(
+            f"{self.config} must give, for each environment (or `default`), names and values of hyperparameters; "
+            f"reading it as such failed: {error}"
+        ) from error
+    check_hyperparameters(ALGORITHMS[self.algo], hyperparams, f"{self.config}, {self.env_name.gym_id}")
+    return hyperparams, saved_hyperparams
+
+
+def _preprocess_schedules(original: Callable, hyperparams: dict[str, Any]) -> dict[str, Any]:
+    from rl_zoo3.utils import linear_schedule
+
+    # RL Zoo looks for schedules in `learning_rate` only, and its error names neither key nor value
+    for key in LEARNING_RATES:
+        value = hyperparams.get(key)
+        if not isinstance(value, str):
+            continue
+        try:
+            name, _, initial_value = value.partition("_")
+            if name != "lin":
+                raise ValueError(f"unknown schedule {name!r}")
+            initial_rate = float(initial_value)
+        except ValueError as error:
+            raise ZooError(f"`{key}` must be a number or a schedule like lin_3e-4, got {value!r}.") from error
+        if key != "learning_rate":
+            hyperparams[key] = linear_schedule(initial_rate)
+    return original(hyperparams)
+
+
+def _setup_experiment(original: Callable, self: Any) -> Any:
+    if self.algo not in ALGORITHMS:
+        return original(self)
+    try:
+        return original(self)
+    except (TypeError, ValueError) as error:
+        # Our own constructors say what is wrong with their arguments; a Python bug elsewhere keeps its traceback
+        is_ours = _is_within(_last_file(error.__traceback__), Path(__file__).parent)
+        if is_ours or "unexpected keyword argument" in str(error):
+            raise ZooError(str(error)) from error
+        raise
+
+
+def _load_pretrained_agent(original: Callable, self: Any, hyperparams: dict[str, Any], env: Any) -> Any:
+    if self.algo in ALGORITHMS:
+        kept = [key for key in SET_AT_CONSTRUCTION if hyperparams.pop(key, None) is not None]
+        if set(kept) & set(self.custom_hyperparams or {}):
+            print(f"Kept as in the saved agent: {', '.join(kept)}")
+    return original(self, hyperparams, env)
+
+
+def _objective(original: Callable, self: Any, trial: "optuna.Trial") -> float:
+    from optuna.exceptions import TrialPruned
+
+    try:
+        return original(self, trial)
+    except FloatingPointError as error:
+        # RL Zoo prunes trials that fail with the exceptions of its own algorithms when gradients are not finite
+        raise TrialPruned(str(error)) from error
+
+
+def _store_dict(original: Callable, self: Any, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+    original(self, parser, namespace, [_quote_text(value) for value in values], option_string)
+
+
+def _quote_text(argument: str) -> str:
+    """
+    :param argument: ``key:value`` of the command line, whose value RL Zoo evaluates as Python
+    :return: the same with quotes around the value where it is plain text
+    """
+    key, _, value = argument.partition(":")
+    if key in TEXT_KEYS and re.fullmatch(r"[A-Za-z_][\w.:+-]*", value):
+        try:
+            ast.literal_eval(value)
+        except (SyntaxError, ValueError):
+            return f"{key}:{value!r}"
+    return argument
+
+
+def with_our_algorithms(code: CodeType) -> CodeType:
+    """
+    :param code: code of a script of RL Zoo
+    :return: the same, where every list of off-policy algorithms among its constants names ours, too
+    """
+    constants = []
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            constant = with_our_algorithms(constant)
+        elif isinstance(constant, tuple) and {"sac", "td3", "tqc"} <= set(constant):
+            constant = (*constant, *(name for name in ALGORITHMS if name not in constant))
+        constants.append(constant)
+    return code.replace(co_consts=tuple(constants))
+
+
+class ScriptFinder:
+    """Lets the scripts of RL Zoo be imported and run (``python -m``) with our algorithms in their lists."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if name not in SCRIPTS_WITH_LISTS:
+            return None
+        others: Iterable[Any] = (finder for finder in list(sys.meta_path) if finder is not self)
+        spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
+        if spec is not None and hasattr(spec.loader, "get_code"):
+            get_code = spec.loader.get_code
+            spec.loader.get_code = lambda fullname: with_our_algorithms(get_code(fullname))
+        return spec
+
+
+def _last_file(tb: TracebackType | None) -> str:
+    return [frame.f_code.co_filename for frame, _ in traceback.walk_tb(tb)][-1]
+
+
+def _is_within(path: str, folder: Path) -> bool:
+    return folder in Path(path).parents
+
+
+def is_told_in_one_message(error: BaseException, tb: TracebackType | None) -> bool:
+    """
+    :param error: an exception that nothing caught
+    :param tb: its traceback
+    :return: whether it ended a command of RL Zoo with one of our algorithms, and its message says all
+    """
+    import rl_zoo3
+
+    folder = Path(rl_zoo3.__file__).parent
+    if isinstance(error, ZooError):
+        is_mistake = True
+    else:
+        # What RL Zoo's scripts complain about: environments and agents that do not exist
+        names = {word.removeprefix("--algo=") for word in sys.argv}
+        is_complaint = isinstance(error, (AssertionError, ValueError)) and _is_within(_last_file(tb), folder)
+        is_mistake = bool(names & ALGORITHMS.keys()) and is_complaint and bool(str(error))
+    # In the user's own programs, tracebacks stay
+    scripts = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(tb) if frame.f_globals.get("__name__") == "__main__"]
+    commands = [frame for frame, _ in traceback.walk_tb(tb) if frame.f_globals.get("__name__") == "rl_zoo3.cli"]
+    return is_mistake and (bool(commands) or any(_is_within(script, folder) for script in scripts))
+
+
+def _install_excepthook() -> None:
+    previous = sys.excepthook
+    if hasattr(previous, "changed_by_sb3_mpg"):
+        return
+
+    def excepthook(kind: type[BaseException], error: BaseException, tb: TracebackType | None) -> None:
+        if is_told_in_one_message(error, tb):
+            print(f"error: {error}", file=sys.stderr)
+        else:
+            previous(kind, error, tb)
+
+    excepthook.changed_by_sb3_mpg = True  # type: ignore[attr-defined]
+    sys.excepthook = excepthook
+
+
+def register() -> None:
+    """Make RL Zoo know our algorithms, hyperparameter files and environments. Calling it again changes nothing."""
+    import rl_zoo3.exp_manager
+    import rl_zoo3.hyperparams_opt
+    import rl_zoo3.utils
+
+    import sb3_mpg_envs  # noqa: F401
+
+    rl_zoo3.utils.ALGOS.update(ALGORITHMS)
+    rl_zoo3.hyperparams_opt.HYPERPARAMS_SAMPLER.update(SAMPLERS)
+    rl_zoo3.hyperparams_opt.HYPERPARAMS_CONVERTER.update(dict.fromkeys(ALGORITHMS, convert_params))
+
+    # The namespace in which RL Zoo evaluates `policy_kwargs`
+    rl_zoo3.exp_manager.ObservationScaler = ObservationScaler  # type: ignore[attr-defined]
+    manager = rl_zoo3.exp_manager.ExperimentManager
+    _wrap(manager, "__init__", _init)
+    _wrap(manager, "read_hyperparameters", _read_hyperparameters)
+    _wrap(manager, "_preprocess_schedules", _preprocess_schedules)
+    _wrap(manager, "setup_experiment", _setup_experiment)
+    _wrap(manager, "_load_pretrained_agent", _load_pretrained_agent)
+    _wrap(manager, "objective", _objective)
+    _wrap(rl_zoo3.utils.StoreDict, "__call__", _store_dict)
+
+    if not any(type(finder).__name__ == ScriptFinder.__name__ for finder in sys.meta_path):
+        sys.meta_path.insert(0, ScriptFinder())
+    for name in SCRIPTS_WITH_LISTS:
+        for function in vars(sys.modules.get(name, object())).values() if name in sys.modules else ():
+            if isinstance(function, FunctionType) and function.__module__ == name:
+                function.__code__ = with_our_algorithms(function.__code__)
+    _install_excepthook()
+
+
+def main() -> None:
+    """``python -m sb3_mpg.zoo COMMAND ...``: RL Zoo's commands, without the import hook."""
+    command = sys.argv[1] if len(sys.argv) > 1 else ""
+    if command not in COMMANDS:
+        sys.exit(f"usage: python -m sb3_mpg.zoo {{{','.join(COMMANDS)}}} ...\nerror: unknown command {command!r}")
+    if importlib.util.find_spec("rl_zoo3") is None:
+        sys.exit("error: RL Zoo is not installed: pip install 'sb3-mpg[zoo]'")
+    register()
+    del sys.argv[1]
+    runpy.run_module(COMMANDS[command], run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    # The module that `register` left its marks in, not a second copy of it
+    from sb3_mpg.zoo import main
+
+    main()

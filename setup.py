@@ -1,9 +1,28 @@
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 README = ROOT / "README.md"
+
+
+class BuildWithZooHook(build_py):
+    """
+    Adds ``sb3_mpg_zoo.pth`` to what is installed: RL Zoo has no plugin point, and in site-packages the lines of such a file
+    are run by every start of the interpreter. It holds the text of ``sb3_mpg/_zoo_hook.py`` in one line, so that nothing
+    has to be imported. As a file of the wheel it is removed by ``pip uninstall``.
+    """
+
+    def run(self):
+        super().run()
+        # An editable wheel keeps no build folder; what is copied to where packages would be installed goes into it
+        folder = self.get_finalized_command("install").install_lib if self.editable_mode else self.build_lib
+        source = (ROOT / "sb3_mpg" / "_zoo_hook.py").read_text(encoding="utf-8")
+        line = f"import sys; exec({source!r}, {{'__name__': 'sb3_mpg_zoo_hook'}})\n"
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        Path(folder, "sb3_mpg_zoo.pth").write_text(line, encoding="ascii")
+
 
 setup(
     name="sb3-mpg",
@@ -24,6 +43,7 @@ setup(
         "sb3_mpg_envs": ["py.typed"],
         "sb3_mpg_envs.inverted_pendulum": ["assets/*.xml"],
     },
+    cmdclass={"build_py": BuildWithZooHook},
     python_requires=">=3.10",
     install_requires=[
         # 2.7 brought n-step returns to off-policy algorithms (`n_steps`, `ReplayBufferSamples.discounts`)
@@ -34,9 +54,16 @@ setup(
         "mujoco>=3.2",
     ],
     extras_require={
-        "tests": ["pytest", "pytest-xdist", "pytest-cov", "mypy", "ruff", "black", "build", "types-PyYAML"],
-        # RL Zoo's enjoy needs requests, which nothing else asks for
-        "zoo": ["rl_zoo3>=2.7,<3.0", "sb3_contrib>=2.7,<3.0", "requests"],
+        # setuptools and filelock: the tests of the RL Zoo integration build and install the wheel, once for all their processes
+        "tests": [
+            *["pytest", "pytest-xdist", "pytest-cov", "mypy", "ruff", "black", "build", "types-PyYAML"],
+            *["setuptools>=77", "filelock"],
+        ],
+        # All that RL Zoo's commands need and does not ask for itself: enjoy, record_video, the plots
+        "zoo": [
+            *["rl_zoo3>=2.7,<3.0", "sb3_contrib>=2.7,<3.0"],
+            *["requests", "moviepy", "pygame", "matplotlib", "pandas", "scipy", "seaborn"],
+        ],
         "plots": ["matplotlib", "pandas"],
         "render": ["pygame", "imageio"],
         "progress": ["tqdm", "rich"],

@@ -339,7 +339,7 @@ class ScriptFinder:
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if name not in SCRIPTS_WITH_LISTS:
             return None
-        others: Iterable[Any] = (finder for finder in list(sys.meta_path) if finder is not self)
+        others: Iterable[Any] = (finder for finder in list(sys.meta_path) if not isinstance(finder, ScriptFinder))
         spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
         if spec is not None and hasattr(spec.loader, "get_code"):
             get_code = spec.loader.get_code
@@ -394,28 +394,28 @@ def _install_excepthook() -> None:
 
 def register() -> None:
     """Make RL Zoo know our algorithms, hyperparameter files and environments. Calling it again changes nothing."""
-    import rl_zoo3.exp_manager
-    import rl_zoo3.hyperparams_opt
-    import rl_zoo3.utils
+    # In this form, as the import hook calls from within the import of `rl_zoo3.utils`
+    from rl_zoo3 import exp_manager, hyperparams_opt
+    from rl_zoo3.utils import ALGOS, StoreDict
 
     import sb3_mpg_envs  # noqa: F401
 
-    rl_zoo3.utils.ALGOS.update(ALGORITHMS)
-    rl_zoo3.hyperparams_opt.HYPERPARAMS_SAMPLER.update(SAMPLERS)
-    rl_zoo3.hyperparams_opt.HYPERPARAMS_CONVERTER.update(dict.fromkeys(ALGORITHMS, convert_params))
+    ALGOS.update(ALGORITHMS)
+    hyperparams_opt.HYPERPARAMS_SAMPLER.update(SAMPLERS)
+    hyperparams_opt.HYPERPARAMS_CONVERTER.update(dict.fromkeys(ALGORITHMS, convert_params))
 
     # The namespace in which RL Zoo evaluates `policy_kwargs`
-    rl_zoo3.exp_manager.ObservationScaler = ObservationScaler  # type: ignore[attr-defined]
-    manager = rl_zoo3.exp_manager.ExperimentManager
+    exp_manager.ObservationScaler = ObservationScaler  # type: ignore[attr-defined]
+    manager = exp_manager.ExperimentManager
     _wrap(manager, "__init__", _init)
     _wrap(manager, "read_hyperparameters", _read_hyperparameters)
     _wrap(manager, "_preprocess_schedules", _preprocess_schedules)
     _wrap(manager, "setup_experiment", _setup_experiment)
     _wrap(manager, "_load_pretrained_agent", _load_pretrained_agent)
     _wrap(manager, "objective", _objective)
-    _wrap(rl_zoo3.utils.StoreDict, "__call__", _store_dict)
+    _wrap(StoreDict, "__call__", _store_dict)
 
-    if not any(type(finder).__name__ == ScriptFinder.__name__ for finder in sys.meta_path):
+    if not any(isinstance(finder, ScriptFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, ScriptFinder())
     for name in SCRIPTS_WITH_LISTS:
         for function in vars(sys.modules.get(name, object())).values() if name in sys.modules else ():

@@ -27,10 +27,10 @@ RENDER_MODES = ["human", "rgb_array"]
 class Renderer(Protocol):
     """Draws one agent."""
 
-    def render(self, state: np.ndarray, action: np.ndarray) -> np.ndarray | None:
+    def render(self, state: np.ndarray, control: np.ndarray) -> np.ndarray | None:
         """
         :param state: state of the agent, ``(S,)``
-        :param action: its last action, ``(A,)``
+        :param control: its last control in physical units, ``(A,)``
         :return: the picture, ``(height, width, 3)``, in the mode ``rgb_array``
         """
 
@@ -45,12 +45,14 @@ class BatchSimulator(ABC):
     :class:`SimulatorEnv`, :class:`SimulatorVectorEnv` and :class:`SimulatorVecEnv`. The state is the observation in double
     precision, so that :meth:`set_state` can put an agent wherever an observation describes.
 
+    Actions are between -1 and 1; multiplied by the ranges of the actuators they are the *controls*, in physical units.
+
     A subclass writes :meth:`_start_states`, :meth:`_transition`, :meth:`_rewards`, :meth:`_is_outside`,
     :meth:`prior_model` and :meth:`make_renderer`. There, arrays have one row per dimension and one column per agent.
 
     :param num_agents: number of agents that are stepped together
     :param observation_space: observation space of one agent
-    :param action_space: action space of one agent, in the units of the environment
+    :param max_controls: the control that an action of 1 stands for, for each actuator
     :param early_reset: end an episode when the agent leaves the useful region of the state space
     :param early_reset_terminates: report these ends as ``terminated`` (no value lies behind them) instead of ``truncated``
     :param early_reset_penalty: subtracted from the reward of a step that ends in an early reset; only used when
@@ -64,7 +66,7 @@ class BatchSimulator(ABC):
         self,
         num_agents: int,
         observation_space: spaces.Box,
-        action_space: spaces.Box,
+        max_controls: Sequence[float],
         *,
         early_reset: bool = True,
         early_reset_terminates: bool = False,
@@ -76,14 +78,13 @@ class BatchSimulator(ABC):
         if not (np.isfinite(early_reset_penalty) and early_reset_penalty >= 0):
             raise ValueError(f"early_reset_penalty must be a finite number >= 0, got {early_reset_penalty}")
         self.observation_space = observation_space
-        self.action_space = action_space
+        self.action_space = spaces.Box(-1.0, 1.0, (len(max_controls),), dtype=np.float32)
         self.early_reset = early_reset
         self.early_reset_terminates = early_reset_terminates
         self.early_reset_penalty = early_reset_penalty
         self.start_width = start_width
         # (A, 1)
-        self._action_low = action_space.low.astype(np.float64)[:, np.newaxis]
-        self._action_high = action_space.high.astype(np.float64)[:, np.newaxis]
+        self._max_controls = np.array(max_controls, dtype=np.float64)[:, np.newaxis]
         self._allocate(num_agents)
 
     def _allocate(self, num_agents: int) -> None:
@@ -93,7 +94,7 @@ class BatchSimulator(ABC):
         self.np_random = np.random.default_rng()
         # Not a number until the first reset, so that a forgotten reset is seen
         self._states = np.full((self.observation_space.shape[0], num_agents), np.nan)
-        self._actions = np.zeros((self.action_space.shape[0], num_agents))
+        self._controls = np.zeros((self.action_space.shape[0], num_agents))
 
     def make_simulator(self, num_agents: int) -> "BatchSimulator":
         """
@@ -115,9 +116,9 @@ class BatchSimulator(ABC):
         self.np_random = np.random.default_rng(seed)
 
     @property
-    def last_actions(self) -> np.ndarray:
-        """Actions of the last step after clipping, zero for agents that were reset since, ``(num_agents, A)``."""
-        return self._actions.T.copy()
+    def last_controls(self) -> np.ndarray:
+        """Controls of the last step in physical units, zero for agents that were reset since, ``(num_agents, A)``."""
+        return self._controls.T.copy()
 
     def get_state(self) -> np.ndarray:
         """
@@ -168,11 +169,11 @@ class BatchSimulator(ABC):
         """
         Step all agents once. Nobody is reset.
 
-        :param actions: actions in the units of the environment, ``(num_agents, A)``; clipped to the action space
+        :param actions: actions, ``(num_agents, A)``; clipped to [-1, 1]
         :return: observations ``(num_agents, O)`` float32, rewards ``(num_agents,)`` float64,
             terminated ``(num_agents,)`` bool, truncated ``(num_agents,)`` bool; the flags tell of early resets only
         """
-        expected_shape = (self.num_agents, self._actions.shape[0])
+        expected_shape = (self.num_agents, self._controls.shape[0])
         actions = np.asarray(actions, dtype=np.float64)
         if actions.shape != expected_shape:
             raise ValueError(f"Expected actions of shape {expected_shape}, got {actions.shape}")
@@ -180,11 +181,11 @@ class BatchSimulator(ABC):
             raise ValueError("The actions are not finite")
         # Not np.clip: its overhead is several times that of the two functions
         actions = np.ascontiguousarray(actions.T)
-        self._actions = np.minimum(np.maximum(actions, self._action_low), self._action_high)
+        self._controls = self._max_controls * np.minimum(np.maximum(actions, -1.0), 1.0)
 
         states = self._states
-        self._states = self._transition(states, self._actions)
-        rewards = self._rewards(states, self._actions, self._states)
+        self._states = self._transition(states, self._controls)
+        rewards = self._rewards(states, self._controls, self._states)
 
         terminated = np.zeros(self.num_agents, dtype=bool)
         truncated = np.zeros(self.num_agents, dtype=bool)
@@ -200,7 +201,7 @@ class BatchSimulator(ABC):
     def _write_states(self, states: np.ndarray, indices: np.ndarray | None) -> None:
         columns = slice(None) if indices is None else indices
         self._states[:, columns] = states
-        self._actions[:, columns] = 0.0
+        self._controls[:, columns] = 0.0
 
     def _observations(self) -> np.ndarray:
         return np.ascontiguousarray(self._states.T, dtype=np.float32)
@@ -224,18 +225,18 @@ class BatchSimulator(ABC):
         """
 
     @abstractmethod
-    def _transition(self, states: np.ndarray, actions: np.ndarray) -> np.ndarray:
+    def _transition(self, states: np.ndarray, controls: np.ndarray) -> np.ndarray:
         """
         :param states: states, ``(S, num_agents)``
-        :param actions: actions within the action space, ``(A, num_agents)``
+        :param controls: controls in physical units, ``(A, num_agents)``
         :return: next states in a new array, ``(S, num_agents)``
         """
 
     @abstractmethod
-    def _rewards(self, states: np.ndarray, actions: np.ndarray, next_states: np.ndarray) -> np.ndarray:
+    def _rewards(self, states: np.ndarray, controls: np.ndarray, next_states: np.ndarray) -> np.ndarray:
         """
         :param states: states before the step, ``(S, num_agents)``
-        :param actions: actions, ``(A, num_agents)``
+        :param controls: controls in physical units, ``(A, num_agents)``
         :param next_states: states after the step, ``(S, num_agents)``
         :return: rewards, ``(num_agents,)``
         """
@@ -283,8 +284,8 @@ class _AgentRenderers:
         self.renderers = [simulator.make_renderer(render_mode) for _ in range(n_agents)]
 
     def render(self) -> list[np.ndarray | None]:
-        states, actions = self.simulator.get_state(), self.simulator.last_actions
-        return [renderer.render(states[idx], actions[idx]) for idx, renderer in enumerate(self.renderers)]
+        states, controls = self.simulator.get_state(), self.simulator.last_controls
+        return [renderer.render(states[idx], controls[idx]) for idx, renderer in enumerate(self.renderers)]
 
     def close(self) -> None:
         for renderer in self.renderers:

@@ -15,14 +15,14 @@ def random_path_tracking_batch(n_states: int = N_STATES) -> tuple[th.Tensor, th.
     states = rng.uniform([-18, -3, -1.5, -4, -2.5, 0], [14, 3, 1.5, 4, 2.5, 1200], (n_states, 6))
     # Across the end of the path's period
     states[: n_states // 10, 5] = np.linspace(1196.0, 1200.0, n_states // 10, endpoint=False)
-    return th.as_tensor(states), th.as_tensor(rng.uniform([-0.4, -3], [0.4, 3], (n_states, 2)))
+    return th.as_tensor(states), th.as_tensor(rng.uniform(-1, 1, (n_states, 2)))
 
 
 def random_pendulum_batch(n_states: int = N_STATES) -> tuple[th.Tensor, th.Tensor]:
     rng = np.random.default_rng(0)
     # Upside down and beyond a full turn, too
     states = rng.uniform([-3, -7, -3, -6], [3, 7, 3, 6], (n_states, 4))
-    return th.as_tensor(states), th.as_tensor(rng.uniform(-3, 3, (n_states, 1)))
+    return th.as_tensor(states), th.as_tensor(rng.uniform(-1, 1, (n_states, 1)))
 
 
 TASKS = [
@@ -63,6 +63,8 @@ def test_terminal_region_agrees_with_simulator(model_class, simulator_class, ran
     assert np.allclose(model.reward(states, actions, next_states)[:, 0].numpy(), rewards, atol=1e-9)
     # Truncation, the default, is not terminal
     assert not model_class.exact().terminal(next_states).any()
+    # Rollouts of models that never terminate are cheaper
+    assert model.may_terminate and not model_class.exact().may_terminate
     assert not simulator_class(1).prior_model().terminates
     assert not simulator_class(1, early_reset=False, early_reset_terminates=True).prior_model().terminates
 
@@ -132,7 +134,7 @@ def test_path_tracking_model_of_the_paper_by_hand():
         x + dt * (u * math.cos(phi) - v * math.sin(phi)),
     ]
     states = th.tensor([[u - 20, v, r, y, phi, x]], dtype=th.float64)
-    actions = th.tensor([[steering, acceleration]], dtype=th.float64)
+    actions = th.tensor([[steering / 0.4, acceleration / 3]], dtype=th.float64)
     assert th.allclose(PathTrackingModel().eval().transition(states, actions)[0], th.tensor(expected, dtype=th.float64))
     flipped = PathTrackingModel(steering_gain=-1.0).eval().transition(states, actions)
     mirrored = PathTrackingModel().eval().transition(states, actions * th.tensor([-1.0, 1.0]))
@@ -171,7 +173,9 @@ def test_pendulum_equations_by_hand():
     # Upright and at rest: the rod resists with a quarter of its mass, and falls backwards
     parameters = PendulumParameters()
     model = InvertedPendulumModel(position_bias=0.0).eval()
-    next_states = model.transition(th.zeros(1, 4, dtype=th.float64), th.ones(1, 1, dtype=th.float64))
+    # A control of 1, which is a force of 100 N
+    action = th.full((1, 1), 1 / 3, dtype=th.float64)
+    next_states = model.transition(th.zeros(1, 4, dtype=th.float64), action)
     acceleration = 100.0 / (parameters.cart_mass + parameters.pole_mass / 4)
     angular_acceleration = -1.5 * acceleration / parameters.pole_length
     expected = th.tensor([[0, 0, 0.04 * acceleration, 0.04 * angular_acceleration]], dtype=th.float64)
@@ -180,8 +184,8 @@ def test_pendulum_equations_by_hand():
     leaning = th.tensor([[0, 0.1, 0, 0]], dtype=th.float64)
     assert model.transition(leaning, th.zeros(1, 1, dtype=th.float64))[0, 3] > 0
     # force_gain
-    flipped = InvertedPendulumModel(force_gain=-1.0).eval().transition(leaning, th.ones(1, 1, dtype=th.float64))
-    assert th.allclose(flipped, InvertedPendulumModel().eval().transition(leaning, -th.ones(1, 1, dtype=th.float64)))
+    flipped = InvertedPendulumModel(force_gain=-1.0).eval().transition(leaning, action)
+    assert th.allclose(flipped, InvertedPendulumModel().eval().transition(leaning, -action))
 
 
 def test_parameters_reach_the_models():

@@ -15,7 +15,7 @@ ArrayModule = Any  # numpy or torch
 TIMESTEP = 0.02  # s, of MuJoCo
 FRAME_SKIP = 2  # timesteps between two actions
 STEP_TIME = FRAME_SKIP * TIMESTEP
-MAX_CONTROL = 3.0
+MAX_CONTROL = 3.0  # what an action of 1 stands for
 
 # Outside of these limits an episode is cut short
 MAX_POSITION = 2.0  # m

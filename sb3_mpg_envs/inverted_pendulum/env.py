@@ -15,11 +15,12 @@ class InvertedPendulumContiEnv(SimulatorEnv):
 
     ## Action Space
 
-    The action is a `ndarray` with shape `(1,)`. Actions outside of the space are clipped.
+    The action is a `ndarray` with shape `(1,)`. It is normalised: the environment multiplies it by the range of the motor's
+    control. Actions outside of the space are clipped.
 
-    | Num | Action                                   | Min | Max | Unit  |
-    |-----|------------------------------------------|-----|-----|-------|
-    | 0   | Control of the motor; its force is 100 N per unit | -3 | 3 | 1 |
+    | Num | Action                                            | Min | Max | Meaning of -1 | Meaning of 1 | Unit |
+    |-----|---------------------------------------------------|-----|-----|---------------|--------------|------|
+    | 0   | Control of the motor; its force is 100 N per unit | -1  | 1   | -3            | 3            | 1    |
 
     ## Observation Space
 

@@ -5,6 +5,7 @@ import torch as th
 from sb3_mpg.common.models.base import PriorModel
 from sb3_mpg_envs.inverted_pendulum.dynamics import (
     FRAME_SKIP,
+    MAX_CONTROL,
     REWARD_WEIGHTS,
     Integrator,
     PAPER_PENDULUM,
@@ -105,7 +106,7 @@ class InvertedPendulumModel(PriorModel):
     def transition(self, states: th.Tensor, actions: th.Tensor) -> th.Tensor:
         next_state = pendulum_step(
             PendulumState(*states.unbind(-1)),
-            self.force_gain * self.pendulum.gear * actions.squeeze(-1),
+            self.force_gain * self.pendulum.gear * MAX_CONTROL * actions.squeeze(-1),
             self.pendulum,
             self.joint_damping,
             self.integrator,
@@ -122,6 +123,10 @@ class InvertedPendulumModel(PriorModel):
         if self.terminates and self.early_reset_penalty > 0:
             rewards = rewards - self.early_reset_penalty * self.terminal(next_states)
         return rewards
+
+    @property
+    def may_terminate(self) -> bool:
+        return self.terminates
 
     def terminal(self, states: th.Tensor) -> th.Tensor:
         if not self.terminates:

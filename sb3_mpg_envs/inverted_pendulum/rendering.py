@@ -52,15 +52,15 @@ class InvertedPendulumRenderer:
         viewer.cam.fixedcamid = self.model.camera(CAMERA).id
         return viewer
 
-    def render(self, state: np.ndarray, action: np.ndarray) -> np.ndarray | None:
+    def render(self, state: np.ndarray, control: np.ndarray) -> np.ndarray | None:
         """
         :param state: position, angle and their velocities, ``(4,)``
-        :param action: control, ``(1,)``
+        :param control: of the motor, ``(1,)``
         :return: the picture, ``(480, 720, 3)``, in the mode ``rgb_array``
         """
         self.data.qpos[:] = state[:2]
         self.data.qvel[:] = state[2:]
-        self.data.ctrl[:] = action
+        self.data.ctrl[:] = control
         mujoco.mj_forward(self.model, self.data)
         if self.viewer is not None:
             self.viewer.sync()

@@ -46,7 +46,7 @@ class InvertedPendulumSimulator(BatchSimulator):
         super().__init__(
             num_agents,
             spaces.Box(-UNBOUNDED, UNBOUNDED, (4,), dtype=np.float32),
-            spaces.Box(-dynamics.MAX_CONTROL, dynamics.MAX_CONTROL, (1,), dtype=np.float32),
+            (dynamics.MAX_CONTROL,),
             early_reset=early_reset,
             early_reset_terminates=early_reset_terminates,
             early_reset_penalty=early_reset_penalty,
@@ -64,7 +64,7 @@ class InvertedPendulumSimulator(BatchSimulator):
         # MuJoCo's state: time (not used), position, angle, velocity, angular velocity
         self._initial_states = np.zeros((num_agents, 5))
         self._trajectories = np.zeros((num_agents, dynamics.FRAME_SKIP, 5))
-        self._controls = np.zeros((num_agents, dynamics.FRAME_SKIP, 1))
+        self._held_controls = np.zeros((num_agents, dynamics.FRAME_SKIP, 1))
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
@@ -94,15 +94,15 @@ class InvertedPendulumSimulator(BatchSimulator):
         half_width = self.start_width * dynamics.START_HALF_WIDTH
         return half_width * self.np_random.uniform(-1, 1, (4, n_starts))
 
-    def _transition(self, states: np.ndarray, actions: np.ndarray) -> np.ndarray:
+    def _transition(self, states: np.ndarray, controls: np.ndarray) -> np.ndarray:
         self._initial_states[:, 1:] = states.T
-        self._controls[:, :, 0] = actions.T
+        self._held_controls[:, :, 0] = controls.T
         # One call for all agents. The shapes are right by construction, and checking them would allocate new outputs
         self._rollout.rollout(
             [self.mujoco_model] * self.num_agents,
             self._mujoco_data,
             self._initial_states,
-            self._controls,
+            self._held_controls,
             control_spec=CONTROL_SPEC,
             skip_checks=True,
             nstep=dynamics.FRAME_SKIP,
@@ -110,7 +110,7 @@ class InvertedPendulumSimulator(BatchSimulator):
         )
         return np.ascontiguousarray(self._trajectories[:, -1, 1:].T)
 
-    def _rewards(self, states: np.ndarray, actions: np.ndarray, next_states: np.ndarray) -> np.ndarray:
+    def _rewards(self, states: np.ndarray, controls: np.ndarray, next_states: np.ndarray) -> np.ndarray:
         return dynamics.pendulum_reward(PendulumState(*next_states), dynamics.REWARD_WEIGHTS)
 
     def _is_outside(self, states: np.ndarray) -> np.ndarray:

@@ -18,6 +18,8 @@ REFERENCE_SPEED = 20.0  # m/s
 MIN_SPEED, MAX_SPEED = 1.0, 35.0  # m/s
 MAX_STEERING = 0.4  # rad
 MAX_ACCELERATION = 3.0  # m/s^2
+# What an action of 1 stands for, in the order of the action
+MAX_CONTROLS = (MAX_STEERING, MAX_ACCELERATION)
 
 # The reference path is a sum of sine curves: (amplitude in m, wavelength in m)
 PATH_WAVES = ((7.5, 200.0), (2.5, 300.0), (-5.0, 400.0))

@@ -19,12 +19,13 @@ class PathTrackingEnv(SimulatorEnv):
 
     ## Action Space
 
-    The action is a `ndarray` with shape `(2,)`. Actions outside of the space are clipped.
+    The action is a `ndarray` with shape `(2,)`. It is normalised: the environment multiplies it by the ranges of the
+    actuators. Actions outside of the space are clipped.
 
-    | Num | Action                    | Min  | Max | Unit   |
-    |-----|---------------------------|------|-----|--------|
-    | 0   | Front wheel angle δ       | -0.4 | 0.4 | rad    |
-    | 1   | Longitudinal acceleration | -3   | 3   | m/s²   |
+    | Num | Action                        | Min | Max | Meaning of -1 | Meaning of 1 | Unit |
+    |-----|-------------------------------|-----|-----|---------------|--------------|------|
+    | 0   | Front wheel angle δ           | -1  | 1   | -0.4          | 0.4          | rad  |
+    | 1   | Longitudinal acceleration acc | -1  | 1   | -3            | 3            | m/s² |
 
     ## Observation Space
 
@@ -46,7 +47,7 @@ class PathTrackingEnv(SimulatorEnv):
 
     *r = -(0.01 δu² + 0.04 δy² + 0.1 δφ² + 0.02 r² + 5 δ² + 0.05 acc²)*
 
-    of the state **before** the step and its action. The best possible reward is 0.
+    of the state **before** the step and its action, with δ in rad and acc in m/s². The best possible reward is 0.
 
     ## Starting State
 

@@ -4,6 +4,7 @@ import torch as th
 
 from sb3_mpg.common.models.base import PriorModel
 from sb3_mpg_envs.path_tracking.dynamics import (
+    MAX_CONTROLS,
     N_SUBSTEPS,
     Reference,
     TrackingState,
@@ -87,8 +88,15 @@ class PathTrackingModel(PriorModel):
             early_reset_penalty=early_reset_penalty,
         )
 
-    def transition(self, states: th.Tensor, actions: th.Tensor) -> th.Tensor:
+    @staticmethod
+    def _controls(actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        # From [-1, 1] to rad and m/s^2
+        max_steering, max_acceleration = MAX_CONTROLS
         steering, acceleration = actions.unbind(-1)
+        return max_steering * steering, max_acceleration * acceleration
+
+    def transition(self, states: th.Tensor, actions: th.Tensor) -> th.Tensor:
+        steering, acceleration = self._controls(actions)
         next_state = tracking_step(
             TrackingState(*states.unbind(-1)),
             self.steering_gain * steering,
@@ -104,7 +112,7 @@ class PathTrackingModel(PriorModel):
         return th.stack(next_state._replace(lateral_error=lateral_error), -1)
 
     def reward(self, states: th.Tensor, actions: th.Tensor, next_states: th.Tensor) -> th.Tensor:
-        rewards = tracking_reward(TrackingState(*states.unbind(-1)), *actions.unbind(-1)).unsqueeze(-1)
+        rewards = tracking_reward(TrackingState(*states.unbind(-1)), *self._controls(actions)).unsqueeze(-1)
         if self.terminates and self.early_reset_penalty > 0:
             rewards = rewards - self.early_reset_penalty * self.terminal(next_states)
         return rewards

@@ -61,14 +61,14 @@ class PathTrackingRenderer:
         self.surface = pygame.Surface((WIDTH, HEIGHT))
         self.trail: deque[tuple[float, float]] = deque(maxlen=TRAIL_LENGTH)
 
-    def render(self, state: np.ndarray, action: np.ndarray) -> np.ndarray | None:
+    def render(self, state: np.ndarray, control: np.ndarray) -> np.ndarray | None:
         """
         :param state: tracking errors, ``(6,)``
-        :param action: steering angle (rad) and acceleration (m/s^2), ``(2,)``
+        :param control: steering angle (rad) and acceleration (m/s^2), ``(2,)``
         :return: the picture, ``(600, 900, 3)``, in the mode ``rgb_array``
         """
         tracking_state = dynamics.TrackingState(*(float(value) for value in state))
-        steering, acceleration = float(action[0]), float(action[1])
+        steering, acceleration = float(control[0]), float(control[1])
         self._draw_scene(tracking_state, steering)
         self._draw_dashboard(tracking_state, steering, acceleration)
         if self.render_mode == "human":

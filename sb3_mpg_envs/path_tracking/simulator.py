@@ -43,11 +43,10 @@ class PathTrackingSimulator(BatchSimulator):
             np.pi,
             dynamics.PATH_PERIOD,
         ]
-        max_action = np.array([dynamics.MAX_STEERING, dynamics.MAX_ACCELERATION], dtype=np.float32)
         super().__init__(
             num_agents,
             spaces.Box(np.array(low, dtype=np.float32), np.array(high, dtype=np.float32), dtype=np.float32),
-            spaces.Box(-max_action, max_action, dtype=np.float32),
+            dynamics.MAX_CONTROLS,
             early_reset=early_reset,
             early_reset_terminates=early_reset_terminates,
             early_reset_penalty=early_reset_penalty,
@@ -92,16 +91,16 @@ class PathTrackingSimulator(BatchSimulator):
             )
         )
 
-    def _transition(self, states: np.ndarray, actions: np.ndarray) -> np.ndarray:
-        steering, acceleration = actions
+    def _transition(self, states: np.ndarray, controls: np.ndarray) -> np.ndarray:
+        steering, acceleration = controls
         return np.stack(
             dynamics.tracking_step(
                 TrackingState(*states), steering, acceleration, self.vehicle, dynamics.N_SUBSTEPS, "path", np
             )
         )
 
-    def _rewards(self, states: np.ndarray, actions: np.ndarray, next_states: np.ndarray) -> np.ndarray:
-        steering, acceleration = actions
+    def _rewards(self, states: np.ndarray, controls: np.ndarray, next_states: np.ndarray) -> np.ndarray:
+        steering, acceleration = controls
         return dynamics.tracking_reward(TrackingState(*states), steering, acceleration)
 
     def _is_outside(self, states: np.ndarray) -> np.ndarray:

@@ -178,7 +178,7 @@ def test_units_are_those_of_the_environment():
         observation_mean=th.tensor([1.0, -2.0]),
         observation_std=th.tensor([2.0, 4.0]),
         clip_observation=1.5,
-        reward_std=10.0,
+        reward_std=th.tensor(10.0),
         clip_reward=3.0,
     )
     seen = []

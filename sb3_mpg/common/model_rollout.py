@@ -3,7 +3,11 @@ One rollout of the model gives the returns of every horizon: the unified policy 
 model policy gradient (eq. 5 of the first version) and any mixture of them are derivatives of what these functions return.
 """
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FunctionType
+from typing import Any, NamedTuple
 
 import torch as th
 from torch.func import functional_call
@@ -19,6 +23,115 @@ NEGLIGIBLE_WEIGHT = 1e-6
 QFunction = Callable[[th.Tensor, th.Tensor], th.Tensor]
 
 
+class RolloutState(NamedTuple):
+    """
+    Where a rollout stands.
+
+    :param states: states of the model, ``(B, S)``
+    :param network_inputs: what the networks see of them, ``(B, *obs_shape)``
+    :param actions: the policy's actions in them, in [-1, 1], ``(B, A)``
+    :param alive: rows that did not terminate, bool ``(B, 1)``
+    """
+
+    states: th.Tensor
+    network_inputs: th.Tensor
+    actions: th.Tensor
+    alive: th.Tensor
+
+
+def advance(
+    rollout: RolloutState,
+    n_steps: int,
+    actor: th.nn.Module,
+    actor_parameters: dict[str, th.Tensor],
+    model: PriorModel,
+    units: Units,
+    gamma: float,
+) -> tuple[RolloutState, th.Tensor]:
+    """
+    Some steps of the model, and of the policy behind each.
+
+    :param rollout: where the rollout stands
+    :param n_steps: number of steps
+    :param actor: the policy
+    :param actor_parameters: with which parameters it acts
+    :param model: the model
+    :param units: between the environment and the networks
+    :param gamma: discount factor
+    :return: where the rollout stands then, and the rewards of these steps, discounted to the first of them, ``(B, 1)``
+    """
+    states, network_inputs, actions, alive = rollout
+    rewards_of_steps = []
+    for _ in range(n_steps):
+        env_actions = units.unscale_actions(actions)
+        next_states = model.transition(states, env_actions)
+        rewards = units.scale_rewards(model.reward(states, env_actions, next_states))
+        if model.may_terminate:
+            # Rows that ended stay where they are: what the model would say behind the end, infinities too, must not
+            # reach the gradient, and 0 * inf is not 0.
+            rewards = th.where(alive, rewards, 0.0)
+            next_states = th.where(alive, next_states, states)
+            alive = alive & ~model.terminal(next_states)
+        rewards_of_steps.append(rewards)
+        states = next_states
+        network_inputs = units.normalize_observations(model.observation(states))
+        actions = functional_call(actor, actor_parameters, (network_inputs,))
+    total = rewards_of_steps[-1]
+    for rewards in reversed(rewards_of_steps[:-1]):
+        total = rewards + gamma * total
+    return RolloutState(states, network_inputs, actions, alive), total
+
+
+class StepCompiler:
+    """
+    Compiles :func:`advance`, a few steps at a time: one step for each call spends as much on the calls as on the
+    arithmetic, and all steps in one graph take a minute to compile.
+
+    A call is checked by ``torch.compile``'s guards against everything that the graph depends on, the attributes of
+    the user's model included. Random numbers are drawn as without compilation.
+
+    :param chunk: how many steps are compiled into one graph
+    :param backend: of ``torch.compile``
+    """
+
+    def __init__(self, chunk: int = 5, backend: str = "inductor"):
+        self.chunk = chunk
+        options: dict[str, Any] | None = {"fallback_random": True} if backend == "inductor" else None
+        # fullgraph: a model that breaks the graph would run slower than without compilation
+        # A code object of its own: torch counts recompilations for each, and gives up after a few. Several algorithms in
+        # one process, as in a search for hyperparameters, must not use up each other's.
+        function = FunctionType(advance.__code__.replace(), advance.__globals__, advance.__name__)
+        self._advance = th.compile(function, fullgraph=True, dynamic=False, backend=backend, options=options)
+
+    def __call__(self, rollout: RolloutState, n_steps: int, *args: Any) -> tuple[RolloutState, th.Tensor]:
+        """As :func:`advance`."""
+        gamma = args[-1]
+        discount, total = 1.0, None
+        while n_steps > 0:
+            # Chunks and single steps: two graphs are enough for every set of horizons
+            n_compiled = self.chunk if n_steps >= self.chunk else 1
+            # The start of a rollout looks like the middle of one, or it would be compiled a second time
+            states, network_inputs = (
+                tensor if tensor.requires_grad else tensor.detach().requires_grad_() for tensor in rollout[:2]
+            )
+            rollout = rollout._replace(states=states, network_inputs=network_inputs)
+            rollout, rewards = self._advance(rollout, n_compiled, *args)
+            total = rewards if total is None else total + discount * rewards
+            discount *= gamma**n_compiled
+            n_steps -= n_compiled
+        assert total is not None
+        return rollout, total
+
+
+@contextmanager
+def quiet_compiler() -> Iterator[None]:
+    """Keep torch's remarks about its own compiler from the user, who can do nothing about them."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+        warnings.filterwarnings("ignore", category=DeprecationWarning, message=r".*torch\.jit")
+        yield
+
+
 def model_rollout(
     observations: th.Tensor,
     actor: th.nn.Module,
@@ -28,6 +141,7 @@ def model_rollout(
     horizons: Sequence[int],
     gamma: float,
     differentiate: Differentiate = "first_action",
+    advance: Callable[..., tuple[RolloutState, th.Tensor]] = advance,
 ) -> th.Tensor:
     r"""
     Discounted model returns of all horizons, with the critic at the end of each:
@@ -49,43 +163,28 @@ def model_rollout(
     :param differentiate: ``"first_action"``: the parameters of the actor get their gradient through the first action
         alone, later ones come from a frozen copy (eq. 6); ``"all_actions"``: through every action, the critic's at the
         end included (eq. 5)
+    :param advance: steps the model; :func:`advance` or a :class:`StepCompiler`
     :return: returns, ``(n_horizons, B, 1)``, in the order of ``horizons``
     """
-    frozen_parameters = {name: parameter.detach() for name, parameter in actor.named_parameters()}
-    may_terminate = model.may_terminate
+    actor_parameters: dict[str, th.Tensor] = dict(actor.named_parameters())
+    if differentiate == "first_action":
+        actor_parameters = {name: parameter.detach() for name, parameter in actor_parameters.items()}
 
-    returns: dict[int, th.Tensor] = {}
-    states = model.state_from_observation(observations)
     network_inputs = units.normalize_observations(observations)
-    actions = actor(network_inputs)
-    rewards_so_far = th.zeros(observations.shape[0], 1, device=observations.device)
-    alive = th.ones_like(rewards_so_far, dtype=th.bool)
-
-    for step in range(max(horizons) + 1):
-        if step in horizons:
-            values = q_function(network_inputs, actions)
-            if may_terminate:
-                values = th.where(alive, values, 0.0)
-            returns[step] = rewards_so_far + gamma**step * values
-        if step == max(horizons):
-            break
-
-        env_actions = units.unscale_actions(actions)
-        next_states = model.transition(states, env_actions)
-        rewards = units.scale_rewards(model.reward(states, env_actions, next_states))
-        if may_terminate:
-            # Rows that ended stay where they are: what the model would say behind the end, infinities too, must not
-            # reach the gradient, and 0 * inf is not 0.
-            rewards = th.where(alive, rewards, 0.0)
-            next_states = th.where(alive, next_states, states)
-            alive = alive & ~model.terminal(next_states)
-        rewards_so_far = rewards_so_far + gamma**step * rewards
-        states = next_states
-        network_inputs = units.normalize_observations(model.observation(states))
-        if differentiate == "first_action":
-            actions = functional_call(actor, frozen_parameters, (network_inputs,))
-        else:
-            actions = actor(network_inputs)
+    alive = th.ones(observations.shape[0], 1, dtype=th.bool, device=observations.device)
+    rollout = RolloutState(model.state_from_observation(observations), network_inputs, actor(network_inputs), alive)
+    rewards_so_far: th.Tensor | float = 0.0
+    returns: dict[int, th.Tensor] = {}
+    step = 0
+    for horizon in sorted(horizons):
+        if horizon > step:
+            rollout, rewards = advance(rollout, horizon - step, actor, actor_parameters, model, units, gamma)
+            rewards_so_far = rewards_so_far + gamma**step * rewards
+            step = horizon
+        values = q_function(rollout.network_inputs, rollout.actions)
+        if model.may_terminate:
+            values = th.where(rollout.alive, values, 0.0)
+        returns[horizon] = rewards_so_far + gamma**horizon * values
 
     stacked = th.stack([returns[horizon] for horizon in horizons])
     assert stacked.shape == (len(horizons), observations.shape[0], 1), stacked.shape
@@ -101,6 +200,7 @@ def mixed_policy_loss(
     weights: dict[int, float],
     gamma: float,
     differentiate: Differentiate = "first_action",
+    advance: Callable[..., tuple[RolloutState, th.Tensor]] = advance,
 ) -> tuple[th.Tensor, dict[int, th.Tensor]]:
     r"""
     The loss whose gradient is the mixed policy gradient (eq. 9; the general form of appendix C-A):
@@ -112,7 +212,7 @@ def mixed_policy_loss(
     """
     used = {horizon: weight for horizon, weight in weights.items() if abs(weight) >= NEGLIGIBLE_WEIGHT}
     horizons = sorted(used)
-    returns = model_rollout(observations, actor, q_function, model, units, horizons, gamma, differentiate)
+    returns = model_rollout(observations, actor, q_function, model, units, horizons, gamma, differentiate, advance)
     mean_returns = returns.mean(dim=(1, 2))  # (n_horizons,)
     loss = -sum(used[horizon] * mean_returns[index] for index, horizon in enumerate(horizons))
     assert isinstance(loss, th.Tensor)

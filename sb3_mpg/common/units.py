@@ -26,7 +26,7 @@ class Units:
     :param observation_mean: mean of the observations, ``obs_shape``, or ``None`` without normalisation
     :param observation_std: standard deviation of the observations, ``obs_shape``
     :param clip_observation: largest absolute value of a normalised observation
-    :param reward_std: what rewards are divided by, or ``None`` without normalisation
+    :param reward_std: what rewards are divided by, a scalar tensor, or ``None`` without normalisation
     :param clip_reward: largest absolute value of a normalised reward
     """
 
@@ -36,7 +36,7 @@ class Units:
     observation_mean: th.Tensor | None = None
     observation_std: th.Tensor | None = None
     clip_observation: float = float("inf")
-    reward_std: float | None = None
+    reward_std: th.Tensor | None = None
     clip_reward: float = float("inf")
 
     @classmethod
@@ -64,7 +64,7 @@ class Units:
                 clip_observation=float(env.clip_obs),
             )
         if env is not None and env.norm_reward:
-            reward_std = float(np.sqrt(env.ret_rms.var + env.epsilon))
+            reward_std = to_tensor(np.sqrt(env.ret_rms.var + env.epsilon))
             units = replace(units, reward_std=reward_std, clip_reward=float(env.clip_reward))
         return units
 

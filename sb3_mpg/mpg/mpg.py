@@ -1,12 +1,14 @@
+import warnings
 from collections.abc import Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch as th
 from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy, ContinuousCritic
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TrainFreq, TrainFrequencyUnit
 from stable_baselines3.common.utils import (
     FloatSchedule,
     LinearSchedule,
@@ -17,7 +19,7 @@ from stable_baselines3.common.utils import (
 from stable_baselines3.td3.policies import Actor
 from torch.nn import functional as F
 
-from sb3_mpg.common.model_rollout import first_non_finite_step, mixed_policy_loss
+from sb3_mpg.common.model_rollout import StepCompiler, first_non_finite_step, mixed_policy_loss, quiet_compiler
 from sb3_mpg.common.models.loading import PriorModelLike
 from sb3_mpg.common.off_policy_model_algorithm import OffPolicyModelAlgorithm
 from sb3_mpg.common.type_aliases import Differentiate, GradientResult, TrainingBatch
@@ -31,6 +33,8 @@ SelfMPG = TypeVar("SelfMPG", bound="MPG")
 # Table VI of the first version
 ACTOR_LEARNING_RATE = LinearSchedule(3e-4, 3e-6, 1.0)
 CRITIC_LEARNING_RATE = LinearSchedule(8e-4, 8e-6, 1.0)
+# Compiling takes some ten seconds and saves about a millisecond for each model step of a batch (benchmarks/speed.py)
+COMPILE_FROM_MODEL_STEPS = 50_000
 
 
 class MPG(OffPolicyModelAlgorithm):
@@ -81,6 +85,9 @@ class MPG(OffPolicyModelAlgorithm):
     :param reward_scale: factor of all rewards, recorded and predicted ones alike
     :param exploration_noise: standard deviation of the Gaussian noise on actions in [-1, 1] when ``action_noise`` is None
     :param max_skipped_updates: how many updates in a row may be skipped for a non-finite gradient before training stops
+    :param compile: whether model and policy are compiled for the rollout (``torch.compile``): the same gradients, sooner.
+        ``"auto"`` compiles when the training that ``learn`` is asked for is long enough to repay the time that compiling
+        takes. What cannot be compiled runs as it is, with a warning.
     :param stats_window_size: Window size for the rollout logging, specifying the number of episodes to average
         the reported success rate, mean episode length, and mean reward over
     :param tensorboard_log: the log location for tensorboard (if None, no logging)
@@ -132,6 +139,7 @@ class MPG(OffPolicyModelAlgorithm):
         reward_scale: float = 1.0,
         exploration_noise: float = 0.1,
         max_skipped_updates: int = 20,
+        compile: bool | Literal["auto"] = "auto",
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
         policy_kwargs: dict[str, Any] | None = None,
@@ -140,6 +148,8 @@ class MPG(OffPolicyModelAlgorithm):
         device: th.device | str = "auto",
         _init_setup_model: bool = True,
     ):
+        if compile not in (True, False, "auto"):
+            raise ValueError(f"`compile` must be True, False or 'auto', got {compile!r}.")
         if differentiate not in ("first_action", "all_actions"):
             raise ValueError(f"`differentiate` must be 'first_action' or 'all_actions', got {differentiate!r}.")
         super().__init__(
@@ -176,6 +186,8 @@ class MPG(OffPolicyModelAlgorithm):
         self.weighting_rule = make_weighting_rule(weighting, horizons, weighting_kwargs)
         self.differentiate = differentiate
         self.batch_reuse = batch_reuse
+        self.compile = compile
+        self._step_compiler: StepCompiler | None = None
         self.policy_delay = policy_delay
         # A copy: the caller's dictionary is theirs
         self.policy_kwargs = {"n_critics": self.value_target.n_critics, **self.policy_kwargs}
@@ -277,6 +289,36 @@ class MPG(OffPolicyModelAlgorithm):
         self._batch_uses += 1
         return self._batch
 
+    def _mixed_policy_gradient(
+        self, observations: th.Tensor, units: Units, weights: dict[int, float]
+    ) -> tuple[th.Tensor, dict[int, th.Tensor], list[th.Tensor]]:
+        """
+        :param observations: raw observations, ``(B, *obs_shape)``
+        :param units: conversions between environment and networks
+        :param weights: weight of each horizon
+        :return: the actor loss (eq. 9), the mean return of each horizon that counts, and the gradient of the loss
+        """
+        assert self.rollout_model is not None
+        arguments = (observations, self.actor, self._q1, self.rollout_model, units, weights, self.gamma, self.differentiate)
+        parameters = list(self.actor.parameters())
+        if self._step_compiler is not None:
+            try:
+                with quiet_compiler():
+                    loss, mean_returns = mixed_policy_loss(*arguments, self._step_compiler)
+                    return loss, mean_returns, list(th.autograd.grad(loss, parameters))
+            except Exception as error:
+                # Whatever the compiler trips over, training goes on; an error of the model itself comes again below
+                self._step_compiler = None
+                loss, mean_returns = mixed_policy_loss(*arguments)
+                reason = " ".join(str(error).split())[:300]
+                warnings.warn(
+                    f"{type(self.rollout_model).__name__} and the policy could not be compiled and run as they are, more "
+                    f"slowly ({type(error).__name__}: {reason}). `compile=False` avoids the attempt."
+                )
+                return loss, mean_returns, list(th.autograd.grad(loss, parameters))
+        loss, mean_returns = mixed_policy_loss(*arguments)
+        return loss, mean_returns, list(th.autograd.grad(loss, parameters))
+
     def compute_gradients(self, batch: TrainingBatch, n_updates: int, units: Units) -> GradientResult:
         """
         The gradients of one update; nothing is changed.
@@ -302,18 +344,7 @@ class MPG(OffPolicyModelAlgorithm):
         if n_updates % self.policy_delay == 0:
             assert self.rollout_model is not None
             weights = self.weighting_rule(n_updates)
-            # Compute actor loss, eq. 9
-            actor_loss, mean_returns = mixed_policy_loss(
-                batch.observations,
-                self.actor,
-                self._q1,
-                self.rollout_model,
-                units,
-                weights,
-                self.gamma,
-                self.differentiate,
-            )
-            actor_gradients = list(th.autograd.grad(actor_loss, list(self.actor.parameters())))
+            actor_loss, mean_returns, actor_gradients = self._mixed_policy_gradient(batch.observations, units, weights)
             logs["train/actor_loss"] = actor_loss.item()
             logs.update({f"horizons/weight_{horizon}": weight for horizon, weight in weights.items()})
             logs.update({f"horizons/return_{horizon}": value.item() for horizon, value in mean_returns.items()})
@@ -416,6 +447,33 @@ class MPG(OffPolicyModelAlgorithm):
         for key, values in logs.items():
             self.logger.record(key, float(np.mean(values)))
 
+    def _is_worth_compiling(self, total_timesteps: int) -> bool:
+        """
+        :param total_timesteps: when the training that begins now will end
+        :return: whether compiling will have been repaid by then
+        """
+        if self.compile != "auto":
+            return bool(self.compile)
+        assert isinstance(self.train_freq, TrainFreq)
+        steps = max(total_timesteps - max(self.num_timesteps, self.learning_starts), 0)
+        if self.train_freq.unit == TrainFrequencyUnit.STEP and self.gradient_steps >= 0:
+            updates = steps / (self.n_envs * self.train_freq.frequency) * self.gradient_steps
+        else:
+            updates = steps
+        return updates / self.policy_delay * max(self.weighting_rule.horizons) >= COMPILE_FROM_MODEL_STEPS
+
+    def _setup_learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        reset_num_timesteps: bool = True,
+        tb_log_name: str = "run",
+        progress_bar: bool = False,
+    ) -> tuple[int, BaseCallback]:
+        setup = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+        self._step_compiler = StepCompiler() if self._is_worth_compiling(setup[0]) else None
+        return setup
+
     def learn(
         self: SelfMPG,
         total_timesteps: int,
@@ -435,7 +493,8 @@ class MPG(OffPolicyModelAlgorithm):
         )
 
     def _excluded_save_params(self) -> list[str]:
-        return super()._excluded_save_params() + ["actor", "critic", "actor_target", "critic_target"]  # noqa: RUF005
+        excluded = ["actor", "critic", "actor_target", "critic_target", "_step_compiler"]
+        return super()._excluded_save_params() + excluded
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts = ["policy", "actor.optimizer", "critic.optimizer"]

@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from typing import Any
 
 import torch as th
@@ -8,6 +9,13 @@ from stable_baselines3.td3.policies import TD3Policy
 from torch import nn
 
 from sb3_mpg.common.torch_layers import ObservationScaler
+
+
+def elu() -> nn.ELU:
+    """
+    :return: an ELU that overwrites its input: its derivative then comes from its output, without another exponential
+    """
+    return nn.ELU(inplace=True)
 
 
 class MPGPolicy(TD3Policy):
@@ -35,7 +43,7 @@ class MPGPolicy(TD3Policy):
         action_space: spaces.Box,
         lr_schedule: Schedule,
         net_arch: list[int] | dict[str, list[int]] | None = None,
-        activation_fn: type[nn.Module] = nn.ELU,
+        activation_fn: Callable[[], nn.Module] = elu,
         features_extractor_class: type[BaseFeaturesExtractor] = ObservationScaler,
         features_extractor_kwargs: dict[str, Any] | None = None,
         normalize_images: bool = True,
@@ -54,7 +62,7 @@ class MPGPolicy(TD3Policy):
             action_space,
             lr_schedule,
             [256, 256] if net_arch is None else net_arch,
-            activation_fn,
+            activation_fn,  # type: ignore[arg-type]
             features_extractor_class,
             features_extractor_kwargs,
             normalize_images,

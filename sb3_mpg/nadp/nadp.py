@@ -1,4 +1,4 @@
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch as th
 from stable_baselines3.common.buffers import ReplayBuffer
@@ -51,6 +51,7 @@ class NStepADP(MPG):
         reward_scale: float = 1.0,
         exploration_noise: float = 0.1,
         max_skipped_updates: int = 20,
+        compile: bool | Literal["auto"] = "auto",
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
         policy_kwargs: dict[str, Any] | None = None,
@@ -89,6 +90,7 @@ class NStepADP(MPG):
             reward_scale=reward_scale,
             exploration_noise=exploration_noise,
             max_skipped_updates=max_skipped_updates,
+            compile=compile,
             stats_window_size=stats_window_size,
             tensorboard_log=tensorboard_log,
             policy_kwargs=policy_kwargs,

@@ -1,0 +1,110 @@
+import pytest
+import torch as th
+from lq import LinearEnv
+
+import sb3_mpg_envs  # noqa: F401
+from sb3_mpg import MPG, PriorModel
+from sb3_mpg.common.model_rollout import StepCompiler
+
+SMALL = {"policy_kwargs": {"net_arch": [16]}, "learning_starts": 40, "batch_size": 32, "seed": 0, "buffer_size": 2000}
+
+
+def gradient(model, observations, weights):
+    """With the noise of the model, the same one at each call."""
+    th.manual_seed(3)
+    model.rollout_model.train()
+    return th.cat([g.flatten() for g in model._mixed_policy_gradient(observations, model._units(), weights)[2]])
+
+
+@pytest.mark.parametrize("env", [LinearEnv(), "PathTracking-v0", "InvertedPendulumConti-v0"], ids=["lq", "path", "pendulum"])
+def test_compiled_gradient_equals_the_other(env):
+    model = MPG("MlpPolicy", env, compile=False, horizons=(0, 3), **SMALL).learn(44)
+    assert model._step_compiler is None
+    observations = th.as_tensor(model.replay_buffer.observations[:32, 0])
+    weights = {0: 0.2, 3: 0.8}
+    expected = gradient(model, observations, weights)
+    model._step_compiler = StepCompiler(chunk=1)
+    compiled = gradient(model, observations, weights)
+    assert model._step_compiler is not None
+    scale = expected.abs().max()
+    th.testing.assert_close(compiled / scale, expected / scale, rtol=0, atol=5e-6)
+
+
+def test_the_graph_follows_what_it_depends_on():
+    """Numbers that the model holds, other batches: nothing that was compiled goes stale."""
+    model = MPG("MlpPolicy", "PathTracking-v0", compile=False, **SMALL).learn(44)
+    observations = th.as_tensor(model.replay_buffer.observations[:32, 0])
+    weights = {0: 0.2, 3: 0.8}
+
+    compiler = StepCompiler(chunk=2, backend="eager")
+
+    def check():
+        model._step_compiler = compiler
+        compiled = gradient(model, observations, weights)
+        assert model._step_compiler is compiler
+        model._step_compiler = None
+        expected = gradient(model, observations, weights)
+        th.testing.assert_close(compiled, expected)
+        return expected
+
+    before = check()
+    model.rollout_model.steering_gain = -1.0
+    assert not th.allclose(before, check())
+    observations = observations[:20]
+    check()
+
+
+class CannotBeCompiled(PriorModel):
+    def transition(self, states, actions):
+        if states.sum().item() > 1e9:  # a branch on data breaks the graph
+            raise OverflowError
+        return states + 0.1 * actions
+
+    def reward(self, states, actions, next_states):
+        return -(states**2).sum(1, keepdim=True)
+
+
+def test_what_cannot_be_compiled_runs_with_one_warning():
+    kwargs = {**SMALL, "prior_model": CannotBeCompiled(), "horizons": (0, 2)}
+    model = MPG("MlpPolicy", LinearEnv(), compile=True, **kwargs)
+    with pytest.warns(UserWarning, match="CannotBeCompiled and the policy could not be compiled") as record:
+        model.learn(60)
+    assert len([w for w in record if "compiled" in str(w.message)]) == 1
+    reference = MPG("MlpPolicy", LinearEnv(), compile=False, **kwargs).learn(60)
+    for first, second in zip(model.policy.parameters(), reference.policy.parameters(), strict=True):
+        assert th.equal(first, second)
+
+
+def test_an_error_of_the_model_is_not_hidden():
+    class Fails(CannotBeCompiled):
+        def reward(self, states, actions, next_states):
+            if self.training:
+                raise ZeroDivisionError("mine")
+            return super().reward(states, actions, next_states)
+
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        MPG("MlpPolicy", LinearEnv(), prior_model=Fails(), compile=True, horizons=(0, 2), **SMALL).learn(60)
+
+
+def test_auto_compiles_long_runs_only():
+    model = MPG("MlpPolicy", LinearEnv(), learning_starts=1000)
+    assert model.compile == "auto"
+    assert not model._is_worth_compiling(2000)
+    assert model._is_worth_compiling(100_000)
+    model.gradient_steps = -1
+    assert model._is_worth_compiling(100_000)
+    model.weighting_rule.horizons = (0,)
+    assert not model._is_worth_compiling(100_000)
+    with pytest.raises(ValueError, match="`compile` must be"):
+        MPG("MlpPolicy", LinearEnv(), compile="yes")
+
+
+def test_saved_models_do_not_know(tmp_path):
+    model = MPG("MlpPolicy", LinearEnv(), compile=False, horizons=(0, 2), **SMALL).learn(44)
+    model._step_compiler = StepCompiler()
+    precision = th.get_float32_matmul_precision()
+    model.save(tmp_path / "model.zip")
+    loaded = MPG.load(tmp_path / "model.zip")
+    assert loaded._step_compiler is None
+    assert list(loaded.policy.state_dict()) == list(model.policy.state_dict())
+    assert th.get_float32_matmul_precision() == precision

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, SupportsFloat
 import gymnasium as gym
 import yaml
 
+from sb3_mpg.common.models.loading import HOW_TO_WRITE_A_MODEL
 from sb3_mpg.common.torch_layers import ObservationScaler
 from sb3_mpg.mpg import MPG
 from sb3_mpg.nadp import NStepADP
@@ -278,15 +279,17 @@ def _setup_experiment(original: Callable, self: Any) -> Any:
         # Our own constructors say what is wrong with their arguments; a Python bug elsewhere keeps its traceback
         is_ours = _is_within(_last_file(error.__traceback__), Path(__file__).parent)
         if is_ours or "unexpected keyword argument" in str(error):
-            raise ZooError(str(error)) from error
+            hint = "\nIn RL Zoo: -params prior_model:package.module:MyModel" if HOW_TO_WRITE_A_MODEL in str(error) else ""
+            raise ZooError(f"{error}{hint}") from error
         raise
 
 
 def _load_pretrained_agent(original: Callable, self: Any, hyperparams: dict[str, Any], env: Any) -> Any:
     if self.algo in ALGORITHMS:
-        kept = [key for key in SET_AT_CONSTRUCTION if hyperparams.pop(key, None) is not None]
-        if set(kept) & set(self.custom_hyperparams or {}):
-            print(f"Kept as in the saved agent: {', '.join(kept)}")
+        given = [key for key in SET_AT_CONSTRUCTION if hyperparams.pop(key, None) is not None]
+        ignored = [key for key in given if key in (self.custom_hyperparams or {})]
+        if ignored:
+            print(f"Ignored, as it stays what it is in the saved agent: {', '.join(ignored)}")
     return original(self, hyperparams, env)
 
 

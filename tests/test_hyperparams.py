@@ -1,0 +1,170 @@
+"""The hyperparameter files: their keys and values are those that RL Zoo and the constructors take."""
+
+import inspect
+import sys
+from pathlib import Path
+
+import gymnasium as gym
+import pytest
+import yaml
+from stable_baselines3 import SAC, TD3
+from stable_baselines3.common.env_util import make_vec_env
+from torch import nn
+
+import sb3_mpg_envs  # noqa: F401
+from sb3_mpg import MPG
+from sb3_mpg.common.torch_layers import ObservationScaler
+from sb3_mpg.zoo import (
+    ALGORITHMS,
+    PASSED_BY_ZOO,
+    ZOO_KEYS,
+    ScaleReward,
+    ZooError,
+    check_hyperparameters,
+    convert_params,
+    hyperparameter_file,
+)
+
+sb3_contrib = pytest.importorskip("sb3_contrib", reason="sb3_contrib is not installed: pip install 'sb3-mpg[zoo]'")
+
+ROOT = Path(__file__).parent.parent
+CLASSES = {
+    **ALGORITHMS,
+    "mpg_v1": MPG,
+    **{"td3": TD3, "sac": SAC, "tqc": sb3_contrib.TQC, "crossq": sb3_contrib.CrossQ},
+}
+ENTRIES = {
+    path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in sorted((ROOT / "hyperparams").glob("*.yml"))
+}
+FILES_AND_ENTRIES = [(name, key) for name, entries in ENTRIES.items() for key in entries]
+TASKS = ("PathTracking-v0", "InvertedPendulumConti-v0")
+
+
+def policy_kwargs_of(entry):
+    """As RL Zoo evaluates them."""
+    return eval(entry.get("policy_kwargs", "{}"), {"nn": nn, "ObservationScaler": ObservationScaler})
+
+
+def test_files_are_known():
+    assert ENTRIES.keys() == CLASSES.keys()
+
+
+@pytest.mark.parametrize(("name", "key"), FILES_AND_ENTRIES)
+def test_keys_are_arguments(name, key):
+    check_hyperparameters(CLASSES[name], ENTRIES[name][key], f"{name}.yml, {key}")
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_every_task_has_an_entry(name):
+    assert set(TASKS) <= ENTRIES[name].keys()
+    assert ("default" in ENTRIES[name]) == issubclass(CLASSES[name], MPG)
+
+
+@pytest.mark.parametrize(("name", "key"), FILES_AND_ENTRIES)
+def test_values_are_accepted(name, key):
+    entry = dict(ENTRIES[name][key], policy_kwargs=policy_kwargs_of(ENTRIES[name][key]), buffer_size=100)
+    if "learning_rate" in entry:
+        entry["learning_rate"] = float(entry["learning_rate"].removeprefix("lin_"))
+    arguments = {argument: value for argument, value in entry.items() if argument not in ZOO_KEYS}
+    env = make_vec_env("PathTracking-v0" if key == "default" else key, n_envs=1)
+    model = CLASSES[name](env=env, device="cpu", **arguments)
+    model.learn(2)
+    env.close()
+
+
+@pytest.mark.parametrize("env_id", TASKS)
+def test_settings_are_those_of_the_benchmarks(env_id, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    settings = pytest.importorskip("settings")
+    sys.modules.pop("settings")
+    task = next(task for task in settings.TASKS.values() if task.env_id == env_id)
+    for name, entries in ENTRIES.items():
+        entry = entries[env_id]
+        scale = policy_kwargs_of(entry)["features_extractor_kwargs"]["scale"]
+        assert scale == pytest.approx(task.observation_scale), name
+        if "weighting_kwargs" in entry:
+            assert entry["weighting_kwargs"] == {"eta": 0.1, "total_updates": task.weighting_updates}, name
+        if issubclass(CLASSES[name], MPG):
+            assert entry.get("reward_scale", 1.0) == task.reward_scale, name
+        else:
+            wrappers = entry["env_wrapper"] or [{"sb3_mpg.zoo.ScaleReward": {"factor": 1.0}}]
+            assert wrappers == [{"sb3_mpg.zoo.ScaleReward": {"factor": task.reward_scale}}], name
+
+
+@pytest.mark.parametrize("name", ["td3", "sac", "tqc", "crossq"])
+def test_baselines_get_what_mpg_gets(name):
+    mpg = {argument: parameter.default for argument, parameter in inspect.signature(MPG).parameters.items()}
+    for env_id in TASKS:
+        entry = ENTRIES[name][env_id]
+        assert entry["n_timesteps"] == ENTRIES["mpg"][env_id]["n_timesteps"]
+        assert entry["n_envs"] == ENTRIES["mpg"][env_id]["n_envs"]
+        for argument in ("gamma", "batch_size", "buffer_size", "learning_starts", "train_freq", "gradient_steps", "tau"):
+            assert entry.get(argument, mpg[argument]) == mpg[argument], argument
+        policy_kwargs = policy_kwargs_of(entry)
+        assert policy_kwargs["net_arch"] == [256, 256]
+        assert policy_kwargs["activation_fn"] is nn.ELU
+
+
+def test_scale_reward():
+    env = ScaleReward(gym.make("PathTracking-v0"), factor=0.01)
+    bare = gym.make("PathTracking-v0")
+    env.reset(seed=1)
+    bare.reset(seed=1)
+    action = bare.action_space.sample()
+    reward = env.step(action)[1]
+    assert reward == pytest.approx(0.01 * bare.step(action)[1])
+    assert isinstance(reward, float)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (
+            {"n_timesteps": 1, "policy": "MlpPolicy", "horizon": 25},
+            "mpg.yml, X: MPG has no hyperparameter 'horizon', did you mean",
+        ),
+        ({"n_timesteps": 1, "policy": "MlpPolicy", "seed": 1}, "no hyperparameter 'seed'"),
+        ({"policy": "MlpPolicy"}, "'n_timesteps' is missing"),
+        ({"n_timesteps": 1}, "'policy' is missing"),
+    ],
+)
+def test_wrong_keys_are_named(entry, message):
+    with pytest.raises(ZooError, match=message):
+        check_hyperparameters(MPG, entry, "mpg.yml, X")
+
+
+def test_which_file_is_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def file_name(*arguments):
+        path = hyperparameter_file(*arguments)
+        return path and Path(path).name
+
+    assert file_name("mpg", "Pendulum-v1") == "mpg.yml"
+    # RL Zoo keeps its own environments, and the files that users choose
+    assert file_name("td3", "PathTracking-v0") == "td3.yml"
+    assert file_name("td3", "Pendulum-v1") is None
+    assert file_name("ppo", "PathTracking-v0") is None
+    assert file_name("mpg", "PathTracking-v0", "mpg_v1.yml") == "mpg_v1.yml"
+    Path("mpg_v1.yml").touch()
+    assert file_name("mpg", "PathTracking-v0", "mpg_v1.yml") is None
+    assert file_name("mpg", "PathTracking-v0", "mine.yml") is None
+
+
+@pytest.mark.parametrize(
+    "sampled",
+    [
+        {"horizon": 10, "eta": 0.1, "total_updates": 500, "policy_delay": 1},
+        {"n_steps": 10, "batch_reuse": 3},
+    ],
+    ids=["mpg", "n_step"],
+)
+def test_sampled_values_become_arguments(sampled):
+    common = {"one_minus_gamma": 0.02, "batch_size_pow": 5, "learning_rate": 1e-3, "critic_learning_rate": 1e-3, "tau": 0.01}
+    hyperparams = convert_params({**common, **sampled})
+    assert hyperparams["gamma"] == 0.98
+    assert hyperparams["batch_size"] == 32
+    for name in ("mpg",) if "horizon" in sampled else ("ndpg", "nadp"):
+        assert hyperparams.keys() <= inspect.signature(ALGORITHMS[name]).parameters.keys() - PASSED_BY_ZOO
+    # RL Zoo writes them to a file
+    assert yaml.safe_load(yaml.safe_dump(hyperparams)) == hyperparams

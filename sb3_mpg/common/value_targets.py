@@ -42,11 +42,9 @@ class ValueTarget(ABC):
     """
     A rule for the values that the critics regress on.
 
-    :cvar n_critics: how many critics the rule was published with
     :cvar needs_simulator: whether a batched simulator must be at hand
     """
 
-    n_critics: int = 1
     needs_simulator: bool = False
 
     @property
@@ -88,8 +86,6 @@ class ReplayTarget(ValueTarget):
     :param noise_clip: largest absolute value of that noise
     """
 
-    n_critics = 2
-
     def __init__(self, n_steps: int = 1, noise_std: float = 0.0, noise_clip: float = 0.5):
         self.n_steps = check_n_steps(n_steps)
         self.noise_std = noise_std
@@ -112,7 +108,8 @@ class SimulatorTarget(ValueTarget):
     r"""
     n-step TD with the current policy (MPG-v1): from each sampled state the simulator takes the recorded action and then
     follows :math:`\pi_\theta`,
-    :math:`\sum_{l=t}^{t+n-1} \gamma^{l-t} r_l + \gamma^n Q_{\omega'}(s_{t+n}, \pi_{\theta'}(s_{t+n}))`.
+    :math:`\sum_{l=t}^{t+n-1} \gamma^{l-t} r_l + \gamma^n \min_i Q_{\omega'_i}(s_{t+n}, \pi_{\theta'}(s_{t+n}))`. The
+    paper has one critic; with the least of two training is steadier, and ``policy_kwargs={"n_critics": 1}`` is the paper's.
 
     A rollout that ends earlier counts as a recorded episode does: behind a termination there is nothing, behind a
     truncation the critic's value. (To run on instead would make the critic bootstrap from states that it never sees.)

@@ -189,8 +189,6 @@ class MPG(OffPolicyModelAlgorithm):
         self.compile = compile
         self._step_compiler: StepCompiler | None = None
         self.policy_delay = policy_delay
-        # A copy: the caller's dictionary is theirs
-        self.policy_kwargs = {"n_critics": self.value_target.n_critics, **self.policy_kwargs}
         self._batch: TrainingBatch | None = None
         self._batch_uses = 0
 

@@ -24,6 +24,7 @@ from sb3_mpg.common.models.loading import PriorModelLike
 from sb3_mpg.common.off_policy_model_algorithm import OffPolicyModelAlgorithm
 from sb3_mpg.common.type_aliases import Differentiate, GradientResult, TrainingBatch
 from sb3_mpg.common.units import Units
+from sb3_mpg.common.utils import polyak_update_all
 from sb3_mpg.common.value_targets import ValueTarget
 from sb3_mpg.common.weighting import WeightingRule, check_horizons, make_weighting_rule
 from sb3_mpg.mpg.policies import MlpPolicy, MPGPolicy
@@ -382,8 +383,8 @@ class MPG(OffPolicyModelAlgorithm):
             # Updates without the actor say nothing of the model and do not end a row of failures
             self._n_skipped_in_a_row = 0
             self.actor.optimizer.step()
-            polyak_update(self.critic.parameters(), self.critic_target.parameters(), self.tau)
-            polyak_update(self.actor.parameters(), self.actor_target.parameters(), self.tau)
+            polyak_update_all(self.critic.parameters(), self.critic_target.parameters(), self.tau)
+            polyak_update_all(self.actor.parameters(), self.actor_target.parameters(), self.tau)
             # Copy running stats, see SB3 issue #996
             polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
         return True

@@ -32,7 +32,8 @@ class MPGPolicy(TD3Policy):
     :param features_extractor_kwargs: Keyword arguments to pass to the features extractor.
     :param normalize_images: Ignored: MPG takes float observations
     :param optimizer_class: The optimizer to use, ``th.optim.Adam`` by default
-    :param optimizer_kwargs: Additional keyword arguments, excluding the learning rate, to pass to the optimizer
+    :param optimizer_kwargs: Additional keyword arguments, excluding the learning rate, to pass to the optimizer;
+        by default Adam is ``fused``
     :param n_critics: Number of critic networks to create.
     :param share_features_extractor: Must be False: a shared extractor hides dQ/ds from the rollout
     """
@@ -57,6 +58,9 @@ class MPGPolicy(TD3Policy):
                 "`share_features_extractor=True` cuts the gradient of the critic with respect to the state, "
                 "which the model rollout needs; leave it at False."
             )
+        if optimizer_kwargs is None and optimizer_class is th.optim.Adam:
+            # The same arithmetic in one call for all parameters
+            optimizer_kwargs = {"fused": True}
         super().__init__(
             observation_space,
             action_space,

@@ -46,12 +46,13 @@ setup(
     cmdclass={"build_py": BuildWithZooHook},
     python_requires=">=3.10",
     install_requires=[
-        # 2.7 brought n-step returns to off-policy algorithms (`n_steps`, `ReplayBufferSamples.discounts`)
-        "stable_baselines3>=2.7,<3.0",
-        "gymnasium>=1.0,<2.0",
+        # The lower bounds are tested together, see .ci/constraints-oldest.txt. SB3: RL Zoo reads `default` entries of
+        # hyperparameter files from 2.8 on and goes with SB3 of its version; Gymnasium: `AutoresetMode`; MuJoCo: `Rollout`
+        "stable_baselines3>=2.8,<3.0",
+        "gymnasium>=1.1,<2.0",
         "torch>=2.3,<3.0",
         "numpy>=1.24,<3.0",
-        "mujoco>=3.2",
+        "mujoco>=3.3",
     ],
     extras_require={
         # setuptools and filelock: the tests of the RL Zoo integration build and install the wheel, once for all their processes
@@ -61,7 +62,7 @@ setup(
         ],
         # All that RL Zoo's commands need and does not ask for itself: enjoy, record_video, the plots
         "zoo": [
-            *["rl_zoo3>=2.7,<3.0", "sb3_contrib>=2.7,<3.0"],
+            *["rl_zoo3>=2.8,<3.0", "sb3_contrib>=2.8,<3.0"],
             *["requests", "moviepy", "pygame", "matplotlib", "pandas", "scipy", "seaborn"],
         ],
         "plots": ["matplotlib", "pandas"],

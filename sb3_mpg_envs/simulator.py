@@ -526,15 +526,15 @@ class SimulatorVecEnv(VecEnv):
         indices = np.flatnonzero(dones)
         if len(indices) > 0:
             elapsed_time = round(time.time() - self._start_time, 6)
-            for idx in indices:
+            # Python numbers, converted all at once
+            is_truncated = (truncated & ~terminated)[indices].tolist()
+            returns = self._episode_returns[indices].round(6).tolist()
+            lengths = self._episode_lengths[indices].tolist()
+            for place, idx in enumerate(indices.tolist()):
                 infos[idx] = {
                     "terminal_observation": observations[idx],
-                    "TimeLimit.truncated": bool(truncated[idx] and not terminated[idx]),
-                    "episode": {
-                        "r": round(float(self._episode_returns[idx]), 6),
-                        "l": int(self._episode_lengths[idx]),
-                        "t": elapsed_time,
-                    },
+                    "TimeLimit.truncated": is_truncated[place],
+                    "episode": {"r": returns[place], "l": lengths[place], "t": elapsed_time},
                 }
             self._episode_returns[indices] = 0.0
             self._episode_lengths[indices] = 0

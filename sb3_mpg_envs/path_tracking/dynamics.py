@@ -92,7 +92,8 @@ def wrap_angle(angle: Array, xp: ArrayModule) -> Array:
     :param xp: array module
     :return: the same angles in (-pi, pi]; the derivative is 1
     """
-    return math.pi - xp.remainder(math.pi - angle, 2 * math.pi)
+    # Not with remainder(), the slowest function of NumPy that is used here
+    return angle - 2 * math.pi * xp.ceil(angle / (2 * math.pi) - 0.5)
 
 
 def path_reference(x: Array, reference: Reference, xp: ArrayModule) -> tuple[Array, Array]:
@@ -106,12 +107,20 @@ def path_reference(x: Array, reference: Reference, xp: ArrayModule) -> tuple[Arr
     """
     if reference == "straight":
         return xp.zeros_like(x), xp.zeros_like(x)
+    base_number = 2 * math.pi / PATH_PERIOD
+    phase = base_number * x
+    # All waves are harmonics of the path's period. One sine and one cosine give them by sin((k + 1) p) + sin((k - 1) p) =
+    # 2 cos(p) sin(k p), and the same for the cosines: faster than a sine and a cosine of each
+    sines, cosines = [0.0, xp.sin(phase)], [1.0, xp.cos(phase)]
+    double_cosine = 2 * cosines[1]
+    while len(sines) <= PATH_PERIOD / min(wavelength for _, wavelength in PATH_WAVES):
+        sines.append(double_cosine * sines[-1] - sines[-2])
+        cosines.append(double_cosine * cosines[-1] - cosines[-2])
     y, slope = 0.0, 0.0
     for amplitude, wavelength in PATH_WAVES:
-        wave_number = 2 * math.pi / wavelength
-        phase = wave_number * x
-        y = y + amplitude * xp.sin(phase)
-        slope = slope + (amplitude * wave_number) * xp.cos(phase)
+        harmonic = round(PATH_PERIOD / wavelength)
+        y = y + amplitude * sines[harmonic]
+        slope = slope + (amplitude * harmonic * base_number) * cosines[harmonic]
     return y, xp.arctan(slope)
 
 
@@ -127,7 +136,7 @@ def vehicle_step(
     The bicycle model over one step of the environment: equation (15) of the paper, ``n_substeps`` times.
 
     The equation for v is divided by m and the one for r by -I_z. Position and yaw do not act back on the velocities, so
-    only the velocities are stepped one by one; the positions are summed up afterwards, all substeps at once.
+    only the velocities are stepped one by one; the way is summed up afterwards, all substeps at once.
 
     :param vehicle_state: u, v (m/s), r (rad/s), y (m), phi (rad), x (m), each of shape ``(n,)``
     :param steering: front wheel angle, rad, ``(n,)``
@@ -143,58 +152,70 @@ def vehicle_step(
     a, b = vehicle.front_axle_distance, vehicle.rear_axle_distance
     mass, inertia = vehicle.mass, vehicle.yaw_inertia
 
-    # Everything that stays constant over the substeps
-    v_damping = -dt * (c_front + c_rear) / mass
-    v_coupling = (a * c_front - b * c_rear) / mass
+    def constant(value: float) -> Array:
+        return xp.asarray(value, dtype=u.dtype)
+
+    # Everything that stays constant over the substeps; in arrays without dimensions, which NumPy prefers to numbers
+    v_damping = constant(-dt * (c_front + c_rear) / mass)
+    v_coupling = constant((a * c_front - b * c_rear) / mass)
     v_steering = (dt * c_front / mass) * steering
-    yaw_damping = -dt * (a**2 * c_front + b**2 * c_rear) / inertia
-    yaw_coupling = dt**2 * (a * c_front - b * c_rear) / inertia
+    yaw_damping = constant(-dt * (a**2 * c_front + b**2 * c_rear) / inertia)
+    yaw_coupling = constant(dt**2 * (a * c_front - b * c_rear) / inertia)
     yaw_steering = (dt**2 * a * c_front / inertia) * steering
     speed_gain = dt * acceleration
 
     # The recursion is written in the yaw per substep, dt * r, which saves an operation in the hottest loop
     yaw = dt * r
-    u_steps, v_steps, phi_steps = [], [], []
+    turned = xp.zeros_like(phi)
+    u_steps, v_steps, turned_steps = [], [], []
     for _ in range(n_substeps):
         u_steps.append(u)
         v_steps.append(v)
-        phi_steps.append(phi)
-        phi = phi + yaw
+        turned_steps.append(turned)
+        turned = turned + yaw
         next_u = u + speed_gain + yaw * v
         next_v = (u * (v - v_steering - u * yaw) + v_coupling * yaw) / (u + v_damping)
         yaw = (u * (yaw - yaw_steering) + yaw_coupling * v) / (u + yaw_damping)
         u, v = next_u, next_v
 
-    # (n_substeps, n)
-    all_u, all_v, all_phi = xp.stack(u_steps), xp.stack(v_steps), xp.stack(phi_steps)
-    sin, cos = xp.sin(all_phi), xp.cos(all_phi)
-    y = y + dt * (all_u * sin + all_v * cos).sum(0)
-    x = x + dt * (all_u * cos - all_v * sin).sum(0)
-    return u, v, yaw / dt, y, phi, x
+    # The way in the axes that the vehicle had at first: sines of small angles are faster, and in the first substep it has
+    # not turned yet
+    ahead, aside = u_steps[0], v_steps[0]
+    if n_substeps > 1:
+        # (n_substeps - 1, n)
+        all_u, all_v, all_turned = xp.concatenate(u_steps[1:] + v_steps[1:] + turned_steps[1:]).reshape(3, n_substeps - 1, -1)
+        sin, cos = xp.sin(all_turned), xp.cos(all_turned)
+        ahead = ahead + (all_u * cos - all_v * sin).sum(0)
+        aside = aside + (all_u * sin + all_v * cos).sum(0)
+    ahead, aside = dt * ahead, dt * aside
+    sin, cos = xp.sin(phi), xp.cos(phi)
+    return u, v, yaw / dt, y + ahead * sin + aside * cos, phi + turned, x + ahead * cos - aside * sin
 
 
 def tracking_step(
     state: TrackingState,
+    path: tuple[Array, Array],
     steering: Array,
     acceleration: Array,
     vehicle: VehicleParameters,
     n_substeps: int,
     reference: Reference,
     xp: ArrayModule,
-) -> TrackingState:
+) -> tuple[TrackingState, tuple[Array, Array]]:
     """
     One step of the environment, from tracking errors to tracking errors.
 
     :param state: tracking errors, each ``(n,)``
+    :param path: :func:`path_reference` where the vehicle is, each ``(n,)``
     :param steering: front wheel angle, rad, ``(n,)``
     :param acceleration: longitudinal acceleration, m/s^2, ``(n,)``
     :param vehicle: parameters of the vehicle
     :param n_substeps: number of integration steps
     :param reference: the path to track
     :param xp: array module
-    :return: next tracking errors, speed clipped, angle and position wrapped, each ``(n,)``
+    :return: next tracking errors, speed clipped, angle and position wrapped, and the path at the next position, each ``(n,)``
     """
-    y_ref, phi_ref = path_reference(state.x, reference, xp)
+    y_ref, phi_ref = path
     u, v, r, y, phi, x = vehicle_step(
         (
             state.speed_error + REFERENCE_SPEED,
@@ -211,7 +232,7 @@ def tracking_step(
         xp,
     )
     y_ref, phi_ref = path_reference(x, reference, xp)
-    return TrackingState(
+    next_state = TrackingState(
         speed_error=xp.clip(u, MIN_SPEED, MAX_SPEED) - REFERENCE_SPEED,
         lateral_velocity=v,
         yaw_rate=r,
@@ -219,6 +240,7 @@ def tracking_step(
         heading_error=wrap_angle(phi - phi_ref, xp),
         x=xp.remainder(x, PATH_PERIOD),
     )
+    return next_state, (y_ref, phi_ref)
 
 
 def tracking_reward(state: TrackingState, steering: Array, acceleration: Array) -> Array:

@@ -11,6 +11,7 @@ from sb3_mpg_envs.path_tracking.dynamics import (
     PAPER_VEHICLE,
     VehicleParameters,
     is_off_path,
+    path_reference,
     tracking_reward,
     tracking_step,
 )
@@ -97,8 +98,10 @@ class PathTrackingModel(PriorModel):
 
     def transition(self, states: th.Tensor, actions: th.Tensor) -> th.Tensor:
         steering, acceleration = self._controls(actions)
-        next_state = tracking_step(
-            TrackingState(*states.unbind(-1)),
+        state = TrackingState(*states.unbind(-1))
+        next_state, _ = tracking_step(
+            state,
+            path_reference(state.x, self.reference, th),
             self.steering_gain * steering,
             acceleration,
             self.vehicle,

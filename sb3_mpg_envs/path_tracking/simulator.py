@@ -54,6 +54,16 @@ class PathTrackingSimulator(BatchSimulator):
         )
         self.vehicle = vehicle
 
+    def _allocate(self, num_agents: int) -> None:
+        super()._allocate(num_agents)
+        # Lateral position and yaw angle of the path where the vehicles are: each step would compute them again
+        self._paths = np.full((2, num_agents), np.nan)
+
+    def _write_states(self, states: np.ndarray, indices: np.ndarray | None) -> None:
+        super()._write_states(states, indices)
+        columns = slice(None) if indices is None else indices
+        self._paths[:, columns] = dynamics.path_reference(TrackingState(*states).x, "path", np)
+
     def prior_model(self) -> PathTrackingModel:
         terminates = self.early_reset and self.early_reset_terminates
         return PathTrackingModel(
@@ -93,11 +103,18 @@ class PathTrackingSimulator(BatchSimulator):
 
     def _transition(self, states: np.ndarray, controls: np.ndarray) -> np.ndarray:
         steering, acceleration = controls
-        return np.stack(
-            dynamics.tracking_step(
-                TrackingState(*states), steering, acceleration, self.vehicle, dynamics.N_SUBSTEPS, "path", np
-            )
+        y_ref, phi_ref = self._paths
+        next_state, self._paths[:] = dynamics.tracking_step(
+            TrackingState(*states),
+            (y_ref, phi_ref),
+            steering,
+            acceleration,
+            self.vehicle,
+            dynamics.N_SUBSTEPS,
+            "path",
+            np,
         )
+        return np.stack(next_state)
 
     def _rewards(self, states: np.ndarray, controls: np.ndarray, next_states: np.ndarray) -> np.ndarray:
         steering, acceleration = controls

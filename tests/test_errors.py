@@ -122,6 +122,8 @@ def test_models_that_break_the_rules(prior_model, message):
         ({"weighting": "magic"}, "Unknown weighting"),
         ({"value_target": "magic"}, "Unknown value target"),
         ({"value_target_kwargs": {"n_steps": 0}}, "positive whole number"),
+        ({"batch_reuse": 0}, "`batch_reuse` counts updates"),
+        ({"policy_delay": 0}, "`policy_delay` counts updates"),
         ({"differentiate": "some_actions"}, "'first_action' or 'all_actions'"),
         ({"policy_kwargs": {"share_features_extractor": True}}, "share_features_extractor"),
         ({"value_target": "n_step_replay", "replay_buffer_class": ReplayBuffer}, "needs an NStepReplayBuffer"),

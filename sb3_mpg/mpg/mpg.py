@@ -151,6 +151,9 @@ class MPG(OffPolicyModelAlgorithm):
     ):
         if compile not in (True, False, "auto"):
             raise ValueError(f"`compile` must be True, False or 'auto', got {compile!r}.")
+        for name, count in {"batch_reuse": batch_reuse, "policy_delay": policy_delay}.items():
+            if count < 1:
+                raise ValueError(f"`{name}` counts updates and must be at least 1, got {count}.")
         if differentiate not in ("first_action", "all_actions"):
             raise ValueError(f"`differentiate` must be 'first_action' or 'all_actions', got {differentiate!r}.")
         super().__init__(

@@ -7,11 +7,21 @@ ROOT = Path(__file__).parent
 README = ROOT / "README.md"
 
 
+# One line, as .pth files are run line by line. It imports nothing that is not there at every start of the interpreter, and
+# keeps the text of sb3_mpg/_zoo_hook.py uncompiled until RL Zoo is imported
+ZOO_HOOK = (
+    "import os, sys; os.environ.get('SB3_MPG_NO_ZOO_HOOK') == '1' "
+    "or any(type(finder).__name__ == 'SB3MPGZooHook' for finder in sys.meta_path) "
+    "or sys.meta_path.insert(0, type('SB3MPGZooHook', (), {{'find_spec': "
+    "lambda self, name, path=None, target=None, scope={{}}, source={source!r}: "
+    "(exec(source, scope), scope['find_spec'](name, path, target))[1] if name == 'rl_zoo3.utils' else None}})())\n"
+)
+
+
 class BuildWithZooHook(build_py):
     """
     Adds ``sb3_mpg_zoo.pth`` to what is installed: RL Zoo has no plugin point, and in site-packages the lines of such a file
-    are run by every start of the interpreter. It holds the text of ``sb3_mpg/_zoo_hook.py`` in one line, so that nothing
-    has to be imported. As a file of the wheel it is removed by ``pip uninstall``.
+    are run by every start of the interpreter. As a file of the wheel it is removed by ``pip uninstall``.
     """
 
     def run(self):
@@ -19,9 +29,8 @@ class BuildWithZooHook(build_py):
         # An editable wheel keeps no build folder; what is copied to where packages would be installed goes into it
         folder = self.get_finalized_command("install").install_lib if self.editable_mode else self.build_lib
         source = (ROOT / "sb3_mpg" / "_zoo_hook.py").read_text(encoding="utf-8")
-        line = f"import sys; exec({source!r}, {{'__name__': 'sb3_mpg_zoo_hook'}})\n"
         Path(folder).mkdir(parents=True, exist_ok=True)
-        Path(folder, "sb3_mpg_zoo.pth").write_text(line, encoding="ascii")
+        Path(folder, "sb3_mpg_zoo.pth").write_text(ZOO_HOOK.format(source=source), encoding="ascii")
 
 
 setup(
@@ -55,7 +64,7 @@ setup(
         "mujoco>=3.3",
     ],
     extras_require={
-        # setuptools and filelock: the tests of the RL Zoo integration build and install the wheel, once for all their processes
+        # setuptools, filelock: the tests of the RL Zoo integration build and install the wheel, once for all processes
         "tests": [
             *["pytest", "pytest-xdist", "pytest-cov", "mypy", "ruff", "black", "build", "types-PyYAML"],
             *["setuptools>=77", "filelock"],

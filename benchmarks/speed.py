@@ -178,8 +178,7 @@ def measure(device: str) -> tuple[list[dict[str, str]], MPG]:
     plain = time_row("MPG-v2 update, not compiled", [t / 10 for t in seconds(lambda: model.train(10, BATCH), device, 10)])
     row("... not compiled / TD3 update", plain / td3_update, 0.0, "", "", "")
     if device == "cpu":
-        assert model._batch is not None
-        memory = memory_ratio(model, model._batch.observations)
+        memory = memory_ratio(model, model._batches[0].observations)
         row("memory of a policy gradient / its activations", memory, 0.0, "", "2", "1.2")
     model._step_compiler = compiler
 

@@ -125,12 +125,17 @@ def test_recorded_n_step_target():
         assert result[row].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_batches_are_reused_with_their_targets():
+def test_batches_take_turns_and_serve_equally_often():
     model = MPG("MlpPolicy", LinearEnv(), batch_reuse=3, **SMALL).learn(60)
     units = model._units()
-    model._batch = None
-    batches = [model._sample_batch(8, units) for _ in range(7)]
-    assert [batches[i] is batches[i + 1] for i in range(6)] == [True, True, False, True, True, False]
+    model._batches.clear()
+    model._n_batch_uses = 0
+    batches = [model._sample_batch(8, units) for _ in range(60)]
+    assert all(first is not second for first, second in zip(batches, batches[1:], strict=False))
+    uses = [sum(batch is other for other in batches) for batch in batches]
+    # The first ones make room, so that the draws are spread evenly from then on
+    assert uses[:3] == [3, 1, 2]
+    assert all(n == 3 for n in uses[6:-6])
 
 
 @pytest.mark.parametrize("n_steps", [0, -3, 2.5, True])

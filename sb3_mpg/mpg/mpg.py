@@ -80,7 +80,7 @@ class MPG(OffPolicyModelAlgorithm):
     :param value_target: what the critics regress on: ``"clipped_double_q"`` (MPG-v2), ``"n_step_simulator"`` (MPG-v1),
         ``"n_step_replay"``, or a ``ValueTarget``
     :param value_target_kwargs: arguments of the named value target
-    :param batch_reuse: in how many updates a batch and its targets are used before the next is drawn
+    :param batch_reuse: in how many updates a batch and its targets are used; as many batches take turns
     :param policy_delay: Policy and target networks will only be updated once every policy_delay updates
     :param max_grad_norm: largest norm of the gradient of each network, ``None`` for no limit
     :param reward_scale: factor of all rewards, recorded and predicted ones alike
@@ -193,8 +193,8 @@ class MPG(OffPolicyModelAlgorithm):
         self.compile = compile
         self._step_compiler: StepCompiler | None = None
         self.policy_delay = policy_delay
-        self._batch: TrainingBatch | None = None
-        self._batch_uses = 0
+        self._batches: list[TrainingBatch] = []
+        self._n_batch_uses = 0
 
         if _init_setup_model:
             self._setup_model()
@@ -271,25 +271,39 @@ class MPG(OffPolicyModelAlgorithm):
 
     def _sample_batch(self, batch_size: int, units: Units) -> TrainingBatch:
         """
+        Batch reuse: ``batch_reuse`` batches take turns, and one of them is drawn anew in each round, so that every batch
+        serves as many updates. The papers' learners reuse their batches in a row, but theirs are twelve whose updates
+        alternate; a single batch many times in a row makes the critic follow its noise, and the policy the critic.
+
         :param batch_size: number of transitions
         :param units: conversions between environment and networks
-        :return: transitions with their value targets: new ones, or those of the last update (batch reuse)
+        :return: transitions with their value targets
         """
-        if self._batch is None or self._batch_uses >= self.batch_reuse:
-            # Raw samples: the model needs them, and the networks get them through `units`
-            replay_data = self.replay_buffer.sample(batch_size)  # type: ignore[union-attr]
-            replay_data = replay_data._replace(
-                observations=replay_data.observations.float(), next_observations=replay_data.next_observations.float()
+        turn = self._n_batch_uses % self.batch_reuse
+        if len(self._batches) < self.batch_reuse:
+            self._batches.append(self._draw_batch(batch_size, units))
+        elif turn == 0:
+            self._batches[self._n_batch_uses // self.batch_reuse % self.batch_reuse] = self._draw_batch(batch_size, units)
+        self._n_batch_uses += 1
+        return self._batches[turn]
+
+    def _draw_batch(self, batch_size: int, units: Units) -> TrainingBatch:
+        """
+        :param batch_size: number of transitions
+        :param units: conversions between environment and networks
+        :return: new transitions with their value targets
+        """
+        # Raw samples: the model needs them, and the networks get them through `units`
+        replay_data = self.replay_buffer.sample(batch_size)  # type: ignore[union-attr]
+        replay_data = replay_data._replace(
+            observations=replay_data.observations.float(), next_observations=replay_data.next_observations.float()
+        )
+        with th.no_grad():
+            target_q_values = self.value_target(
+                replay_data, self.actor, self.actor_target, self.critic_target, units, self.gamma, self._make_simulator
             )
-            with th.no_grad():
-                target_q_values = self.value_target(
-                    replay_data, self.actor, self.actor_target, self.critic_target, units, self.gamma, self._make_simulator
-                )
-            assert target_q_values.shape == (batch_size, 1), target_q_values.shape
-            self._batch = TrainingBatch(replay_data.observations, replay_data.actions, target_q_values)
-            self._batch_uses = 0
-        self._batch_uses += 1
-        return self._batch
+        assert target_q_values.shape == (batch_size, 1), target_q_values.shape
+        return TrainingBatch(replay_data.observations, replay_data.actions, target_q_values)
 
     def _mixed_policy_gradient(
         self, observations: th.Tensor, units: Units, weights: dict[int, float]

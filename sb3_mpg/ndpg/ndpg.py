@@ -20,7 +20,7 @@ class NStepDPG(MPG):
     :param env: The environment to learn from (if registered in Gym, can be str);
         it must have a method ``make_simulator(num_agents)``
     :param n_steps: number of simulator steps of the value target
-    :param batch_reuse: in how many updates a batch and its targets are used before the next is drawn
+    :param batch_reuse: in how many updates a batch and its targets are used; as many batches take turns
 
     The other parameters are those of :class:`~sb3_mpg.mpg.mpg.MPG`.
     """

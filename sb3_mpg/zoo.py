@@ -62,7 +62,7 @@ PASSED_BY_ZOO = frozenset(["self", "env", "tensorboard_log", "seed", "verbose", 
 
 LEARNING_RATES = ("learning_rate", "critic_learning_rate")
 #: Hyperparameters whose text needs no second pair of quotes on the command line: ``-params prior_model:package.module:Class``
-TEXT_KEYS = frozenset([*LEARNING_RATES, "prior_model", "weighting", "value_target", "differentiate"])
+TEXT_KEYS = frozenset([*LEARNING_RATES, "prior_model", "weighting", "value_target", "differentiate", "compile"])
 #: What shapes the agent when it is made: it is saved with it, and stays when training is continued
 SET_AT_CONSTRUCTION = ("horizons", "weighting", "weighting_kwargs", "value_target", "value_target_kwargs", "n_steps")
 

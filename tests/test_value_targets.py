@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch as th
@@ -131,7 +133,7 @@ def test_batches_take_turns_and_serve_equally_often():
     model._batches.clear()
     model._n_batch_uses = 0
     batches = [model._sample_batch(8, units) for _ in range(60)]
-    assert all(first is not second for first, second in zip(batches, batches[1:], strict=False))
+    assert all(first is not second for first, second in pairwise(batches))
     uses = [sum(batch is other for other in batches) for batch in batches]
     # The first ones make room, so that the draws are spread evenly from then on
     assert uses[:3] == [3, 1, 2]

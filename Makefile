@@ -6,13 +6,15 @@ EXTRAS := tests,plots,render,progress,zoo
 PACKAGES := sb3_mpg sb3_mpg_envs
 # Folders come and go while the library grows; linters refuse those that are missing
 SOURCES := $(wildcard sb3_mpg sb3_mpg_envs hyperparams benchmarks examples tests setup.py)
-BENCHMARKS := benchmarks/simulators.py benchmarks/learning.py
+BENCHMARKS := benchmarks/simulators.py benchmarks/speed.py benchmarks/zoo_hook.py benchmarks/learning.py benchmarks/learning_report.py
 ALGO ?= mpg
 ENV ?= PathTracking-v0
+# 64 agents, one step each for an update: 12,000 updates
+STEPS ?= 771000
 N_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv train test lint type format commit-checks benchmark clean
+.PHONY: help venv train test test-oldest lint type format commit-checks benchmark clean
 
 help: ## show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -25,11 +27,19 @@ $(STAMP): setup.py .ci/constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@
 
-train: $(STAMP) ## train and evaluate (ALGO=mpg ENV=PathTracking-v0), save the agent and a picture
-	$(BIN)/python benchmarks/train.py --algo $(ALGO) --env $(ENV)
+train: $(STAMP) ## train MPG on path tracking (ALGO= ENV= STEPS=), print its evaluation, save the agent and a picture
+	OMP_NUM_THREADS=1 $(BIN)/python -m rl_zoo3.train --algo $(ALGO) --env $(ENV) -n $(STEPS) -f logs -P --verbose 0 \
+		--eval-freq 64000 --eval-episodes 5 --eval-env-kwargs early_reset:False
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/evaluate.py --algo $(ALGO) --env $(ENV) -f logs
 
 test: $(STAMP) ## run the tests (all but those marked expensive)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(N_WORKERS) --durations=15
+
+test-oldest: ## run the tests with the oldest versions of SB3, RL Zoo, Gymnasium and MuJoCo that setup.py allows
+	@$(PYTHON) -m venv .venv-oldest
+	@.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints-oldest.txt \
+		-e '.[zoo,render]' pytest pytest-xdist filelock build setuptools
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n $(N_WORKERS)
 
 lint: $(STAMP) ## check style with ruff and black
 	$(BIN)/ruff check $(SOURCES)
@@ -50,5 +60,5 @@ benchmark: $(STAMP) ## measure the speed of the simulators and the learning curv
 	@for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 clean: ## remove the virtual environment, caches and build products
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .coverage .coverage.*
+	rm -rf $(VENV) .venv-oldest build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .coverage .coverage.*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,7 +1,7 @@
 """
-Train one agent with the papers' settings, evaluate it, save it, and draw what it does.
+Evaluate the newest agent that RL Zoo's commands saved, as the papers do, and draw what it does.
 
-    python benchmarks/train.py --algo mpg --env PathTracking-v0
+    python benchmarks/evaluate.py --algo mpg --env PathTracking-v0 -f logs
 """
 
 import argparse
@@ -13,11 +13,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch as th
-from settings import TASKS, Task, evaluate, make_model, make_vec_env
+from settings import TASKS, Task, evaluate
 
+from sb3_mpg.zoo import ALGORITHMS
 from sb3_mpg_envs.path_tracking.dynamics import path_reference
-
-ALGORITHM_NAMES = {"mpg": "mpg_v2", "mpg_v1": "mpg_v1", "ndpg": "n_step_dpg", "nadp": "n_step_adp"}
 
 
 def draw_path_tracking(observations: np.ndarray, returns: np.ndarray, path: Path) -> None:
@@ -68,36 +67,38 @@ def draw_pendulum(observations: np.ndarray, returns: np.ndarray, path: Path) -> 
     figure.savefig(path, dpi=100)
 
 
+def latest_run(folder: Path, env_id: str) -> Path:
+    """
+    :param folder: where RL Zoo keeps the runs of an algorithm
+    :param env_id: id of the environment
+    :return: the folder of the newest run
+    """
+    runs = [path for path in folder.glob(f"{env_id}_*") if (path / f"{env_id}.zip").exists()]
+    if not runs:
+        raise SystemExit(f"There is no saved agent for {env_id} in {folder}; train one first: make train")
+    return max(runs, key=lambda path: int(path.name.rsplit("_", 1)[1]))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--algo", choices=ALGORITHM_NAMES, default="mpg")
+    parser.add_argument("--algo", choices=ALGORITHMS, default="mpg")
     parser.add_argument("--env", choices=[task.env_id for task in TASKS.values()], default="PathTracking-v0")
-    parser.add_argument("--updates", type=int, default=12_000, help="number of updates")
-    parser.add_argument("--n-envs", type=int, default=64, help="agents that gather data, one step each per update")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="folder to write to; logs/ALGO/ENV_SEED by default")
+    parser.add_argument("-f", "--folder", type=Path, default=Path("logs"), help="where RL Zoo's commands save")
     args = parser.parse_args()
     th.set_num_threads(1)
 
     task: Task = next(task for task in TASKS.values() if task.env_id == args.env)
-    out = args.out or Path("logs") / args.algo / f"{args.env}_{args.seed}"
-    out.mkdir(parents=True, exist_ok=True)
-    model = make_model(ALGORITHM_NAMES[args.algo], task, make_vec_env(task, args.n_envs), args.seed, verbose=0)
-    print(f"Training {args.algo} on {args.env}: {args.updates} updates, one for {args.n_envs} environment steps", flush=True)
-    try:
-        model.learn(args.updates * args.n_envs + model.learning_starts, progress_bar=True)
-    except KeyboardInterrupt:
-        print(f"\nStopped after {model._n_updates} updates; what was learned so far is evaluated and saved")
-
+    run = latest_run(args.folder / args.algo, args.env)
+    model = ALGORITHMS[args.algo].load(run / f"{args.env}.zip", device="cpu")
     returns, observations = evaluate(model, task)
     print(
-        f"Evaluation: {len(returns)} starts, {task.steps} steps without noise and resets: "
+        f"Evaluation of {run}, after {model._n_updates} updates and {model.num_timesteps} environment steps:\n"
+        f"{len(returns)} starts, {task.steps} steps without noise and resets: "
         f"mean return {returns.mean():.3g}, standard deviation {returns.std():.2g}, worst {returns.min():.3g}"
     )
-    model.save(out / "model.zip")
     draw = draw_path_tracking if args.env == "PathTracking-v0" else draw_pendulum
-    draw(observations, returns, out / "evaluation.png")
-    print(f"Model: {out / 'model.zip'}\nPicture: {out / 'evaluation.png'}")
+    draw(observations, returns, run / "evaluation.png")
+    print(f"Agent: {run / args.env}.zip\nPicture: {run / 'evaluation.png'}")
 
 
 if __name__ == "__main__":

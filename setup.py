@@ -59,7 +59,7 @@ setup(
         # hyperparameter files from 2.8 on and goes with SB3 of its version; Gymnasium: `AutoresetMode`; MuJoCo: `Rollout`
         "stable_baselines3>=2.8,<3.0",
         "gymnasium>=1.1,<2.0",
-        "torch>=2.3,<3.0",
+        "torch>=2.4,<3.0",
         "numpy>=1.24,<3.0",
         "mujoco>=3.3",
     ],

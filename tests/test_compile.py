@@ -91,6 +91,13 @@ def test_auto_compiles_long_runs_only():
     assert model.compile == "auto"
     assert not model._is_worth_compiling(2000)
     assert model._is_worth_compiling(100_000)
+    # A continued training does as it did before, though little of it is left
+    model._setup_learn(100_000)
+    assert model._compiles
+    model.num_timesteps = 99_000
+    model._setup_learn(1000, reset_num_timesteps=False)
+    assert model._compiles and not model._is_worth_compiling(100_000)
+    model.num_timesteps = 0
     model.gradient_steps = -1
     assert model._is_worth_compiling(100_000)
     model.weighting_rule.horizons = (0,)

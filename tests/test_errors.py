@@ -6,9 +6,11 @@ import pytest
 import torch as th
 from gymnasium import spaces
 from lq import LinearEnv
-from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
 
 from sb3_mpg import MPG, NStepADP, NStepDPG, PriorModel
+from sb3_mpg.common.value_targets import ReplayTarget
+from sb3_mpg.common.weighting import ConstantWeighting
 
 
 class NeverStepped(LinearEnv):
@@ -122,6 +124,12 @@ def test_models_that_break_the_rules(prior_model, message):
         ({"weighting": "magic"}, "Unknown weighting"),
         ({"value_target": "magic"}, "Unknown value target"),
         ({"value_target_kwargs": {"n_steps": 0}}, "positive whole number"),
+        ({"weighting": ConstantWeighting((0, 25)), "weighting_kwargs": {"values": [1, 1]}}, "`weighting_kwargs` goes with"),
+        ({"value_target": ReplayTarget(), "value_target_kwargs": {"n_steps": 2}}, "`value_target_kwargs` goes with"),
+        (
+            {"value_target": "n_step_replay", "replay_buffer_class": type("Mine", (NStepReplayBuffer,), {})},
+            "made for n_steps=3",
+        ),
         ({"batch_reuse": 0}, "`batch_reuse` counts updates"),
         ({"policy_delay": 0}, "`policy_delay` counts updates"),
         ({"differentiate": "some_actions"}, "'first_action' or 'all_actions'"),
@@ -140,6 +148,11 @@ def test_settings(kwargs, message):
 def test_environment_that_cannot_be_put_into_a_state(cls):
     with pytest.raises(ValueError, match="make_simulator"):
         cls("MlpPolicy", WithoutModel(), **({} if cls is NStepDPG else {"prior_model": LinearEnv().prior_model()}))
+
+
+def test_gradient_of_a_model_that_is_not_there():
+    with pytest.raises(ValueError, match="needs a model"):
+        MPG("MlpPolicy", NeverStepped(), horizons=(0,), weighting="constant").policy_gradient(np.zeros((1, 2)), 3)
 
 
 def test_horizon_of_the_analysis():

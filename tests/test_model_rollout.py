@@ -138,6 +138,29 @@ class TerminalModel(LinearModel):
 
 
 @pytest.mark.parametrize("differentiate", ["first_action", "all_actions"])
+def test_gradient_does_not_pass_through_terminal_states(differentiate):
+    """Masked values are not enough where the model has no derivative: 0 * nan is nan."""
+
+    class Root(PriorModel):
+        def transition(self, states, actions):
+            return states + 0.5 + 0.3 * actions * (1 - states**2).sqrt()
+
+        def reward(self, states, actions, next_states):
+            return -((1.5 - states) ** 2)
+
+        def terminal(self, states):
+            return states >= 1
+
+    actor = LinearActor(th.full((1, 1), 0.1, dtype=th.float64))
+    states = th.tensor([[-0.9], [0.2], [0.9]], dtype=th.float64)
+    q_function = quadratic_q(*tensors(np.eye(1), np.eye(1), np.eye(1)))
+    gradient = rollout_gradient(states, actor, q_function, Root(), 5, 0.9, differentiate)
+    assert th.isfinite(gradient).all()
+    assert (gradient != 0).all()
+    assert first_non_finite_step(states, actor, q_function, Root(), IDENTITY, 5, 0.9) is None
+
+
+@pytest.mark.parametrize("differentiate", ["first_action", "all_actions"])
 def test_terminal_states_are_masked(differentiate):
     a, b, q, r, k, critic = random_problem(seed=4)
     a = a * 1.1  # some leave the useful region

@@ -14,6 +14,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNorm
 import sb3_mpg_envs  # noqa: F401
 from sb3_mpg import MPG, NStepADP, NStepDPG, PriorModel
 from sb3_mpg.common.torch_layers import ObservationScaler
+from sb3_mpg.common.value_targets import SimulatorTarget
+from sb3_mpg_envs.path_tracking.dynamics import VehicleParameters
 
 SMALL = {"policy_kwargs": {"net_arch": [16]}, "learning_starts": 40, "batch_size": 32, "seed": 0, "buffer_size": 2000}
 ALGORITHMS = {
@@ -288,6 +290,69 @@ def test_load_with_another_number_of_environments(tmp_path):
     assert loaded.action_noise().shape == (3, 1)
 
 
+def test_another_environment_brings_its_own_model_and_simulator():
+    def heavy(mass):
+        return gym.make("PathTracking-v0", vehicle=VehicleParameters(mass=mass))
+
+    model = MPG("MlpPolicy", heavy(1500.0), value_target="n_step_simulator", batch_reuse=2, **SMALL).learn(50)
+    assert model._make_simulator(4).vehicle.mass == model.rollout_model.vehicle.mass == 1500.0
+    assert len(model._batches) == 2
+    model.set_env(heavy(3000.0))
+    assert model._make_simulator(4).vehicle.mass == model.rollout_model.vehicle.mass == 3000.0
+    assert model._batches == []
+    model.learn(20)
+
+
+def test_frozen_features_extractor():
+    class Frozen(ObservationScaler):
+        def __init__(self, observation_space):
+            super().__init__(observation_space, [1.0, 1.0])
+            self.mix = th.nn.Linear(2, 2).requires_grad_(False)
+
+        def forward(self, observations):
+            return self.mix(super().forward(observations))
+
+    policy_kwargs = {"net_arch": [16], "features_extractor_class": Frozen}
+    model = MPG("MlpPolicy", LinearEnv(), horizons=(0, 2), **{**SMALL, "policy_kwargs": policy_kwargs})
+    before = model.actor.features_extractor.mix.weight.clone()
+    model.learn(60)
+    assert th.equal(before, model.actor.features_extractor.mix.weight)
+    assert model.policy_gradient(np.zeros((1, 2)), 2).numel() == sum(p.numel() for p in model.actor.mu.parameters())
+
+
+def test_updates_per_step_count_from_the_start_of_learning():
+    model = MPG("MlpPolicy", LinearEnv(), horizons=(0, 2), **SMALL).learn(80)
+    assert model.logger.name_to_value["train/updates_per_step"] == pytest.approx(40 / 80)
+    model.learn(60)
+    assert model.logger.name_to_value["train/updates_per_step"] == pytest.approx(20 / 60)
+
+
+def test_random_states_survive_being_saved_twice(tmp_path):
+    model = MPG("MlpPolicy", LinearEnv(), **SMALL).learn(50)
+    model.save(tmp_path / "first.zip")
+    expected = th.rand(3)
+    loaded = MPG.load(tmp_path / "first.zip", env=LinearEnv())
+    loaded.save(tmp_path / "second.zip")
+    again = MPG.load(tmp_path / "second.zip", env=LinearEnv())
+    again._setup_learn(10, reset_num_timesteps=False)
+    assert th.equal(th.rand(3), expected)
+
+
+def test_value_target_can_be_changed_at_loading(tmp_path):
+    MPG("MlpPolicy", LinearEnv(), **SMALL).save(tmp_path / "model.zip")
+    loaded = MPG.load(tmp_path / "model.zip", env=LinearEnv(), value_target="n_step_simulator")
+    assert isinstance(loaded.value_target, SimulatorTarget)
+    loaded.learn(50)
+
+
+def test_wrappers_that_change_units_are_pointed_out():
+    wrapped = gym.wrappers.RescaleAction(LinearEnv(), np.float32(-1), np.float32(1))
+    with pytest.warns(UserWarning, match="speaks the units of the environment below it"):
+        MPG("MlpPolicy", wrapped, **SMALL)
+    # ... but a model that was passed is the user's responsibility
+    MPG("MlpPolicy", wrapped, prior_model=LinearEnv().prior_model(), **SMALL)
+
+
 class TestObservationScaler:
     space = spaces.Box(-np.inf, np.inf, (3,), np.float32)
 
@@ -338,7 +403,10 @@ class Breaks(PriorModel):
 def test_non_finite_gradients_are_skipped_counted_and_explained():
     model = MPG("MlpPolicy", LinearEnv(), prior_model=Breaks, horizons=(0, 5), max_skipped_updates=3, **SMALL)
     before = copy.deepcopy(model.policy.state_dict())
-    with pytest.raises(FloatingPointError, match=r"horizon 5.*model step 1") as error:
+    with (
+        pytest.warns(UserWarning, match="skipped"),
+        pytest.raises(FloatingPointError, match=r"horizon 5.*model step 1") as error,
+    ):
         model.learn(200)
     assert "4 updates in a row" in str(error.value)
     assert "horizon 0" not in str(error.value)
@@ -357,7 +425,8 @@ def test_a_single_bad_update_is_passed_over():
     result = model.compute_gradients(batch, 1, units)
     result.actor[0][0] = float("nan")
     before = [parameter.clone() for parameter in model.policy.parameters()]
-    assert not model.apply_gradients(result)
+    with pytest.warns(UserWarning, match="skipped"):
+        assert not model.apply_gradients(result)
     assert all(th.equal(a, b) for a, b in zip(before, model.policy.parameters(), strict=True))
     assert model.n_skipped_updates == 1
     assert model.apply_gradients(model.compute_gradients(batch, 1, units))

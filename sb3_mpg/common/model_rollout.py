@@ -31,12 +31,14 @@ class RolloutState(NamedTuple):
     :param network_inputs: what the networks see of them, ``(B, *obs_shape)``
     :param actions: the policy's actions in them, in [-1, 1], ``(B, A)``
     :param alive: rows that did not terminate, bool ``(B, 1)``
+    :param start: the states that the rollout came from, without gradient, ``(B, S)``; rows that ended are put back there
     """
 
     states: th.Tensor
     network_inputs: th.Tensor
     actions: th.Tensor
     alive: th.Tensor
+    start: th.Tensor
 
 
 def advance(
@@ -60,18 +62,18 @@ def advance(
     :param gamma: discount factor
     :return: where the rollout stands then, and the rewards of these steps, discounted to the first of them, ``(B, 1)``
     """
-    states, network_inputs, actions, alive = rollout
+    states, network_inputs, actions, alive, start = rollout
     rewards_of_steps = []
     for _ in range(n_steps):
         env_actions = units.unscale_actions(actions)
         next_states = model.transition(states, env_actions)
         rewards = units.scale_rewards(model.reward(states, env_actions, next_states))
         if model.may_terminate:
-            # Rows that ended stay where they are: what the model would say behind the end, infinities too, must not
-            # reach the gradient, and 0 * inf is not 0.
+            # Behind a terminal state the model may say anything, infinities too, and 0 * inf is not 0: rows that ended
+            # must not only be masked, the model must not see them again.
             rewards = th.where(alive, rewards, 0.0)
-            next_states = th.where(alive, next_states, states)
             alive = alive & ~model.terminal(next_states)
+            next_states = th.where(alive, next_states, start)
         rewards_of_steps.append(rewards)
         states = next_states
         network_inputs = units.normalize_observations(model.observation(states))
@@ -79,7 +81,20 @@ def advance(
     total = rewards_of_steps[-1]
     for rewards in reversed(rewards_of_steps[:-1]):
         total = rewards + gamma * total
-    return RolloutState(states, network_inputs, actions, alive), total
+    return RolloutState(states, network_inputs, actions, alive, start), total
+
+
+def start_rollout(observations: th.Tensor, actor: th.nn.Module, model: PriorModel, units: Units) -> RolloutState:
+    """
+    :param observations: raw observations, ``(B, *obs_shape)``
+    :param actor: the policy
+    :param model: the model
+    :param units: between the environment and the networks
+    :return: the rollout before its first step
+    """
+    states, network_inputs = model.state_from_observation(observations), units.normalize_observations(observations)
+    alive = th.ones(observations.shape[0], 1, dtype=th.bool, device=observations.device)
+    return RolloutState(states, network_inputs, actor(network_inputs), alive, states.detach())
 
 
 class StepCompiler:
@@ -96,15 +111,22 @@ class StepCompiler:
 
     def __init__(self, chunk: int = 5, backend: str = "inductor"):
         self.chunk = chunk
-        options: dict[str, Any] | None = {"fallback_random": True} if backend == "inductor" else None
-        # fullgraph: a model that breaks the graph would run slower than without compilation
+        self.backend = backend
+        # Compiled at the first call, because that is where failures are dealt with
+        self._advance: Callable[..., tuple[RolloutState, th.Tensor]] | None = None
+
+    def _compile(self) -> Callable[..., tuple[RolloutState, th.Tensor]]:
+        options: dict[str, Any] | None = {"fallback_random": True} if self.backend == "inductor" else None
         # A code object of its own: torch counts recompilations for each, and gives up after a few. Several algorithms in
         # one process, as in a search for hyperparameters, must not use up each other's.
         function = FunctionType(advance.__code__.replace(), advance.__globals__, advance.__name__)
-        self._advance = th.compile(function, fullgraph=True, dynamic=False, backend=backend, options=options)
+        # fullgraph: a model that breaks the graph would run slower than without compilation
+        return th.compile(function, fullgraph=True, dynamic=False, backend=self.backend, options=options)
 
     def __call__(self, rollout: RolloutState, n_steps: int, *args: Any) -> tuple[RolloutState, th.Tensor]:
         """As :func:`advance`."""
+        if self._advance is None:
+            self._advance = self._compile()
         gamma = args[-1]
         discount, total = 1.0, None
         while n_steps > 0:
@@ -170,9 +192,7 @@ def model_rollout(
     if differentiate == "first_action":
         actor_parameters = {name: parameter.detach() for name, parameter in actor_parameters.items()}
 
-    network_inputs = units.normalize_observations(observations)
-    alive = th.ones(observations.shape[0], 1, dtype=th.bool, device=observations.device)
-    rollout = RolloutState(model.state_from_observation(observations), network_inputs, actor(network_inputs), alive)
+    rollout = start_rollout(observations, actor, model, units)
     rewards_so_far: th.Tensor | float = 0.0
     returns: dict[int, th.Tensor] = {}
     step = 0
@@ -235,21 +255,22 @@ def first_non_finite_step(
     :return: a clause that names the first model step with a non-finite value, or the last one that a non-finite
         gradient enters at; ``None`` if the horizon is sound
     """
-    states = model.state_from_observation(observations).detach().requires_grad_()
-    trail, total = [states], th.zeros((), device=observations.device)
+    parameters = {name: parameter.detach() for name, parameter in actor.named_parameters()}
+    rollout = start_rollout(observations, actor, model, units)
+    rollout = rollout._replace(states=rollout.states.detach().requires_grad_())
+    trail, total = [rollout.states], th.zeros((), device=observations.device)
     for step in range(horizon):
-        env_actions = units.unscale_actions(actor(units.normalize_observations(model.observation(states))))
-        next_states = model.transition(states, env_actions)
-        rewards = model.reward(states, env_actions, next_states)
-        for name, tensor in (("action", env_actions), ("next state", next_states), ("reward", rewards)):
+        before = rollout.states
+        actions = units.unscale_actions(rollout.actions)
+        rollout, rewards = advance(rollout, 1, actor, parameters, model, units, gamma)
+        for name, tensor in (("action", actions), ("next state", rollout.states), ("reward", rewards)):
             if not th.isfinite(tensor).all():
                 row = int((~th.isfinite(tensor)).flatten(1).any(dim=1).nonzero()[0])
-                return f"the {name} of model step {step} is not finite, in the state {states[row].tolist()}"
-        total = total + gamma**step * units.scale_rewards(rewards).mean()
-        states = next_states
-        trail.append(states)
-    network_inputs = units.normalize_observations(model.observation(states))
-    total = total + gamma**horizon * q_function(network_inputs, actor(network_inputs)).mean()
+                return f"the {name} of model step {step} is not finite, in the state {before[row].tolist()}"
+        total = total + gamma**step * rewards.mean()
+        trail.append(rollout.states)
+    values = th.where(rollout.alive, q_function(rollout.network_inputs, rollout.actions), 0.0)
+    total = total + gamma**horizon * values.mean()
     if not th.isfinite(total):
         return f"the critic's value after model step {horizon} is not finite"
     # The gradient runs backwards: the first state, from the end, that it is not finite for names the culprit

@@ -1,9 +1,12 @@
+import copy
 import io
 import pathlib
 import random
+import warnings
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
+import gymnasium as gym
 import numpy as np
 import torch as th
 from gymnasium import spaces
@@ -130,7 +133,8 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
             replay_buffer_class=replay_buffer_class,
             replay_buffer_kwargs=replay_buffer_kwargs,
             optimize_memory_usage=optimize_memory_usage,
-            n_steps=self.value_target.replay_n_steps,
+            # A buffer of the user's is the user's to configure; it is checked once it is there
+            n_steps=1 if replay_buffer_class is not None else self.value_target.replay_n_steps,
             policy_kwargs=policy_kwargs,
             stats_window_size=stats_window_size,
             tensorboard_log=tensorboard_log,
@@ -149,17 +153,27 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         #: The model that the gradient is back-propagated through
         self.rollout_model: PriorModel | None = None
         self.n_skipped_updates = 0
+        self._n_updates_at_start = 0
         self._n_skipped_in_a_row = 0
         self._simulator: Simulator | None = None
         self._rng_state: dict[str, Any] | None = None
 
     def _setup_model(self) -> None:
+        # As text when given to `load`
+        self.value_target = make_value_target(self.value_target)
         if self.env is not None:
             self._setup_rollout_model()
         if self.replay_buffer_class is NStepReplayBuffer and self.n_steps > 1:
             # Loaded: SB3 saved its own choice of the class, and would take it for the user's
             self.replay_buffer_class = None
         super()._setup_model()
+        n_steps = self.value_target.replay_n_steps
+        if n_steps > 1 and (self.replay_buffer.n_steps, self.replay_buffer.gamma) != (n_steps, self.gamma):  # type: ignore[union-attr]
+            raise ValueError(
+                f"The value target spans {n_steps} recorded steps with gamma={self.gamma}, but the replay buffer was made for "
+                f"n_steps={self.replay_buffer.n_steps}, gamma={self.replay_buffer.gamma}; "  # type: ignore[union-attr]
+                "set them in `replay_buffer_kwargs`."
+            )
         if self.action_noise is None and self.exploration_noise > 0:
             n_actions = self.action_space.shape[0]  # type: ignore[index]
             self.action_noise = NormalActionNoise(np.zeros(n_actions), self.exploration_noise * np.ones(n_actions))
@@ -180,11 +194,35 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
             model = PriorModel()
         self.rollout_model = model
         self._simulator = None
+        self._warn_of_wrappers()
         if self.value_target.needs_simulator and not self.env.has_attr("make_simulator"):
             raise ValueError(
                 "The value target runs the policy in the simulator from recorded states, but the environment has no method "
                 "`make_simulator(num_agents)` and cannot be put into a state; use value_target='n_step_replay'."
             )
+
+    def _warn_of_wrappers(self) -> None:
+        """The environment's own model and simulator know nothing of the wrappers around it."""
+        assert self.env is not None
+        from_inside = {"prior_model='auto'": self._needs_prior_model() and self.prior_model == "auto"}
+        from_inside[f"{type(self.value_target).__name__}"] = self.value_target.needs_simulator
+        wrappers = (gym.ActionWrapper, gym.ObservationWrapper, gym.RewardWrapper)
+        if any(from_inside.values()) and any(any(self.env.env_is_wrapped(wrapper)) for wrapper in wrappers):
+            users = " and ".join(name for name, is_used in from_inside.items() if is_used)
+            warnings.warn(
+                f"A wrapper changes the actions, observations or rewards of the environment, but {users} speaks the units of "
+                "the environment below it. If they differ, pass a model in the units of the wrapper, or use VecNormalize."
+            )
+
+    def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
+        """
+        Change the environment, and with it the model and the simulator that it offers.
+
+        :param env: The environment for learning a policy
+        :param force_reset: Force call to ``reset()`` before training to avoid unexpected behavior.
+        """
+        super().set_env(env, force_reset)
+        self._setup_rollout_model()
 
     def _make_simulator(self, num_agents: int) -> Simulator:
         """
@@ -223,8 +261,8 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         tb_log_name: str = "run",
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
-        if self.rollout_model is None and self.env is not None:
-            self._setup_rollout_model()
+        if reset_num_timesteps:
+            self._n_updates_at_start = self._n_updates
         if isinstance(self.action_noise, VectorizedActionNoise) and self.action_noise.n_envs != self.n_envs:
             # Loaded with another number of environments
             self.action_noise = VectorizedActionNoise(self.action_noise.base_noise, self.n_envs)
@@ -239,7 +277,7 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         np.random.set_state(state["numpy"])
         th.set_rng_state(state["torch"])
         if state["cuda"] is not None and th.cuda.is_available():
-            th.cuda.set_rng_state(state["cuda"])
+            th.cuda.set_rng_state(state["cuda"], self.device)
 
     def save(
         self,
@@ -256,14 +294,28 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         :param exclude: name of parameters that should be excluded in addition to the default ones
         :param include: name of parameters that might be excluded but should be included anyway
         """
-        self._rng_state = {
-            "python": random.getstate(),
-            "numpy": np.random.get_state(),
-            "torch": th.get_rng_state(),
-            "cuda": th.cuda.get_rng_state() if self.device.type == "cuda" else None,
-        }
-        super().save(path, exclude, include)
-        self._rng_state = None
+        portable = self._portable_attributes()
+        replaced = {name: getattr(self, name) for name in (*portable, "_rng_state")}
+        if self._rng_state is None:
+            self._rng_state = {
+                "python": random.getstate(),
+                "numpy": np.random.get_state(),
+                "torch": th.get_rng_state(),
+                "cuda": th.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            }
+        try:
+            self.__dict__.update(portable)
+            super().save(path, exclude, include)
+        finally:
+            self.__dict__.update(replaced)
+
+    def _portable_attributes(self) -> dict[str, Any]:
+        """
+        :return: what is saved instead of attributes that hold tensors, so that a file of a GPU can be read without one
+        """
+        if isinstance(self.prior_model, th.nn.Module):
+            return {"prior_model": copy.deepcopy(self.prior_model).cpu()}
+        return {}
 
     def _excluded_save_params(self) -> list[str]:
         return super()._excluded_save_params() + self._model_attributes

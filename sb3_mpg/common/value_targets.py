@@ -100,7 +100,7 @@ class ReplayTarget(ValueTarget):
         values = bootstrap_values(network_inputs, actor_target, critic_target, self.noise_std, self.noise_clip)
         # For n-step replay the discount is gamma ** n_steps, less where an episode ended earlier
         discounts = gamma if replay_data.discounts is None else replay_data.discounts
-        rewards = units.scale_rewards(replay_data.rewards, clip=self.n_steps == 1)
+        rewards = units.scale_rewards(replay_data.rewards, clip=replay_data.discounts is None)
         return rewards + (1 - replay_data.dones) * discounts * values
 
 
@@ -177,6 +177,8 @@ def make_value_target(value_target: str | ValueTarget, value_target_kwargs: dict
     :raises ValueError: for an unknown name
     """
     if isinstance(value_target, ValueTarget):
+        if value_target_kwargs:
+            raise ValueError("`value_target_kwargs` goes with the name of a target, but `value_target` is a target.")
         return value_target
     if value_target not in VALUE_TARGETS:
         raise ValueError(

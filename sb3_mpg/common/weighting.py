@@ -149,6 +149,8 @@ def make_weighting_rule(
     :raises ValueError: for an unknown name
     """
     if isinstance(weighting, WeightingRule):
+        if weighting_kwargs:
+            raise ValueError("`weighting_kwargs` goes with the name of a rule, but `weighting` is a rule.")
         if weighting.horizons != check_horizons(horizons):
             raise ValueError(f"The weighting rule is for horizons {weighting.horizons}, but `horizons` is {tuple(horizons)}.")
         return weighting

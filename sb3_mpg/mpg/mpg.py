@@ -19,12 +19,18 @@ from stable_baselines3.common.utils import (
 from stable_baselines3.td3.policies import Actor
 from torch.nn import functional as F
 
-from sb3_mpg.common.model_rollout import StepCompiler, first_non_finite_step, mixed_policy_loss, quiet_compiler
+from sb3_mpg.common.model_rollout import (
+    NEGLIGIBLE_WEIGHT,
+    StepCompiler,
+    first_non_finite_step,
+    mixed_policy_loss,
+    quiet_compiler,
+)
 from sb3_mpg.common.models.loading import PriorModelLike
 from sb3_mpg.common.off_policy_model_algorithm import OffPolicyModelAlgorithm
 from sb3_mpg.common.type_aliases import Differentiate, GradientResult, TrainingBatch
 from sb3_mpg.common.units import Units
-from sb3_mpg.common.utils import polyak_update_all
+from sb3_mpg.common.utils import gradient_of, polyak_update_all, trainable_parameters
 from sb3_mpg.common.value_targets import ValueTarget
 from sb3_mpg.common.weighting import WeightingRule, check_horizons, make_weighting_rule
 from sb3_mpg.mpg.policies import MlpPolicy, MPGPolicy
@@ -191,6 +197,7 @@ class MPG(OffPolicyModelAlgorithm):
         self.differentiate = differentiate
         self.batch_reuse = batch_reuse
         self.compile = compile
+        self._compiles: bool | None = None
         self._step_compiler: StepCompiler | None = None
         self.policy_delay = policy_delay
         self._batches: list[TrainingBatch] = []
@@ -201,6 +208,8 @@ class MPG(OffPolicyModelAlgorithm):
 
     def _setup_model(self) -> None:
         super()._setup_model()
+        # As saved: on the CPU
+        self._batches = [TrainingBatch(*(tensor.to(self.device) for tensor in batch)) for batch in self._batches]
         self.critic_lr_schedule = FloatSchedule(self.critic_learning_rate)
         self._create_aliases()
         # Running mean and running var
@@ -216,6 +225,11 @@ class MPG(OffPolicyModelAlgorithm):
         self.actor_target = self.policy.actor_target
         self.critic = self.policy.critic
         self.critic_target = self.policy.critic_target
+
+    def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
+        super().set_env(env, force_reset)
+        # Their targets are those of the old environment
+        self._batches, self._n_batch_uses = [], 0
 
     def _needs_prior_model(self) -> bool:
         return max(self.weighting_rule.horizons) > 0
@@ -250,6 +264,10 @@ class MPG(OffPolicyModelAlgorithm):
         :return: the gradient of the mean return (which ascends), flat, ``(n_actor_parameters,)``
         """
         check_horizons([horizon])
+        if horizon > 0 and not self._needs_prior_model():
+            raise ValueError(
+                f"The gradient of horizon {horizon} needs a model, but this algorithm has none: its horizons are (0,)."
+            )
         assert self.rollout_model is not None, "There is no model: give the algorithm an environment first (`set_env`)"
         was_training = self.rollout_model.training
         self.rollout_model.eval()
@@ -264,7 +282,7 @@ class MPG(OffPolicyModelAlgorithm):
                 self.gamma,
                 differentiate,
             )
-            gradients = th.autograd.grad(loss, list(self.actor.parameters()))
+            gradients = gradient_of(loss, self.actor)
         finally:
             self.rollout_model.train(was_training)
         return -th.cat([gradient.flatten() for gradient in gradients])
@@ -314,26 +332,36 @@ class MPG(OffPolicyModelAlgorithm):
         :param weights: weight of each horizon
         :return: the actor loss (eq. 9), the mean return of each horizon that counts, and the gradient of the loss
         """
-        assert self.rollout_model is not None
-        arguments = (observations, self.actor, self._q1, self.rollout_model, units, weights, self.gamma, self.differentiate)
-        parameters = list(self.actor.parameters())
-        if self._step_compiler is not None:
-            try:
-                with quiet_compiler():
-                    loss, mean_returns = mixed_policy_loss(*arguments, self._step_compiler)
-                    return loss, mean_returns, list(th.autograd.grad(loss, parameters))
-            except Exception as error:
-                # Whatever the compiler trips over, training goes on; an error of the model itself comes again below
-                self._step_compiler = None
-                loss, mean_returns = mixed_policy_loss(*arguments)
-                reason = " ".join(str(error).split())[:300]
-                warnings.warn(
-                    f"{type(self.rollout_model).__name__} and the policy could not be compiled and run as they are, more "
-                    f"slowly ({type(error).__name__}: {reason}). `compile=False` avoids the attempt."
-                )
-                return loss, mean_returns, list(th.autograd.grad(loss, parameters))
-        loss, mean_returns = mixed_policy_loss(*arguments)
-        return loss, mean_returns, list(th.autograd.grad(loss, parameters))
+
+        def loss_and_gradient(*advance: StepCompiler) -> tuple[th.Tensor, dict[int, th.Tensor], list[th.Tensor]]:
+            loss, mean_returns = mixed_policy_loss(
+                observations,
+                self.actor,
+                self._q1,
+                self.rollout_model,  # type: ignore[arg-type]
+                units,
+                weights,
+                self.gamma,
+                self.differentiate,
+                *advance,
+            )
+            return loss, mean_returns, gradient_of(loss, self.actor)
+
+        if self._step_compiler is None:
+            return loss_and_gradient()
+        try:
+            with quiet_compiler():
+                return loss_and_gradient(self._step_compiler)
+        except Exception as error:
+            # Whatever the compiler trips over, training goes on; an error of the model itself comes again below
+            self._step_compiler = None
+            result = loss_and_gradient()
+            reason = " ".join(str(error).split())[:300]
+            warnings.warn(
+                f"{type(self.rollout_model).__name__} and the policy could not be compiled and run as they are, more "
+                f"slowly ({type(error).__name__}: {reason}). `compile=False` avoids the attempt."
+            )
+            return result
 
     def compute_gradients(self, batch: TrainingBatch, n_updates: int, units: Units) -> GradientResult:
         """
@@ -352,7 +380,7 @@ class MPG(OffPolicyModelAlgorithm):
         # Compute critic loss
         critic_loss = sum(F.mse_loss(current_q, batch.target_q_values) for current_q in current_q_values)
         assert isinstance(critic_loss, th.Tensor)
-        critic_gradients = th.autograd.grad(critic_loss, list(self.critic.parameters()))
+        critic_gradients = gradient_of(critic_loss, self.critic)
         logs["train/critic_loss"] = critic_loss.item()
 
         # Delayed policy updates
@@ -365,7 +393,7 @@ class MPG(OffPolicyModelAlgorithm):
             logs.update({f"horizons/weight_{horizon}": weight for horizon, weight in weights.items()})
             logs.update({f"horizons/return_{horizon}": value.item() for horizon, value in mean_returns.items()})
 
-        return GradientResult(list(critic_gradients), actor_gradients, logs)
+        return GradientResult(critic_gradients, actor_gradients, logs)
 
     def apply_gradients(self, result: GradientResult) -> bool:
         """
@@ -383,14 +411,17 @@ class MPG(OffPolicyModelAlgorithm):
         for name, (network, gradients) in networks.items():
             if gradients is None:
                 continue
-            for parameter, gradient in zip(network.parameters(), gradients, strict=True):
+            parameters = trainable_parameters(network)
+            for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
-            norm = th.nn.utils.clip_grad_norm_(network.parameters(), max_norm).item()
+            norm = th.nn.utils.clip_grad_norm_(parameters, max_norm).item()
             is_finite = is_finite and np.isfinite(norm)
             result.logs[f"train/{name}_grad_norm"] = norm
             result.logs[f"train/{name}_grad_norm_clipped"] = min(norm, max_norm)
 
         if not is_finite:
+            if self.n_skipped_updates == 0:
+                warnings.warn("An update was skipped because its gradient is not finite; `train/skipped_updates` counts them.")
             self.n_skipped_updates += 1
             self._n_skipped_in_a_row += 1
             return False
@@ -417,6 +448,8 @@ class MPG(OffPolicyModelAlgorithm):
         assert self.rollout_model is not None
         reasons = []
         for horizon, weight in self.weighting_rule(self._n_updates).items():
+            if weight < NEGLIGIBLE_WEIGHT:
+                continue
             reason = first_non_finite_step(
                 batch.observations, self.actor, self._q1, self.rollout_model, units, horizon, self.gamma
             )
@@ -458,7 +491,7 @@ class MPG(OffPolicyModelAlgorithm):
                 logs.setdefault(key, []).append(value)
 
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
-        self.logger.record("train/updates_per_step", self._n_updates / max(self.num_timesteps, 1))
+        self.logger.record("train/updates_per_step", (self._n_updates - self._n_updates_at_start) / max(self.num_timesteps, 1))
         self.logger.record("train/skipped_updates", self.n_skipped_updates)
         for key, values in logs.items():
             self.logger.record(key, float(np.mean(values)))
@@ -475,7 +508,7 @@ class MPG(OffPolicyModelAlgorithm):
         if self.train_freq.unit == TrainFrequencyUnit.STEP and self.gradient_steps >= 0:
             updates = steps / (self.n_envs * self.train_freq.frequency) * self.gradient_steps
         else:
-            updates = steps
+            updates = steps if self.gradient_steps < 0 else 0  # who knows how long episodes are
         return updates / self.policy_delay * max(self.weighting_rule.horizons) >= COMPILE_FROM_MODEL_STEPS
 
     def _setup_learn(
@@ -487,7 +520,10 @@ class MPG(OffPolicyModelAlgorithm):
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
         setup = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
-        self._step_compiler = StepCompiler() if self._is_worth_compiling(setup[0]) else None
+        if reset_num_timesteps or self._compiles is None:
+            # A continued training does as it did before: compiled gradients differ in the last bits
+            self._compiles = self._is_worth_compiling(setup[0])
+        self._step_compiler = StepCompiler() if self._compiles else None
         return setup
 
     def learn(
@@ -507,6 +543,12 @@ class MPG(OffPolicyModelAlgorithm):
             reset_num_timesteps=reset_num_timesteps,
             progress_bar=progress_bar,
         )
+
+    def _portable_attributes(self) -> dict[str, Any]:
+        # Without reuse nothing of the last batch matters
+        kept = self._batches if self.batch_reuse > 1 else []
+        batches = [TrainingBatch(*(tensor.cpu() for tensor in batch)) for batch in kept]
+        return {**super()._portable_attributes(), "_batches": batches}
 
     def _excluded_save_params(self) -> list[str]:
         excluded = ["actor", "critic", "actor_target", "critic_target", "_step_compiler"]

@@ -87,7 +87,7 @@ def check_prior_model(
         raise ValueError(f"Expected horizon >= 1 and n_samples >= {2 * MIN_WINDOWS}, got {horizon} and {n_samples}.")
     _check_is_prior_model(model)
     if device is None:
-        device = next((parameter.device for parameter in model.parameters()), th.device("cpu"))
+        device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), th.device("cpu"))
     with _preserved_rng(device):
         venv = as_vec_env(env)
         try:

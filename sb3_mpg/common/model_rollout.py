@@ -99,8 +99,9 @@ def start_rollout(observations: th.Tensor, actor: th.nn.Module, model: PriorMode
 
 class StepCompiler:
     """
-    Compiles :func:`advance`, a few steps at a time: one step for each call spends as much on the calls as on the
-    arithmetic, and all steps in one graph take a minute to compile.
+    Compiles :func:`advance`, a few steps at a time: with one step for each call, the calls cost a tenth of the gradient,
+    and each further step in the graph takes seconds to compile. Steps that are left over run as they are: a graph of their
+    own would be compiled for them.
 
     A call is checked by ``torch.compile``'s guards against everything that the graph depends on, the attributes of
     the user's model included. Random numbers are drawn as without compilation.
@@ -109,14 +110,17 @@ class StepCompiler:
     :param backend: of ``torch.compile``
     """
 
-    def __init__(self, chunk: int = 5, backend: str = "inductor"):
+    def __init__(self, chunk: int = 2, backend: str = "inductor"):
         self.chunk = chunk
         self.backend = backend
         # Compiled at the first call, because that is where failures are dealt with
         self._advance: Callable[..., tuple[RolloutState, th.Tensor]] | None = None
 
     def _compile(self) -> Callable[..., tuple[RolloutState, th.Tensor]]:
-        options: dict[str, Any] | None = {"fallback_random": True} if self.backend == "inductor" else None
+        options: dict[str, Any] | None = None
+        if self.backend == "inductor":
+            # The guards have checked the sizes already
+            options = {"fallback_random": True, "size_asserts": False}
         # A code object of its own: torch counts recompilations for each, and gives up after a few. Several algorithms in
         # one process, as in a search for hyperparameters, must not use up each other's.
         function = FunctionType(advance.__code__.replace(), advance.__globals__, advance.__name__)
@@ -129,18 +133,19 @@ class StepCompiler:
             self._advance = self._compile()
         gamma = args[-1]
         discount, total = 1.0, None
+        chunk = min(self.chunk, n_steps)
         while n_steps > 0:
-            # Chunks and single steps: two graphs are enough for every set of horizons
-            n_compiled = self.chunk if n_steps >= self.chunk else 1
+            n_taken = min(chunk, n_steps)
             # The start of a rollout looks like the middle of one, or it would be compiled a second time
             states, network_inputs = (
                 tensor if tensor.requires_grad else tensor.detach().requires_grad_() for tensor in rollout[:2]
             )
             rollout = rollout._replace(states=states, network_inputs=network_inputs)
-            rollout, rewards = self._advance(rollout, n_compiled, *args)
+            take_steps = self._advance if n_taken == chunk else advance
+            rollout, rewards = take_steps(rollout, n_taken, *args)
             total = rewards if total is None else total + discount * rewards
-            discount *= gamma**n_compiled
-            n_steps -= n_compiled
+            discount *= gamma**n_taken
+            n_steps -= n_taken
         assert total is not None
         return rollout, total
 
@@ -188,9 +193,12 @@ def model_rollout(
     :param advance: steps the model; :func:`advance` or a :class:`StepCompiler`
     :return: returns, ``(n_horizons, B, 1)``, in the order of ``horizons``
     """
-    actor_parameters: dict[str, th.Tensor] = dict(actor.named_parameters())
-    if differentiate == "first_action":
-        actor_parameters = {name: parameter.detach() for name, parameter in actor_parameters.items()}
+    actor_parameters: dict[str, th.Tensor] = {}
+    for name, parameter in actor.named_parameters():
+        tensor = parameter.detach() if differentiate == "first_action" else parameter
+        # Of few inputs, as in a first layer, the gradient costs a third when the columns lie together in memory
+        is_tall = tensor.ndim == 2 and tensor.shape[0] > tensor.shape[1]
+        actor_parameters[name] = tensor.t().contiguous().t() if is_tall else tensor
 
     rollout = start_rollout(observations, actor, model, units)
     rewards_so_far: th.Tensor | float = 0.0

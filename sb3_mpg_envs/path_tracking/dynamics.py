@@ -202,7 +202,7 @@ def vehicle_step(
         ahead = ahead + (all_u * cos - all_v * sin).sum(0)
         aside = aside + (all_u * sin + all_v * cos).sum(0)
     ahead, aside = dt * ahead, dt * aside
-    sin, cos = sine_and_cosine(phi, xp)
+    sin, cos = xp.sin(phi), xp.cos(phi)
     return u, v, yaw / dt, y + ahead * sin + aside * cos, phi + turned, x + ahead * cos - aside * sin
 
 

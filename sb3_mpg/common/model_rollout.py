@@ -119,8 +119,9 @@ class StepCompiler:
     def _compile(self) -> Callable[..., tuple[RolloutState, th.Tensor]]:
         options: dict[str, Any] | None = None
         if self.backend == "inductor":
-            # The guards have checked the sizes already
-            options = {"fallback_random": True, "size_asserts": False}
+            # The guards have checked the sizes already; and to build and load a library for each set of vector instructions,
+            # only to see that the C++ compiler knows those of this processor, takes as long as all the rest
+            options = {"fallback_random": True, "size_asserts": False, "cpp.vec_isa_ok": True}
         # A code object of its own: torch counts recompilations for each, and gives up after a few. Several algorithms in
         # one process, as in a search for hyperparameters, must not use up each other's.
         function = FunctionType(advance.__code__.replace(), advance.__globals__, advance.__name__)

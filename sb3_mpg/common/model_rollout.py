@@ -66,8 +66,8 @@ def advance(
     rewards_of_steps = []
     for _ in range(n_steps):
         env_actions = units.unscale_actions(actions)
-        next_states = model.transition(states, env_actions)
-        rewards = units.scale_rewards(model.reward(states, env_actions, next_states))
+        next_states, rewards = model.step(states, env_actions)
+        rewards = units.scale_rewards(rewards)
         if model.may_terminate:
             # Behind a terminal state the model may say anything, infinities too, and 0 * inf is not 0: rows that ended
             # must not only be masked, the model must not see them again.
@@ -84,17 +84,21 @@ def advance(
     return RolloutState(states, network_inputs, actions, alive, start), total
 
 
-def start_rollout(observations: th.Tensor, actor: th.nn.Module, model: PriorModel, units: Units) -> RolloutState:
+def start_rollout(
+    observations: th.Tensor, actor: th.nn.Module, model: PriorModel, units: Units, first_actions: th.Tensor | None = None
+) -> RolloutState:
     """
     :param observations: raw observations, ``(B, *obs_shape)``
     :param actor: the policy
     :param model: the model
     :param units: between the environment and the networks
+    :param first_actions: in [-1, 1], ``(B, A)``; by default the actor's
     :return: the rollout before its first step
     """
     states, network_inputs = model.state_from_observation(observations), units.normalize_observations(observations)
     alive = th.ones(observations.shape[0], 1, dtype=th.bool, device=observations.device)
-    return RolloutState(states, network_inputs, actor(network_inputs), alive, states.detach())
+    actions = actor(network_inputs) if first_actions is None else first_actions
+    return RolloutState(states, network_inputs, actions, alive, states.detach())
 
 
 class StepCompiler:
@@ -164,6 +168,7 @@ def model_rollout(
     gamma: float,
     differentiate: Differentiate = "first_action",
     advance: Callable[..., tuple[RolloutState, th.Tensor]] = advance,
+    first_actions: th.Tensor | None = None,
 ) -> th.Tensor:
     r"""
     Discounted model returns of all horizons, with the critic at the end of each:
@@ -186,13 +191,14 @@ def model_rollout(
         alone, later ones come from a frozen copy (eq. 6); ``"all_actions"``: through every action, the critic's at the
         end included (eq. 5)
     :param advance: steps the model; :func:`advance` or a :class:`StepCompiler`
+    :param first_actions: in [-1, 1], ``(B, A)``; by default the actor's
     :return: returns, ``(n_horizons, B, 1)``, in the order of ``horizons``
     """
     actor_parameters: dict[str, th.Tensor] = dict(actor.named_parameters())
     if differentiate == "first_action":
         actor_parameters = {name: parameter.detach() for name, parameter in actor_parameters.items()}
 
-    rollout = start_rollout(observations, actor, model, units)
+    rollout = start_rollout(observations, actor, model, units, first_actions)
     rewards_so_far: th.Tensor | float = 0.0
     returns: dict[int, th.Tensor] = {}
     step = 0

@@ -163,7 +163,7 @@ def test_which_file_is_read(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "sampled",
     [
-        {"horizon": 10, "eta": 0.1, "total_updates": 500, "policy_delay": 1},
+        {"horizon": 10, "policy_delay": 1},
         {"n_steps": 10, "batch_reuse": 3},
     ],
     ids=["mpg", "n_step"],

@@ -6,6 +6,7 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.buffers import ReplayBuffer
 
+from sb3_mpg.common.models.prediction_errors import Windows, cut_windows
 from sb3_mpg.common.models.trainable import Transitions
 
 # Neighbours in time are alike: what is held out is held out in blocks
@@ -88,3 +89,29 @@ class RecordedSteps:
         positions, envs = (array.ravel() for array in np.meshgrid(rows, np.arange(buffer.n_envs), indexing="ij"))
         usable = self._is_usable(positions, envs, False) | self._is_usable(positions, envs, True)
         return self._gather(positions[usable], envs[usable]) if usable.any() else None
+
+    def windows(self, n_steps: int, horizon: int) -> Windows | None:
+        """
+        :param n_steps: number of steps recorded last, of all environments together
+        :param horizon: longest window
+        :return: one window for each of these steps, or ``None`` when there is none
+        """
+        buffer = self.replay_buffer
+        # The next observation of the newest row is not stored when memory is saved
+        n_known = buffer.size() - int(buffer.optimize_memory_usage)
+        n_rows = min(-(-n_steps // buffer.n_envs), n_known)
+        if n_rows < 1:
+            return None
+        newest = buffer.pos - 1 - int(buffer.optimize_memory_usage)
+        positions = (newest - np.arange(n_rows)[::-1]) % buffer.buffer_size
+        rows, envs = np.meshgrid(positions, np.arange(buffer.n_envs), indexing="ij")
+        steps = self._gather(rows.ravel(), envs.ravel())
+        dones = buffer.dones[positions] > 0
+        # Time limits and early resets end an episode without terminating it
+        timeouts = buffer.timeouts[positions] > 0
+        records = {name: getattr(steps, name).cpu().numpy() for name in steps._fields}
+        records = {name: array.reshape(n_rows, buffer.n_envs, *array.shape[1:]) for name, array in records.items()}
+        records["rewards"] = records["rewards"][..., 0]
+        ends = dones.copy()
+        ends[-1] = True
+        return cut_windows({**records, "terminated": dones & ~timeouts, "ends": ends}, horizon, th.device(self.device))

@@ -29,10 +29,12 @@ from sb3_mpg.common.model_rollout import (
     quiet_compiler,
 )
 from sb3_mpg.common.error_estimates import GradientErrors, action_gradients, gradient_errors
+from sb3_mpg.common.models.base import PriorModel
 from sb3_mpg.common.models.loading import PriorModelLike
 from sb3_mpg.common.models.residual import ResidualModel
 from sb3_mpg.common.models.trainable import TrainableModel
 from sb3_mpg.common.off_policy_model_algorithm import OffPolicyModelAlgorithm
+from sb3_mpg.common.trust_report import MIN_WINDOWS, Measurement, TrustReport, prediction_errors
 from sb3_mpg.common.type_aliases import Differentiate, GradientResult, TrainingBatch
 from sb3_mpg.common.units import Units
 from sb3_mpg.common.utils import gradient_of, polyak_update_all, trainable_parameters
@@ -51,6 +53,8 @@ COMPILE_FROM_MODEL_STEPS = 50_000
 # The errors of the gradients are measured at so many states, once in so many updates
 N_MEASURED_STATES = 128
 MEASURE_EVERY = 20
+# The report is about that many of the steps recorded last
+N_REPORTED_STEPS = 5000
 
 
 class MPG(OffPolicyModelAlgorithm):
@@ -219,6 +223,7 @@ class MPG(OffPolicyModelAlgorithm):
         self.policy_delay = policy_delay
         self._batches: list[TrainingBatch] = []
         self._n_batch_uses = 0
+        self._measurements: list[Measurement] = []
 
         if _init_setup_model:
             self._setup_model()
@@ -419,6 +424,9 @@ class MPG(OffPolicyModelAlgorithm):
                 logs.setdefault("model/validation_error", []).append(validation_error)
             measured = self._measure_errors(units)
             self.weighting_rule.observe(measured.errors)
+            weights = self.weighting_rule.weights(self._n_updates)
+            validation_error = float("nan") if validation_error is None else validation_error
+            self._measurements.append(Measurement(self._n_updates, *measured[1:], weights, validation_error))
             if not np.isfinite(measured.errors).all():
                 warnings.warn(
                     f"The gradient of {self._model_name()} is not finite at most states; it weighs nothing until it is. "
@@ -454,6 +462,43 @@ class MPG(OffPolicyModelAlgorithm):
                 )
             )
         return gradient_errors(gradients.cpu().numpy(), self.weighting_rule.horizons)
+
+    def trust_report(self) -> TrustReport:
+        """
+        How far the prior model can be trusted: the measured errors of the gradients and the weights that followed, and how
+        far rollouts of the model along recorded actions are from what happened. Print it, or ``plot("trust.png")``.
+
+        :return: the report
+        :raises ValueError: when there is no model, or nothing is recorded to compare it with
+        """
+        if not self._needs_prior_model() or self.rollout_model is None:
+            raise ValueError(
+                "There is no model to report on: the only horizon is 0, or the environment is missing (`set_env`)."
+            )
+        horizon = max(self.weighting_rule.horizons)
+        windows = None
+        if self.replay_buffer is not None:
+            windows = self._recorded_steps(self._units()).windows(N_REPORTED_STEPS, horizon)
+        if windows is None or len(windows.lengths) < MIN_WINDOWS:
+            raise ValueError("Nothing is recorded to compare the model with: call `learn` or `load_replay_buffer` first.")
+        model = self.rollout_model
+        was_training = model.training
+        model.eval()
+        try:
+            is_corrected = isinstance(model, ResidualModel) and self.residual
+            prior = model.prior if isinstance(model, ResidualModel) else model
+            assert isinstance(prior, PriorModel)
+            return TrustReport(
+                horizons=self.weighting_rule.horizons,
+                measurements=list(self._measurements),
+                prior=prediction_errors(prior, windows, self.gamma),
+                corrected=prediction_errors(model, windows, self.gamma) if is_corrected else None,
+                dimensions=tuple(
+                    f"state[{dim}]" for dim in range(prior.state_from_observation(windows.observations[:1]).shape[1])
+                ),
+            )
+        finally:
+            model.train(was_training)
 
     def compute_gradients(self, batch: TrainingBatch, n_updates: int, units: Units) -> GradientResult:
         """

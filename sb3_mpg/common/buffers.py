@@ -37,9 +37,9 @@ class RecordedSteps:
         is_held_out = (positions // HELD_OUT_BLOCK + envs) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
         usable = is_held_out == held_out
         if self.replay_buffer.optimize_memory_usage:
-            # The next observation is the one stored next: of another episode behind its end, and overwritten at the head
-            is_head = positions == (self.replay_buffer.pos - 1) % self.replay_buffer.buffer_size
-            usable &= (self.replay_buffer.dones[positions, envs] == 0) & ~is_head
+            # The next observation is the one stored next: of another episode behind an end; and the newest one was
+            # written over the oldest step
+            usable &= (self.replay_buffer.dones[positions, envs] == 0) & (positions != self.replay_buffer.pos)
         return usable
 
     def _gather(self, positions: np.ndarray, envs: np.ndarray) -> Transitions:
@@ -97,13 +97,11 @@ class RecordedSteps:
         :return: one window for each of these steps, or ``None`` when there is none
         """
         buffer = self.replay_buffer
-        # The next observation of the newest row is not stored when memory is saved
-        n_known = buffer.size() - int(buffer.optimize_memory_usage)
-        n_rows = min(-(-n_steps // buffer.n_envs), n_known)
+        # Where memory is saved, the newest observation was written over the oldest step
+        n_rows = min(-(-n_steps // buffer.n_envs), buffer.size() - int(buffer.optimize_memory_usage and buffer.full))
         if n_rows < 1:
             return None
-        newest = buffer.pos - 1 - int(buffer.optimize_memory_usage)
-        positions = (newest - np.arange(n_rows)[::-1]) % buffer.buffer_size
+        positions = (buffer.pos - 1 - np.arange(n_rows)[::-1]) % buffer.buffer_size
         rows, envs = np.meshgrid(positions, np.arange(buffer.n_envs), indexing="ij")
         steps = self._gather(rows.ravel(), envs.ravel())
         dones = buffer.dones[positions] > 0

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch as th
 
-from sb3_mpg.common.model_rollout import QFunction, RolloutState, advance, model_rollout
+from sb3_mpg.common.model_rollout import QFunction, RolloutState, advance, horizon_returns
 from sb3_mpg.common.models.base import PriorModel
 from sb3_mpg.common.units import Units
 
@@ -54,7 +54,7 @@ def action_gradients(
     :param units: between the environment and the networks
     :param horizons: numbers of model steps
     :param gamma: discount factor
-    :param advance: steps the model; as in :func:`model_rollout`
+    :param advance: steps the model; as in ``model_rollout``
     :return: ``(n_horizons, E, B, A)``
     """
     n_critics = len(q_functions)
@@ -67,13 +67,13 @@ def action_gradients(
     with th.no_grad():
         actions = actor(units.normalize_observations(repeated))
     actions.requires_grad_()
-    returns = model_rollout(
+    returns = horizon_returns(
         repeated, actor, q_function, model, units, horizons, gamma, "first_action", advance, first_actions=actions
     )
     gradients = []
-    for index, horizon_returns in enumerate(returns):
+    for index, horizon in enumerate(horizons):
         keep = index + 1 < len(horizons)
-        (gradient,) = th.autograd.grad(horizon_returns.sum(), actions, retain_graph=keep)
+        (gradient,) = th.autograd.grad(returns[horizon].sum(), actions, retain_graph=keep)
         gradients.append(gradient.reshape(n_critics, observations.shape[0], -1))
     return th.stack(gradients)
 

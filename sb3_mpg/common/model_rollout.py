@@ -158,6 +158,44 @@ def quiet_compiler() -> Iterator[None]:
         yield
 
 
+def horizon_returns(
+    observations: th.Tensor,
+    actor: th.nn.Module,
+    q_function: QFunction,
+    model: PriorModel,
+    units: Units,
+    horizons: Sequence[int],
+    gamma: float,
+    differentiate: Differentiate = "first_action",
+    advance: Callable[..., tuple[RolloutState, th.Tensor]] = advance,
+    first_actions: th.Tensor | None = None,
+) -> dict[int, th.Tensor]:
+    """
+    As :func:`model_rollout`, which see for the parameters.
+
+    :return: returns of each horizon, ``(B, 1)``: tensors of their own, so that the gradient of one has nothing to do with
+        another, which may have overflowed
+    """
+    actor_parameters: dict[str, th.Tensor] = dict(actor.named_parameters())
+    if differentiate == "first_action":
+        actor_parameters = {name: parameter.detach() for name, parameter in actor_parameters.items()}
+
+    rollout = start_rollout(observations, actor, model, units, first_actions)
+    rewards_so_far: th.Tensor | float = 0.0
+    returns: dict[int, th.Tensor] = {}
+    step = 0
+    for horizon in sorted(horizons):
+        if horizon > step:
+            rollout, rewards = advance(rollout, horizon - step, actor, actor_parameters, model, units, gamma)
+            rewards_so_far = rewards_so_far + gamma**step * rewards
+            step = horizon
+        values = q_function(rollout.network_inputs, rollout.actions)
+        if model.may_terminate:
+            values = th.where(rollout.alive, values, 0.0)
+        returns[horizon] = rewards_so_far + gamma**horizon * values
+    return returns
+
+
 def model_rollout(
     observations: th.Tensor,
     actor: th.nn.Module,
@@ -194,24 +232,9 @@ def model_rollout(
     :param first_actions: in [-1, 1], ``(B, A)``; by default the actor's
     :return: returns, ``(n_horizons, B, 1)``, in the order of ``horizons``
     """
-    actor_parameters: dict[str, th.Tensor] = dict(actor.named_parameters())
-    if differentiate == "first_action":
-        actor_parameters = {name: parameter.detach() for name, parameter in actor_parameters.items()}
-
-    rollout = start_rollout(observations, actor, model, units, first_actions)
-    rewards_so_far: th.Tensor | float = 0.0
-    returns: dict[int, th.Tensor] = {}
-    step = 0
-    for horizon in sorted(horizons):
-        if horizon > step:
-            rollout, rewards = advance(rollout, horizon - step, actor, actor_parameters, model, units, gamma)
-            rewards_so_far = rewards_so_far + gamma**step * rewards
-            step = horizon
-        values = q_function(rollout.network_inputs, rollout.actions)
-        if model.may_terminate:
-            values = th.where(rollout.alive, values, 0.0)
-        returns[horizon] = rewards_so_far + gamma**horizon * values
-
+    returns = horizon_returns(
+        observations, actor, q_function, model, units, horizons, gamma, differentiate, advance, first_actions
+    )
     stacked = th.stack([returns[horizon] for horizon in horizons])
     assert stacked.shape == (len(horizons), observations.shape[0], 1), stacked.shape
     return stacked

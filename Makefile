@@ -9,8 +9,8 @@ SOURCES := $(wildcard sb3_mpg sb3_mpg_envs hyperparams benchmarks examples tests
 BENCHMARKS := benchmarks/simulators.py benchmarks/speed.py benchmarks/zoo_hook.py benchmarks/learning.py benchmarks/learning_report.py
 ALGO ?= mpg
 ENV ?= PathTracking-v0
-# 64 agents, one step each for an update: 12,000 updates
-STEPS ?= 771000
+# One update for each
+STEPS ?= 5000
 N_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
@@ -29,7 +29,7 @@ $(STAMP): setup.py .ci/constraints.txt
 
 train: $(STAMP) ## train MPG on path tracking (ALGO= ENV= STEPS=), print its evaluation, save the agent and a picture
 	OMP_NUM_THREADS=1 $(BIN)/python -m rl_zoo3.train --algo $(ALGO) --env $(ENV) -n $(STEPS) -f logs -P --verbose 0 \
-		--eval-freq 64000 --eval-episodes 5 --eval-env-kwargs early_reset:False
+		--eval-freq 500 --eval-episodes 5 --eval-env-kwargs early_reset:False
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/evaluate.py --algo $(ALGO) --env $(ENV) -f logs
 
 test: $(STAMP) ## run the tests (all but those marked expensive)

@@ -165,8 +165,6 @@ def sample_mpg_params(trial: "optuna.Trial", n_actions: int, n_envs: int, additi
     """
     sampled_params = _sample_common(trial)
     sampled_params["horizon"] = trial.suggest_int("horizon", 1, 40)
-    sampled_params["eta"] = trial.suggest_float("eta", 0.02, 0.3, log=True)
-    sampled_params["total_updates"] = trial.suggest_int("total_updates", 500, 20_000, log=True)
     sampled_params["policy_delay"] = trial.suggest_int("policy_delay", 1, 3)
     return convert_params(sampled_params)
 
@@ -194,8 +192,6 @@ def convert_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
     hyperparams["batch_size"] = 2 ** hyperparams.pop("batch_size_pow")
     if "horizon" in hyperparams:
         hyperparams["horizons"] = [0, hyperparams.pop("horizon")]
-        hyperparams["weighting"] = "rule_based"
-        hyperparams["weighting_kwargs"] = {key: hyperparams.pop(key) for key in ("eta", "total_updates")}
     return hyperparams
 
 

@@ -48,7 +48,7 @@ def test_the_graph_follows_what_it_depends_on():
         return expected
 
     before = check()
-    model.rollout_model.steering_gain = -1.0
+    model.rollout_model.prior.steering_gain = -1.0
     assert not th.allclose(before, check())
     observations = observations[:20]
     check()
@@ -83,7 +83,16 @@ def test_an_error_of_the_model_is_not_hidden():
             return super().reward(states, actions, next_states)
 
     with pytest.raises(ZeroDivisionError, match="mine"):
-        MPG("MlpPolicy", LinearEnv(), prior_model=Fails(), compile=True, horizons=(0, 2), **SMALL).learn(60)
+        MPG(
+            "MlpPolicy",
+            LinearEnv(),
+            prior_model=Fails(),
+            compile=True,
+            residual=False,
+            weighting="rule_based",
+            horizons=(0, 2),
+            **SMALL,
+        ).learn(60)
 
 
 def test_auto_compiles_long_runs_only():

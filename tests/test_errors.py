@@ -120,7 +120,7 @@ def test_models_that_break_the_rules(prior_model, message):
     [
         ({"horizons": ()}, "non-empty sequence"),
         ({"horizons": (0, -5)}, "0 or more"),
-        ({"horizons": (5, 25)}, "needs horizon 0"),
+        ({"horizons": (5, 25), "weighting": "rule_based"}, "needs horizon 0"),
         ({"weighting": "magic"}, "Unknown weighting"),
         ({"value_target": "magic"}, "Unknown value target"),
         ({"value_target_kwargs": {"n_steps": 0}}, "positive whole number"),

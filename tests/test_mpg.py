@@ -18,12 +18,15 @@ from sb3_mpg.common.value_targets import SimulatorTarget
 from sb3_mpg_envs.path_tracking.dynamics import VehicleParameters
 
 SMALL = {"policy_kwargs": {"net_arch": [16]}, "learning_starts": 40, "batch_size": 32, "seed": 0, "buffer_size": 2000}
+PAPERS = {"weighting": "rule_based", "residual": False}
 ALGORITHMS = {
     "v1": (
         MPG,
         {"value_target": "n_step_simulator", "value_target_kwargs": {"n_steps": 4}, "batch_reuse": 2, "horizons": (0, 3)},
     ),
-    "v2": (MPG, {"horizons": (0, 2, 5)}),
+    "v2": (MPG, {"horizons": (0, 2, 5), **PAPERS}),
+    "measured": (MPG, {"horizons": (0, 2, 5)}),
+    "compared": (MPG, {"horizons": (0, 5), "residual": False}),
     "replay": (MPG, {"horizons": (3,), "weighting": "constant", "value_target": "n_step_replay"}),
     "geometric": (MPG, {"horizons": (0, 1, 3), "weighting": "geometric", "differentiate": "all_actions"}),
     "ndpg": (NStepDPG, {"n_steps": 3}),
@@ -117,7 +120,7 @@ def test_horizon_zero_is_the_actor_loss_of_td3():
 
 def test_policy_gradient_is_that_of_the_update():
     """What `train` applies is the weighted sum of what `policy_gradient` returns."""
-    model = MPG("MlpPolicy", LinearEnv(), horizons=(0, 2, 6), max_grad_norm=None, policy_delay=1, **SMALL).learn(50)
+    model = MPG("MlpPolicy", LinearEnv(), horizons=(0, 2, 6), max_grad_norm=None, policy_delay=1, **SMALL, **PAPERS).learn(50)
     units = model._units()
     batch = model._sample_batch(32, units)
     n_updates = 4400
@@ -167,12 +170,12 @@ class ShapedEnv(LinearEnv):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_critic_has_a_slope_in_the_state(shape, dtype):
     """SB3's q1_forward loses dQ/ds for all but flat float32 observations; the rollout's gradient must not."""
-    model = MPG("MlpPolicy", ShapedEnv(shape, dtype), horizons=(0, 2), **SMALL).learn(50)
+    model = MPG("MlpPolicy", ShapedEnv(shape, dtype), horizons=(0, 2), **SMALL, **PAPERS).learn(50)
     observations = th.as_tensor(model.replay_buffer.observations[:8, 0]).float().requires_grad_()
-    slope = th.autograd.grad(model._q1(observations, th.zeros(8, 1)).sum(), observations)[0]
+    slope = th.autograd.grad(model._q_function(0)(observations, th.zeros(8, 1)).sum(), observations)[0]
     assert slope.shape == (8, *shape)
     assert (slope != 0).all()
-    flat = MPG("MlpPolicy", LinearEnv(), horizons=(0, 2), **SMALL)
+    flat = MPG("MlpPolicy", LinearEnv(), horizons=(0, 2), **SMALL, **PAPERS)
     flat.policy.load_state_dict(model.policy.state_dict())
     expected = flat.policy_gradient(observations.detach().reshape(8, 2), 2)
     th.testing.assert_close(model.policy_gradient(observations.detach(), 2), expected)
@@ -180,7 +183,7 @@ def test_critic_has_a_slope_in_the_state(shape, dtype):
 
 def test_gradient_under_vec_normalize_equals_that_by_hand_in_raw_units():
     env = VecNormalize(DummyVecEnv([lambda: LinearEnv(noise=0.1)]))
-    model = MPG("MlpPolicy", env, horizons=(0, 5), reward_scale=0.7, **SMALL).learn(150)
+    model = MPG("MlpPolicy", env, horizons=(0, 5), reward_scale=0.7, **SMALL, **PAPERS).learn(150)
     mean, std = env.obs_rms.mean, np.sqrt(env.obs_rms.var + env.epsilon)
     reward_std = np.sqrt(env.ret_rms.var + env.epsilon)
     assert abs(std - 1).max() > 0.05
@@ -210,7 +213,7 @@ def test_gradient_under_vec_normalize_equals_that_by_hand_in_raw_units():
     th.testing.assert_close(model.policy_gradient(observations, n), expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["v1", "v2", "ndpg"])
+@pytest.mark.parametrize("name", ["v1", "v2", "ndpg", "measured", "compared"])
 @pytest.mark.parametrize("env_id", ["PathTracking-v0", "InvertedPendulumConti-v0"])
 def test_continuing_equals_not_stopping(name, env_id, tmp_path):
     """Bit-identical parameters after saving and loading in the middle, with the environment seeded anew at the cut."""
@@ -264,15 +267,15 @@ def test_prior_model_can_be_given_in_every_way():
     ):
         env = "PathTracking-v0" if "PathTracking" in str(prior_model) else LinearEnv()
         model = MPG("MlpPolicy", env, prior_model=prior_model, prior_model_kwargs=kwargs, **SMALL)
-        assert isinstance(model.rollout_model, PriorModel)
-    assert model.rollout_model.steering_gain == -1.0
+        assert isinstance(model.rollout_model.prior, PriorModel)
+    assert model.rollout_model.prior.steering_gain == -1.0
 
 
 def test_load_with_another_prior_model(tmp_path):
     MPG("MlpPolicy", LinearEnv(), **SMALL).save(tmp_path / "model.zip")
     other = LinearEnv().prior_model(0.5)
     loaded = MPG.load(tmp_path / "model.zip", env=LinearEnv(), prior_model=other)
-    assert loaded.rollout_model is other
+    assert loaded.rollout_model.prior is other
 
 
 def test_load_without_environment_predicts_and_then_asks_for_one(tmp_path):
@@ -295,10 +298,10 @@ def test_another_environment_brings_its_own_model_and_simulator():
         return gym.make("PathTracking-v0", vehicle=VehicleParameters(mass=mass))
 
     model = MPG("MlpPolicy", heavy(1500.0), value_target="n_step_simulator", batch_reuse=2, **SMALL).learn(50)
-    assert model._make_simulator(4).vehicle.mass == model.rollout_model.vehicle.mass == 1500.0
+    assert model._make_simulator(4).vehicle.mass == model.rollout_model.prior.vehicle.mass == 1500.0
     assert len(model._batches) == 2
     model.set_env(heavy(3000.0))
-    assert model._make_simulator(4).vehicle.mass == model.rollout_model.vehicle.mass == 3000.0
+    assert model._make_simulator(4).vehicle.mass == model.rollout_model.prior.vehicle.mass == 3000.0
     assert model._batches == []
     model.learn(20)
 
@@ -401,7 +404,7 @@ class Breaks(PriorModel):
 
 
 def test_non_finite_gradients_are_skipped_counted_and_explained():
-    model = MPG("MlpPolicy", LinearEnv(), prior_model=Breaks, horizons=(0, 5), max_skipped_updates=3, **SMALL)
+    model = MPG("MlpPolicy", LinearEnv(), prior_model=Breaks, horizons=(0, 5), max_skipped_updates=3, **SMALL, **PAPERS)
     before = copy.deepcopy(model.policy.state_dict())
     with (
         pytest.warns(UserWarning, match="skipped"),

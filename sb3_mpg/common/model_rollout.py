@@ -66,8 +66,8 @@ def advance(
     rewards_of_steps = []
     for _ in range(n_steps):
         env_actions = units.unscale_actions(actions)
-        next_states = model.transition(states, env_actions)
-        rewards = units.scale_rewards(model.reward(states, env_actions, next_states))
+        next_states, rewards = model.step(states, env_actions)
+        rewards = units.scale_rewards(rewards)
         if model.may_terminate:
             # Behind a terminal state the model may say anything, infinities too, and 0 * inf is not 0: rows that ended
             # must not only be masked, the model must not see them again.
@@ -84,17 +84,21 @@ def advance(
     return RolloutState(states, network_inputs, actions, alive, start), total
 
 
-def start_rollout(observations: th.Tensor, actor: th.nn.Module, model: PriorModel, units: Units) -> RolloutState:
+def start_rollout(
+    observations: th.Tensor, actor: th.nn.Module, model: PriorModel, units: Units, first_actions: th.Tensor | None = None
+) -> RolloutState:
     """
     :param observations: raw observations, ``(B, *obs_shape)``
     :param actor: the policy
     :param model: the model
     :param units: between the environment and the networks
+    :param first_actions: in [-1, 1], ``(B, A)``; by default the actor's
     :return: the rollout before its first step
     """
     states, network_inputs = model.state_from_observation(observations), units.normalize_observations(observations)
     alive = th.ones(observations.shape[0], 1, dtype=th.bool, device=observations.device)
-    return RolloutState(states, network_inputs, actor(network_inputs), alive, states.detach())
+    actions = actor(network_inputs) if first_actions is None else first_actions
+    return RolloutState(states, network_inputs, actions, alive, states.detach())
 
 
 class StepCompiler:
@@ -160,6 +164,47 @@ def quiet_compiler() -> Iterator[None]:
         yield
 
 
+def horizon_returns(
+    observations: th.Tensor,
+    actor: th.nn.Module,
+    q_function: QFunction,
+    model: PriorModel,
+    units: Units,
+    horizons: Sequence[int],
+    gamma: float,
+    differentiate: Differentiate = "first_action",
+    advance: Callable[..., tuple[RolloutState, th.Tensor]] = advance,
+    first_actions: th.Tensor | None = None,
+) -> dict[int, th.Tensor]:
+    """
+    As :func:`model_rollout`, which see for the parameters.
+
+    :return: returns of each horizon, ``(B, 1)``: tensors of their own, so that the gradient of one has nothing to do with
+        another, which may have overflowed
+    """
+    actor_parameters: dict[str, th.Tensor] = {}
+    for name, parameter in actor.named_parameters():
+        tensor = parameter.detach() if differentiate == "first_action" else parameter
+        # Of few inputs, as in a first layer, the gradient costs a third when the columns lie together in memory
+        is_tall = tensor.ndim == 2 and tensor.shape[0] > tensor.shape[1]
+        actor_parameters[name] = tensor.t().contiguous().t() if is_tall else tensor
+
+    rollout = start_rollout(observations, actor, model, units, first_actions)
+    rewards_so_far: th.Tensor | float = 0.0
+    returns: dict[int, th.Tensor] = {}
+    step = 0
+    for horizon in sorted(horizons):
+        if horizon > step:
+            rollout, rewards = advance(rollout, horizon - step, actor, actor_parameters, model, units, gamma)
+            rewards_so_far = rewards_so_far + gamma**step * rewards
+            step = horizon
+        values = q_function(rollout.network_inputs, rollout.actions)
+        if model.may_terminate:
+            values = th.where(rollout.alive, values, 0.0)
+        returns[horizon] = rewards_so_far + gamma**horizon * values
+    return returns
+
+
 def model_rollout(
     observations: th.Tensor,
     actor: th.nn.Module,
@@ -170,6 +215,7 @@ def model_rollout(
     gamma: float,
     differentiate: Differentiate = "first_action",
     advance: Callable[..., tuple[RolloutState, th.Tensor]] = advance,
+    first_actions: th.Tensor | None = None,
 ) -> th.Tensor:
     r"""
     Discounted model returns of all horizons, with the critic at the end of each:
@@ -192,29 +238,12 @@ def model_rollout(
         alone, later ones come from a frozen copy (eq. 6); ``"all_actions"``: through every action, the critic's at the
         end included (eq. 5)
     :param advance: steps the model; :func:`advance` or a :class:`StepCompiler`
+    :param first_actions: in [-1, 1], ``(B, A)``; by default the actor's
     :return: returns, ``(n_horizons, B, 1)``, in the order of ``horizons``
     """
-    actor_parameters: dict[str, th.Tensor] = {}
-    for name, parameter in actor.named_parameters():
-        tensor = parameter.detach() if differentiate == "first_action" else parameter
-        # Of few inputs, as in a first layer, the gradient costs a third when the columns lie together in memory
-        is_tall = tensor.ndim == 2 and tensor.shape[0] > tensor.shape[1]
-        actor_parameters[name] = tensor.t().contiguous().t() if is_tall else tensor
-
-    rollout = start_rollout(observations, actor, model, units)
-    rewards_so_far: th.Tensor | float = 0.0
-    returns: dict[int, th.Tensor] = {}
-    step = 0
-    for horizon in sorted(horizons):
-        if horizon > step:
-            rollout, rewards = advance(rollout, horizon - step, actor, actor_parameters, model, units, gamma)
-            rewards_so_far = rewards_so_far + gamma**step * rewards
-            step = horizon
-        values = q_function(rollout.network_inputs, rollout.actions)
-        if model.may_terminate:
-            values = th.where(rollout.alive, values, 0.0)
-        returns[horizon] = rewards_so_far + gamma**horizon * values
-
+    returns = horizon_returns(
+        observations, actor, q_function, model, units, horizons, gamma, differentiate, advance, first_actions
+    )
     stacked = th.stack([returns[horizon] for horizon in horizons])
     assert stacked.shape == (len(horizons), observations.shape[0], 1), stacked.shape
     return stacked

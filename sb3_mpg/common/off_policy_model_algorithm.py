@@ -18,13 +18,25 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 
+from sb3_mpg.common.buffers import RecordedSteps
 from sb3_mpg.common.models.base import PriorModel
 from sb3_mpg.common.models.checker import validate_prior_model
 from sb3_mpg.common.models.loading import PriorModelLike, make_prior_model
+from sb3_mpg.common.models.residual import ResidualModel
+from sb3_mpg.common.models.trainable import TrainableModel
 from sb3_mpg.common.torch_layers import ObservationScaler
 from sb3_mpg.common.type_aliases import Simulator
 from sb3_mpg.common.units import Units
 from sb3_mpg.common.value_targets import ValueTarget, make_value_target
+
+# A trainable model is fitted to this many steps for each of its members, once an update
+FIT_BATCH_SIZE = 256
+# Its scales come from at most this many
+MAX_PREPARATION_STEPS = 20_000
+# Before the first update it is fitted to what was recorded until then, as long as that helps with steps that were held out
+MAX_PRETRAINING_STEPS = 2000
+PRETRAINING_PATIENCE = 200
+PRETRAINING_CHECK_EVERY = 50
 
 
 def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) -> None:
@@ -61,6 +73,8 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
     :param prior_model: the user's knowledge of the system: a ``PriorModel``, a class or factory of one, a dotted path
         ``"package.module:Class"``, or ``"auto"``, the model that the environment offers
     :param prior_model_kwargs: arguments of the class or factory of the prior model
+    :param residual: whether the prior model is corrected by what is recorded, see ``ResidualModel``
+    :param residual_kwargs: arguments of ``ResidualModel``
     :param value_target: what the critics regress on: ``"clipped_double_q"``, ``"n_step_simulator"``,
         ``"n_step_replay"``, or a ``ValueTarget``
     :param value_target_kwargs: arguments of the named value target
@@ -94,6 +108,8 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         optimize_memory_usage: bool,
         prior_model: PriorModelLike,
         prior_model_kwargs: dict[str, Any] | None,
+        residual: bool,
+        residual_kwargs: dict[str, Any] | None,
         value_target: str | ValueTarget,
         value_target_kwargs: dict[str, Any] | None,
         max_grad_norm: float | None,
@@ -146,6 +162,9 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         )
         self.prior_model = prior_model
         self.prior_model_kwargs = prior_model_kwargs
+        self.residual = residual
+        self.residual_kwargs = residual_kwargs
+        self._model_state: dict[str, Any] | None = None
         self.max_grad_norm = max_grad_norm
         self.reward_scale = reward_scale
         self.exploration_noise = exploration_noise
@@ -167,6 +186,9 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
             # Loaded: SB3 saved its own choice of the class, and would take it for the user's
             self.replay_buffer_class = None
         super()._setup_model()
+        if self.rollout_model is not None:
+            # After the seed was set
+            self.rollout_model = self._make_trainable(self.rollout_model)
         n_steps = self.value_target.replay_n_steps
         if n_steps > 1 and (self.replay_buffer.n_steps, self.replay_buffer.gamma) != (n_steps, self.gamma):  # type: ignore[union-attr]
             raise ValueError(
@@ -201,6 +223,75 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
                 "`make_simulator(num_agents)` and cannot be put into a state; use value_target='n_step_replay'."
             )
 
+    def _needs_trainable_model(self) -> bool:
+        """
+        :return: whether a model is fitted to the recorded steps, be it used or only compared with
+        """
+        return self._needs_prior_model() and self.residual
+
+    def _make_trainable(self, model: PriorModel) -> PriorModel:
+        """
+        :param model: the prior model
+        :return: it, with a correction around it if one is needed, as far as that was learned before
+        """
+        if self._needs_trainable_model() and not isinstance(model, TrainableModel):
+            observation = th.zeros(1, *self.observation_space.shape, device=self.device)  # type: ignore[misc]
+            n_states = model.state_from_observation(observation).shape[1]
+            n_actions = self.action_space.shape[0]  # type: ignore[index]
+            residual = ResidualModel(model, n_states, n_actions, **(self.residual_kwargs or {})).to(self.device)
+            residual.gains.fill_(float(self.residual))
+            model = residual
+        if isinstance(model, TrainableModel) and self._model_state is not None:
+            model.load_learned_state(self._model_state)
+        return model
+
+    def _recorded_steps(self, units: Units) -> RecordedSteps:
+        assert self.replay_buffer is not None
+        return RecordedSteps(self.replay_buffer, units.unscale_actions, self.device)
+
+    def _prepare_model(self, units: Units) -> None:
+        """
+        Before the first update: scale a trainable model by the steps recorded so far, and fit it to them.
+
+        :param units: conversions between environment and networks
+        """
+        model = self.rollout_model
+        if not isinstance(model, TrainableModel):
+            return
+        recorded = self._recorded_steps(units)
+        known = recorded.latest(MAX_PREPARATION_STEPS)
+        if known is None:
+            return
+        model.train()
+        model.adapt_to(known)
+        best_error, best_step = float("inf"), 0
+        for step in range(MAX_PRETRAINING_STEPS):
+            self._fit_model(recorded)
+            if step % PRETRAINING_CHECK_EVERY == 0:
+                error = self._validation_error(recorded)
+                if error is not None and error < 0.98 * best_error:
+                    best_error, best_step = error, step
+                elif step - best_step >= PRETRAINING_PATIENCE:
+                    break
+
+    def _fit_model(self, recorded: RecordedSteps) -> float | None:
+        """
+        :param recorded: what a trainable model is fitted to, by one step of its optimizer
+        :return: the loss
+        """
+        assert isinstance(self.rollout_model, TrainableModel)
+        batch = recorded.sample(FIT_BATCH_SIZE * self.rollout_model.n_members)
+        return None if batch is None else self.rollout_model.fit(batch)
+
+    def _validation_error(self, recorded: RecordedSteps) -> float | None:
+        """
+        :param recorded: the recorded steps
+        :return: the error of a trainable model in steps that were held out, ``None`` while there is none
+        """
+        assert isinstance(self.rollout_model, TrainableModel)
+        held_out = recorded.sample(FIT_BATCH_SIZE, held_out=True)
+        return None if held_out is None else self.rollout_model.validation_error(held_out)
+
     def _warn_of_wrappers(self) -> None:
         """The environment's own model and simulator know nothing of the wrappers around it."""
         assert self.env is not None
@@ -222,7 +313,10 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         :param force_reset: Force call to ``reset()`` before training to avoid unexpected behavior.
         """
         super().set_env(env, force_reset)
+        if isinstance(self.rollout_model, TrainableModel):
+            self._model_state = self.rollout_model.learned_state()
         self._setup_rollout_model()
+        self.rollout_model = self._make_trainable(self.rollout_model)  # type: ignore[arg-type]
 
     def _make_simulator(self, num_agents: int) -> Simulator:
         """
@@ -313,9 +407,12 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         """
         :return: what is saved instead of attributes that hold tensors, so that a file of a GPU can be read without one
         """
+        portable: dict[str, Any] = {}
         if isinstance(self.prior_model, th.nn.Module):
-            return {"prior_model": copy.deepcopy(self.prior_model).cpu()}
-        return {}
+            portable["prior_model"] = copy.deepcopy(self.prior_model).cpu()
+        if isinstance(self.rollout_model, TrainableModel):
+            portable["_model_state"] = self.rollout_model.learned_state()
+        return portable
 
     def _excluded_save_params(self) -> list[str]:
         return super()._excluded_save_params() + self._model_attributes

@@ -24,11 +24,14 @@ def check_horizons(horizons: Sequence[int]) -> tuple[int, ...]:
 
 class WeightingRule(ABC):
     """
-    Gives the weight of each horizon at an update. A rule is a function of ``n_updates`` alone and thus survives saving
-    and loading with it.
+    Gives the weight of each horizon at an update. A rule is a function of ``n_updates``, and of what it was told of
+    the errors of the gradients; it is saved with the algorithm.
 
     :param horizons: numbers of model steps
+    :cvar needs_errors: whether the errors of the gradients must be measured for it
     """
+
+    needs_errors: bool = False
 
     def __init__(self, horizons: Sequence[int]):
         self.horizons = check_horizons(horizons)
@@ -38,6 +41,13 @@ class WeightingRule(ABC):
         """
         :param n_updates: number of the update, from 1
         :return: weights in the order of ``horizons``, ``(n_horizons,)``; they sum to one
+        """
+
+    def observe(self, errors: np.ndarray) -> None:  # noqa: B027  # most rules have nothing to do here
+        """
+        Be told of a measurement. Only rules that need errors do something with it.
+
+        :param errors: squared error of the action gradient of each horizon, in the order of ``horizons``, ``(n_horizons,)``
         """
 
     def __call__(self, n_updates: int) -> dict[int, float]:
@@ -131,10 +141,40 @@ class GeometricWeighting(WeightingRule):
         return weights / weights.sum()
 
 
+class MeasuredWeighting(WeightingRule):
+    r"""
+    Weights that follow the measured errors of the gradients, :math:`w_i \propto 1 / e_i`: the mixture of least variance if
+    the errors are independent. They are averaged over the last few measurements.
+
+    :param horizons: numbers of model steps
+    :param window: number of measurements that are averaged
+    """
+
+    needs_errors = True
+
+    def __init__(self, horizons: Sequence[int], window: int = 3):
+        super().__init__(horizons)
+        if window < 1:
+            raise ValueError(f"`window` counts measurements and must be at least 1, got {window}.")
+        self.window = window
+        self._errors: list[np.ndarray] = []
+
+    def observe(self, errors: np.ndarray) -> None:
+        # Neither zero nor infinite, so that their ratios are numbers
+        self._errors = [*self._errors, np.clip(np.nan_to_num(errors, nan=np.inf), 1e-30, 1e30)][-self.window :]
+
+    def weights(self, n_updates: int) -> np.ndarray:
+        if not self._errors:
+            return np.full(len(self.horizons), 1 / len(self.horizons))
+        inverse_errors = 1 / np.mean(self._errors, axis=0)
+        return inverse_errors / inverse_errors.sum()
+
+
 WEIGHTING_RULES: dict[str, type[WeightingRule]] = {
     "rule_based": RuleBasedWeighting,
     "constant": ConstantWeighting,
     "geometric": GeometricWeighting,
+    "measured": MeasuredWeighting,
 }
 
 

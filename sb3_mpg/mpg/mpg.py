@@ -1,5 +1,6 @@
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
@@ -21,13 +22,19 @@ from torch.nn import functional as F
 
 from sb3_mpg.common.model_rollout import (
     NEGLIGIBLE_WEIGHT,
+    QFunction,
     StepCompiler,
     first_non_finite_step,
     mixed_policy_loss,
     quiet_compiler,
 )
+from sb3_mpg.common.error_estimates import GradientErrors, action_gradients, gradient_errors
+from sb3_mpg.common.models.base import PriorModel
 from sb3_mpg.common.models.loading import PriorModelLike
+from sb3_mpg.common.models.residual import ResidualModel
+from sb3_mpg.common.models.trainable import TrainableModel
 from sb3_mpg.common.off_policy_model_algorithm import OffPolicyModelAlgorithm
+from sb3_mpg.common.trust_report import MIN_WINDOWS, Measurement, TrustReport, prediction_errors
 from sb3_mpg.common.type_aliases import Differentiate, GradientResult, TrainingBatch
 from sb3_mpg.common.units import Units
 from sb3_mpg.common.utils import gradient_of, polyak_update_all, trainable_parameters
@@ -35,6 +42,7 @@ from sb3_mpg.common.value_targets import ValueTarget
 from sb3_mpg.common.weighting import WeightingRule, check_horizons, make_weighting_rule
 from sb3_mpg.mpg.policies import MlpPolicy, MPGPolicy
 
+Result = TypeVar("Result")
 SelfMPG = TypeVar("SelfMPG", bound="MPG")
 
 # Table VI of the first version
@@ -42,6 +50,11 @@ ACTOR_LEARNING_RATE = LinearSchedule(3e-4, 3e-6, 1.0)
 CRITIC_LEARNING_RATE = LinearSchedule(8e-4, 8e-6, 1.0)
 # Compiling takes some ten seconds and saves about a millisecond for each model step of a batch (benchmarks/speed.py)
 COMPILE_FROM_MODEL_STEPS = 50_000
+# The errors of the gradients are measured at so many states, once in so many updates
+N_MEASURED_STATES = 128
+MEASURE_EVERY = 20
+# The report is about that many of the steps recorded last
+N_REPORTED_STEPS = 5000
 
 
 class MPG(OffPolicyModelAlgorithm):
@@ -52,10 +65,12 @@ class MPG(OffPolicyModelAlgorithm):
     Paper: https://arxiv.org/abs/2102.11513 (the first version and its revision)
     Original implementation: https://github.com/idthanm/mpg
 
-    The defaults are MPG-v2 with the hyperparameters of Table VI. MPG-v1 is ``value_target="n_step_simulator"`` with
-    ``batch_reuse=10``. Differences from the papers: both gradients of an update are computed at the same parameters (as
-    the papers' learners do, and unlike TD3, whose actor sees the critic just updated); recorded targets
-    bootstrap behind truncations and not behind terminations.
+    Beyond the papers, and by default, the model is corrected by what is recorded (``residual``), and the gradients are
+    weighted by their measured errors (``weighting="measured"``) instead of by the clock. MPG-v2 of the papers is
+    ``residual=False, weighting="rule_based", learning_starts=3000``, and MPG-v1 the same with
+    ``value_target="n_step_simulator", batch_reuse=10``; the other defaults are those of Table VI. Differences from the
+    papers: both gradients of an update are computed at the same parameters (as the papers' learners do, and unlike TD3,
+    whose actor sees the critic just updated); recorded targets bootstrap behind truncations and not behind terminations.
 
     :param policy: The policy model to use (MlpPolicy)
     :param env: The environment to learn from (if registered in Gym, can be str)
@@ -77,9 +92,11 @@ class MPG(OffPolicyModelAlgorithm):
     :param prior_model: what is known about the system: a ``PriorModel``, a class or factory of one, a dotted path
         ``"package.module:Class"``, or ``"auto"``, the model that the environment offers with a method ``prior_model()``
     :param prior_model_kwargs: arguments of the class or factory of the prior model
+    :param residual: whether the model is corrected by what is recorded, see ``ResidualModel``
+    :param residual_kwargs: arguments of ``ResidualModel``
     :param horizons: numbers of model steps that are mixed; 0 is the data-driven gradient
-    :param weighting: how the horizons are weighted: ``"rule_based"`` (the papers'), ``"constant"``, ``"geometric"``, or a
-        ``WeightingRule``
+    :param weighting: how the horizons are weighted: by the ``"measured"`` errors of their gradients, ``"rule_based"`` (the
+        papers'), ``"constant"``, ``"geometric"``, or a ``WeightingRule``
     :param weighting_kwargs: arguments of the named weighting rule
     :param differentiate: which actions of the model rollout carry the gradient: ``"first_action"`` is the unified policy
         gradient (eq. 6), ``"all_actions"`` the model policy gradient (eq. 5 of the first version)
@@ -121,7 +138,7 @@ class MPG(OffPolicyModelAlgorithm):
         env: GymEnv | str,
         learning_rate: float | Schedule = ACTOR_LEARNING_RATE,
         buffer_size: int = 500_000,
-        learning_starts: int = 3000,
+        learning_starts: int = 500,
         batch_size: int = 256,
         tau: float = 0.005,
         gamma: float = 0.98,
@@ -135,7 +152,9 @@ class MPG(OffPolicyModelAlgorithm):
         prior_model: PriorModelLike = "auto",
         prior_model_kwargs: dict[str, Any] | None = None,
         horizons: Sequence[int] = (0, 25),
-        weighting: str | WeightingRule = "rule_based",
+        residual: bool = True,
+        residual_kwargs: dict[str, Any] | None = None,
+        weighting: str | WeightingRule = "measured",
         weighting_kwargs: dict[str, Any] | None = None,
         differentiate: Differentiate = "first_action",
         value_target: str | ValueTarget = "clipped_double_q",
@@ -162,6 +181,7 @@ class MPG(OffPolicyModelAlgorithm):
                 raise ValueError(f"`{name}` counts updates and must be at least 1, got {count}.")
         if differentiate not in ("first_action", "all_actions"):
             raise ValueError(f"`differentiate` must be 'first_action' or 'all_actions', got {differentiate!r}.")
+        self.weighting_rule = make_weighting_rule(weighting, horizons, weighting_kwargs)
         super().__init__(
             policy,
             env,
@@ -179,6 +199,8 @@ class MPG(OffPolicyModelAlgorithm):
             optimize_memory_usage=optimize_memory_usage,
             prior_model=prior_model,
             prior_model_kwargs=prior_model_kwargs,
+            residual=residual,
+            residual_kwargs=residual_kwargs,
             value_target=value_target,
             value_target_kwargs=value_target_kwargs,
             max_grad_norm=max_grad_norm,
@@ -193,7 +215,6 @@ class MPG(OffPolicyModelAlgorithm):
             device=device,
         )
         self.critic_learning_rate = critic_learning_rate
-        self.weighting_rule = make_weighting_rule(weighting, horizons, weighting_kwargs)
         self.differentiate = differentiate
         self.batch_reuse = batch_reuse
         self.compile = compile
@@ -202,6 +223,7 @@ class MPG(OffPolicyModelAlgorithm):
         self.policy_delay = policy_delay
         self._batches: list[TrainingBatch] = []
         self._n_batch_uses = 0
+        self._measurements: list[Measurement] = []
 
         if _init_setup_model:
             self._setup_model()
@@ -234,16 +256,25 @@ class MPG(OffPolicyModelAlgorithm):
     def _needs_prior_model(self) -> bool:
         return max(self.weighting_rule.horizons) > 0
 
-    def _q1(self, network_inputs: th.Tensor, actions: th.Tensor) -> th.Tensor:
-        """
-        The first critic. SB3's ``q1_forward`` extracts the features without gradient; a rollout needs dQ/ds.
+    def _needs_trainable_model(self) -> bool:
+        # Without a correction that is used, measured errors still need one to compare the prior model with
+        return self._needs_prior_model() and (self.residual or self.weighting_rule.needs_errors)
 
-        :param network_inputs: normalised observations, ``(B, *obs_shape)``
-        :param actions: in [-1, 1], ``(B, A)``
-        :return: values, ``(B, 1)``
+    def _q_function(self, index: int) -> QFunction:
         """
-        features = self.critic.extract_features(network_inputs, self.critic.features_extractor)
-        return self.critic.q_networks[0](th.cat([features, actions], dim=1))
+        One of the critics. SB3's ``q1_forward`` extracts the features without gradient; a rollout needs dQ/ds.
+
+        :param index: number of the critic
+        :return: maps normalised observations, ``(B, *obs_shape)``, and actions in [-1, 1], ``(B, A)``, to values ``(B, 1)``
+        """
+
+        def q_function(network_inputs: th.Tensor, actions: th.Tensor) -> th.Tensor:
+            features = self.critic.extract_features(network_inputs, self.critic.features_extractor)
+            q_network = self.critic.q_networks[index]
+            assert isinstance(q_network, th.nn.Module)
+            return q_network(th.cat([features, actions], dim=1))
+
+        return q_function
 
     def _to_tensor(self, observations: np.ndarray | th.Tensor) -> th.Tensor:
         return th.as_tensor(observations, dtype=th.float32, device=self.device)
@@ -275,7 +306,7 @@ class MPG(OffPolicyModelAlgorithm):
             loss, _ = mixed_policy_loss(
                 self._to_tensor(observations),
                 self.actor,
-                self._q1,
+                self._q_function(0),
                 self.rollout_model,
                 self._units(),
                 {horizon: 1.0},
@@ -337,7 +368,7 @@ class MPG(OffPolicyModelAlgorithm):
             loss, mean_returns = mixed_policy_loss(
                 observations,
                 self.actor,
-                self._q1,
+                self._q_function(0),
                 self.rollout_model,  # type: ignore[arg-type]
                 units,
                 weights,
@@ -347,21 +378,127 @@ class MPG(OffPolicyModelAlgorithm):
             )
             return loss, mean_returns, gradient_of(loss, self.actor)
 
+        return self._compiled(loss_and_gradient)
+
+    def _model_name(self) -> str:
+        model = self.rollout_model
+        return type(model.prior if isinstance(model, ResidualModel) else model).__name__
+
+    def _compiled(self, function: Callable[..., Result]) -> Result:
+        """
+        :param function: runs model rollouts, with what is passed to it for stepping, if anything is
+        :return: its result, with compiled steps where they are wanted and possible
+        """
         if self._step_compiler is None:
-            return loss_and_gradient()
+            return function()
         try:
             with quiet_compiler():
-                return loss_and_gradient(self._step_compiler)
+                return function(self._step_compiler)
         except Exception as error:
             # Whatever the compiler trips over, training goes on; an error of the model itself comes again below
             self._step_compiler = None
-            result = loss_and_gradient()
+            result = function()
             reason = " ".join(str(error).split())[:300]
             warnings.warn(
-                f"{type(self.rollout_model).__name__} and the policy could not be compiled and run as they are, more "
+                f"{self._model_name()} and the policy could not be compiled and run as they are, more "
                 f"slowly ({type(error).__name__}: {reason}). `compile=False` avoids the attempt."
             )
             return result
+
+    def _improve_model(self, units: Units, logs: dict[str, list[float]]) -> None:
+        """
+        Fit a trainable model to the recorded steps, and measure the errors of the gradients now and then.
+
+        :param units: conversions between environment and networks
+        :param logs: values for the log, which are added to
+        """
+        if not isinstance(self.rollout_model, TrainableModel):
+            return
+        recorded = self._recorded_steps(units)
+        loss = self._fit_model(recorded)
+        if loss is not None:
+            logs.setdefault("model/loss", []).append(loss)
+        if self.weighting_rule.needs_errors and (self._n_updates - 1) % MEASURE_EVERY == 0:
+            validation_error = self._validation_error(recorded)
+            if validation_error is not None:
+                logs.setdefault("model/validation_error", []).append(validation_error)
+            measured = self._measure_errors(units)
+            self.weighting_rule.observe(measured.errors)
+            weights = self.weighting_rule.weights(self._n_updates)
+            validation_error = float("nan") if validation_error is None else validation_error
+            self._measurements.append(Measurement(self._n_updates, *measured[1:], weights, validation_error))
+            if not np.isfinite(measured.errors).all():
+                warnings.warn(
+                    f"The gradient of {self._model_name()} is not finite at most states; it weighs nothing until it is. "
+                    "Look for what overflows with `check_prior_model`."
+                )
+            for horizon, error, standard_error in zip(*measured[:3], strict=True):
+                logs.setdefault(f"horizons/error_{horizon}", []).append(error)
+                logs.setdefault(f"horizons/error_{horizon}_se", []).append(standard_error)
+
+    def _measure_errors(self, units: Units) -> GradientErrors:
+        """
+        :param units: conversions between environment and networks
+        :return: the errors of the action gradients of all horizons at states of the replay buffer
+        """
+        model = self.rollout_model
+        assert isinstance(model, TrainableModel)
+        observations = self.replay_buffer.sample(N_MEASURED_STATES).observations.float()  # type: ignore[union-attr]
+        n_members = model.n_members
+        q_functions = [self._q_function(member % len(self.critic.q_networks)) for member in range(n_members)]
+        # Without the correction, it is the prior model itself that is judged
+        compares = isinstance(model, ResidualModel) and not self.residual
+        with model.compared_with_prior() if compares else nullcontext():  # type: ignore[operator]
+            gradients = self._compiled(
+                lambda *advance: action_gradients(
+                    observations,
+                    self.actor,
+                    q_functions,
+                    model,
+                    units,
+                    self.weighting_rule.horizons,
+                    self.gamma,
+                    *advance,
+                )
+            )
+        return gradient_errors(gradients.cpu().numpy(), self.weighting_rule.horizons)
+
+    def trust_report(self) -> TrustReport:
+        """
+        How far the prior model can be trusted: the measured errors of the gradients and the weights that followed, and how
+        far rollouts of the model along recorded actions are from what happened. Print it, or ``plot("trust.png")``.
+
+        :return: the report
+        :raises ValueError: when there is no model, or nothing is recorded to compare it with
+        """
+        if not self._needs_prior_model() or self.rollout_model is None:
+            raise ValueError(
+                "There is no model to report on: the only horizon is 0, or the environment is missing (`set_env`)."
+            )
+        horizon = max(self.weighting_rule.horizons)
+        windows = None
+        if self.replay_buffer is not None:
+            windows = self._recorded_steps(self._units()).windows(N_REPORTED_STEPS, horizon)
+        if windows is None or len(windows.lengths) < MIN_WINDOWS:
+            raise ValueError("Nothing is recorded to compare the model with: call `learn` or `load_replay_buffer` first.")
+        model = self.rollout_model
+        was_training = model.training
+        model.eval()
+        try:
+            is_corrected = isinstance(model, ResidualModel) and self.residual
+            prior = model.prior if isinstance(model, ResidualModel) else model
+            assert isinstance(prior, PriorModel)
+            return TrustReport(
+                horizons=self.weighting_rule.horizons,
+                measurements=list(self._measurements),
+                prior=prediction_errors(prior, windows, self.gamma),
+                corrected=prediction_errors(model, windows, self.gamma) if is_corrected else None,
+                dimensions=tuple(
+                    f"state[{dim}]" for dim in range(prior.state_from_observation(windows.observations[:1]).shape[1])
+                ),
+            )
+        finally:
+            model.train(was_training)
 
     def compute_gradients(self, batch: TrainingBatch, n_updates: int, units: Units) -> GradientResult:
         """
@@ -451,7 +588,7 @@ class MPG(OffPolicyModelAlgorithm):
             if weight < NEGLIGIBLE_WEIGHT:
                 continue
             reason = first_non_finite_step(
-                batch.observations, self.actor, self._q1, self.rollout_model, units, horizon, self.gamma
+                batch.observations, self.actor, self._q_function(0), self.rollout_model, units, horizon, self.gamma
             )
             if reason is not None:
                 reasons.append(f"horizon {horizon} (weight {weight:.2g}): {reason}")
@@ -473,6 +610,7 @@ class MPG(OffPolicyModelAlgorithm):
         units = self._units()
         if self._n_updates == 0:
             self._fit_observation_scalers(units)
+            self._prepare_model(units)
 
         # Update learning rates according to their schedules
         self._update_learning_rate(self.actor.optimizer)
@@ -483,6 +621,7 @@ class MPG(OffPolicyModelAlgorithm):
         logs: dict[str, list[float]] = {}
         for _ in range(gradient_steps):
             self._n_updates += 1
+            self._improve_model(units, logs)
             batch = self._sample_batch(batch_size, units)
             result = self.compute_gradients(batch, self._n_updates, units)
             if not self.apply_gradients(result):

@@ -79,6 +79,7 @@ class NStepADP(MPG):
             prior_model=prior_model,
             prior_model_kwargs=prior_model_kwargs,
             # Remove the data-driven gradient from MPG-v1 to obtain n-step ADP
+            residual=False,
             horizons=(n_steps,),
             weighting="constant",
             differentiate="all_actions",

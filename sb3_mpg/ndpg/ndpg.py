@@ -73,6 +73,7 @@ class NStepDPG(MPG):
             optimize_memory_usage=optimize_memory_usage,
             critic_learning_rate=critic_learning_rate,
             # Remove the model from MPG-v1 to obtain n-step DPG
+            residual=False,
             horizons=(0,),
             weighting="constant",
             value_target="n_step_simulator",

@@ -6,6 +6,7 @@ from sb3_mpg.common.models.base import PriorModel
 from sb3_mpg_envs.path_tracking.dynamics import (
     MAX_CONTROLS,
     N_SUBSTEPS,
+    PATH_PERIOD,
     Reference,
     TrackingState,
     PAPER_VEHICLE,
@@ -14,6 +15,7 @@ from sb3_mpg_envs.path_tracking.dynamics import (
     path_reference,
     tracking_reward,
     tracking_step,
+    wrap_angle,
 )
 
 
@@ -128,3 +130,15 @@ class PathTrackingModel(PriorModel):
         if not self.terminates:
             return super().terminal(states)
         return is_off_path(TrackingState(*states.unbind(-1))).unsqueeze(-1)
+
+    @staticmethod
+    def _wrapped(states: th.Tensor, around: float) -> th.Tensor:
+        state = TrackingState(*states.unbind(-1))
+        x = state.x - around - PATH_PERIOD * th.floor((state.x - around) / PATH_PERIOD) + around
+        return th.stack(state._replace(heading_error=wrap_angle(state.heading_error, th), x=x), -1)
+
+    def state_difference(self, states: th.Tensor, others: th.Tensor) -> th.Tensor:
+        return self._wrapped(states - others, -PATH_PERIOD / 2)
+
+    def state_add(self, states: th.Tensor, differences: th.Tensor) -> th.Tensor:
+        return self._wrapped(states + differences, 0.0)

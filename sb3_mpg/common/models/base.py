@@ -51,6 +51,17 @@ class PriorModel(th.nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} must implement reward(states, actions, next_states) -> (B, 1)")
 
+    def step(self, states: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        """
+        One step of dynamics and reward. Models that compute both at once override it; others leave it.
+
+        :param states: states, ``(B, S)``
+        :param actions: actions in the units of the environment, ``(B, A)``
+        :return: next states, ``(B, S)``, and rewards, ``(B, 1)``
+        """
+        next_states = self.transition(states, actions)
+        return next_states, self.reward(states, actions, next_states)
+
     def terminal(self, states: th.Tensor) -> th.Tensor:
         """
         Whether an episode *terminates* in a state: no reward and no value lies behind it.
@@ -86,3 +97,25 @@ class PriorModel(th.nn.Module):
         :return: states, ``(B, S)``
         """
         return observations
+
+    def state_difference(self, states: th.Tensor, others: th.Tensor) -> th.Tensor:
+        """
+        How far states lie from others: what a correction that is learned from data has to explain. By default
+        ``states - others``; write it, and :meth:`state_add`, for angles and other periodic states, whose difference
+        is the shortest way around.
+
+        :param states: states, ``(B, S)``
+        :param others: states, ``(B, S)``
+        :return: differences, ``(B, S)``
+        """
+        return states - others
+
+    def state_add(self, states: th.Tensor, differences: th.Tensor) -> th.Tensor:
+        """
+        The states that lie so far from others; the inverse of :meth:`state_difference`. By default the sum.
+
+        :param states: states, ``(B, S)``
+        :param differences: what is added, ``(B, S)``
+        :return: states, ``(B, S)``
+        """
+        return states + differences

@@ -97,7 +97,7 @@ class PriorModelReport:
         return "\n".join(
             [
                 "Errors of the prior model under random actions (RMS, open loop)",
-                *_format_table(rows),
+                *format_table(rows),
                 *([f"... and {n_hidden} dimensions with smaller errors"] if n_hidden > 0 else []),
                 f"of change: in units of the actual change over as many steps (* of the reward's standard deviation); "
                 f"100% is as bad as predicting no change. Recorded windows: {windows} steps.",
@@ -117,7 +117,7 @@ def _relative(errors: np.ndarray, scales: np.ndarray) -> np.ndarray:
         return np.where(errors == 0, 0.0, np.where(scales == 0, np.inf, errors / scales))
 
 
-def _format_table(rows: list[list[str]]) -> list[str]:
+def format_table(rows: list[list[str]]) -> list[str]:
     """
     :param rows: cells, the header first; the first and the last column are text, the others numbers
     :return: aligned lines, with a ruler below the header
@@ -141,7 +141,7 @@ class Windows(NamedTuple):
     :param observations: ``(B, *obs_shape)``
     :param actions: in the units of the environment, ``(horizon, B, A)``
     :param next_observations: ``(horizon, B, *obs_shape)``
-    :param rewards: of the first step, ``(B, 1)``
+    :param rewards: ``(horizon, B, 1)``
     :param terminated: whether the first step terminated the episode, ``(B, 1)``
     :param lengths: number of recorded steps, ``(B,)``; what lies behind them is filled up
     """
@@ -232,10 +232,10 @@ def record_windows(venv: VecEnv, horizon: int, n_samples: int, seed: int, device
         for name, values in zip(records, (observations, actions, final_observations, rewards, terminated, ends), strict=True):
             records[name].append(np.array(values))
         observations = np.array(next_observations)
-    return _cut_windows({name: np.stack(values) for name, values in records.items()}, horizon, device)
+    return cut_windows({name: np.stack(values) for name, values in records.items()}, horizon, device)
 
 
-def _cut_windows(records: dict[str, np.ndarray], horizon: int, device: th.device) -> Windows:
+def cut_windows(records: dict[str, np.ndarray], horizon: int, device: th.device) -> Windows:
     """
     :param records: arrays ``(n_steps, n_envs, ...)``; the last step is marked as an end
     :param horizon: number of steps of a window
@@ -265,7 +265,7 @@ def _cut_windows(records: dict[str, np.ndarray], horizon: int, device: th.device
         observations=first("observations"),
         actions=gather("actions"),
         next_observations=gather("next_observations"),
-        rewards=first("rewards").reshape(n_windows, 1),
+        rewards=gather("rewards").reshape(horizon, n_windows, 1),
         terminated=first("terminated").reshape(n_windows, 1).bool(),
         lengths=th.as_tensor(np.minimum(lengths, horizon).reshape(n_windows), device=device),
     )
@@ -522,7 +522,7 @@ def _judge_reward(model: PriorModel, windows: Windows) -> tuple[float, float, fl
     states = model.state_from_observation(windows.observations)
     next_states = model.state_from_observation(windows.next_observations[0])
     predicted = _to_numpy(model.reward(states, windows.actions[0], next_states))[:, 0]
-    actual = _to_numpy(windows.rewards)[:, 0]
+    actual = _to_numpy(windows.rewards[0])[:, 0]
     error, bias, std = float(_rms(predicted - actual)), float((predicted - actual).mean()), float(actual.std())
 
     def judgement(verdict: str, hint: str | None = None) -> tuple[float, float, float, str, str | None]:

@@ -1,0 +1,115 @@
+"""Recorded transitions as models learn from them."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.buffers import ReplayBuffer
+
+from sb3_mpg.common.models.prediction_errors import Windows, cut_windows
+from sb3_mpg.common.models.trainable import Transitions
+
+# Neighbours in time are alike: what is held out is held out in blocks
+HELD_OUT_BLOCK = 20
+# One block of so many is held out
+HELD_OUT_EVERY = 10
+MAX_DRAWS = 20
+
+
+class RecordedSteps:
+    """
+    The single steps in a replay buffer, whatever its samples are (n-step sums, say), split into those to learn from and
+    those to judge by. Steps whose end the buffer does not hold are left out.
+
+    :param replay_buffer: the buffer; it is read, never written
+    :param unscale_actions: from [-1, 1], as they are stored, to the units of the environment
+    :param device: where the transitions go
+    """
+
+    def __init__(
+        self, replay_buffer: ReplayBuffer, unscale_actions: Callable[[th.Tensor], th.Tensor], device: th.device | str
+    ):
+        self.replay_buffer = replay_buffer
+        self.unscale_actions = unscale_actions
+        self.device = device
+
+    def _is_usable(self, positions: np.ndarray, envs: np.ndarray, held_out: bool) -> np.ndarray:
+        is_held_out = (positions // HELD_OUT_BLOCK + envs) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+        usable = is_held_out == held_out
+        if self.replay_buffer.optimize_memory_usage:
+            # The next observation is the one stored next: of another episode behind an end; and the newest one was
+            # written over the oldest step
+            usable &= (self.replay_buffer.dones[positions, envs] == 0) & (positions != self.replay_buffer.pos)
+        return usable
+
+    def _gather(self, positions: np.ndarray, envs: np.ndarray) -> Transitions:
+        buffer = self.replay_buffer
+        if buffer.optimize_memory_usage:
+            next_observations = buffer.observations[(positions + 1) % buffer.buffer_size, envs]
+        else:
+            next_observations = buffer.next_observations[positions, envs]
+
+        def to_tensor(array: np.ndarray) -> th.Tensor:
+            return th.as_tensor(array, dtype=th.float32, device=self.device)
+
+        return Transitions(
+            to_tensor(buffer.observations[positions, envs]),
+            self.unscale_actions(to_tensor(buffer.actions[positions, envs])),
+            to_tensor(buffer.rewards[positions, envs]).reshape(-1, 1),
+            to_tensor(next_observations),
+        )
+
+    def sample(self, n_samples: int, held_out: bool = False) -> Transitions | None:
+        """
+        :param n_samples: number of steps, drawn with replacement
+        :param held_out: whether to draw from those to judge by
+        :return: the steps, or ``None`` while there is none of that kind
+        """
+        n_rows = self.replay_buffer.size()
+        positions, envs = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
+        for _ in range(MAX_DRAWS):
+            n_draws = n_samples * (HELD_OUT_EVERY if held_out else 2)
+            new_positions = np.random.randint(0, n_rows, size=n_draws)
+            new_envs = np.random.randint(0, self.replay_buffer.n_envs, size=n_draws)
+            usable = self._is_usable(new_positions, new_envs, held_out)
+            positions = np.concatenate([positions, new_positions[usable]])
+            envs = np.concatenate([envs, new_envs[usable]])
+            if len(positions) >= n_samples:
+                return self._gather(positions[:n_samples], envs[:n_samples])
+        return None
+
+    def latest(self, n_samples: int) -> Transitions | None:
+        """
+        :param n_samples: number of steps
+        :return: the steps recorded last, both kinds, or ``None`` when there is none
+        """
+        buffer = self.replay_buffer
+        n_rows = min(-(-n_samples // buffer.n_envs), buffer.size())
+        rows = (buffer.pos - 1 - np.arange(n_rows)) % buffer.buffer_size
+        positions, envs = (array.ravel() for array in np.meshgrid(rows, np.arange(buffer.n_envs), indexing="ij"))
+        usable = self._is_usable(positions, envs, False) | self._is_usable(positions, envs, True)
+        return self._gather(positions[usable], envs[usable]) if usable.any() else None
+
+    def windows(self, n_steps: int, horizon: int) -> Windows | None:
+        """
+        :param n_steps: number of steps recorded last, of all environments together
+        :param horizon: longest window
+        :return: one window for each of these steps, or ``None`` when there is none
+        """
+        buffer = self.replay_buffer
+        # Where memory is saved, the newest observation was written over the oldest step
+        n_rows = min(-(-n_steps // buffer.n_envs), buffer.size() - int(buffer.optimize_memory_usage and buffer.full))
+        if n_rows < 1:
+            return None
+        positions = (buffer.pos - 1 - np.arange(n_rows)[::-1]) % buffer.buffer_size
+        rows, envs = np.meshgrid(positions, np.arange(buffer.n_envs), indexing="ij")
+        steps = self._gather(rows.ravel(), envs.ravel())
+        dones = buffer.dones[positions] > 0
+        # Time limits and early resets end an episode without terminating it
+        timeouts = buffer.timeouts[positions] > 0
+        records = {name: getattr(steps, name).cpu().numpy() for name in steps._fields}
+        records = {name: array.reshape(n_rows, buffer.n_envs, *array.shape[1:]) for name, array in records.items()}
+        records["rewards"] = records["rewards"][..., 0]
+        ends = dones.copy()
+        ends[-1] = True
+        return cut_windows({**records, "terminated": dones & ~timeouts, "ends": ends}, horizon, th.device(self.device))

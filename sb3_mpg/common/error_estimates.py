@@ -1,0 +1,121 @@
+r"""
+How wrong the gradients are: estimates of what Theorem 2 of the papers bounds, from what is at hand while training.
+
+The unified policy gradient (eq. 6) is :math:`\nabla_\theta \pi(s) \, \nabla_a X_n(s, a)`; only the second factor depends on
+model and critic. So the errors are those of the action gradients :math:`g_n(s) = \nabla_a X_n(s, a)|_{a = \pi(s)}`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch as th
+
+from sb3_mpg.common.model_rollout import QFunction, RolloutState, advance, horizon_returns
+from sb3_mpg.common.models.base import PriorModel
+from sb3_mpg.common.units import Units
+
+
+class GradientErrors(NamedTuple):
+    """
+    Squared errors of the action gradients of some horizons, medians over states: a few rollouts that explode must not
+    decide.
+
+    :param horizons: numbers of model steps
+    :param errors: one for each horizon, ``(n_horizons,)``
+    :param standard_errors: of these medians, ``(n_horizons,)``
+    :param gradient_norm: median of the squared norm of the gradient of the best horizon
+    """
+
+    horizons: tuple[int, ...]
+    errors: np.ndarray
+    standard_errors: np.ndarray
+    gradient_norm: float
+
+
+def action_gradients(
+    observations: th.Tensor,
+    actor: th.nn.Module,
+    q_functions: Sequence[QFunction],
+    model: PriorModel,
+    units: Units,
+    horizons: Sequence[int],
+    gamma: float,
+    advance: Callable[..., tuple[RolloutState, th.Tensor]] = advance,
+) -> th.Tensor:
+    r"""
+    Several estimates of :math:`\nabla_a X_n(s, a)` at the same states: the rows of the batch are repeated once for each
+    critic, so that an ensemble, which deals out rows to its members in equal parts, pairs each with a critic of its own.
+
+    :param observations: raw observations, ``(B, *obs_shape)``
+    :param actor: the policy
+    :param q_functions: :math:`E` critics
+    :param model: the model, in training mode
+    :param units: between the environment and the networks
+    :param horizons: numbers of model steps
+    :param gamma: discount factor
+    :param advance: steps the model; as in ``model_rollout``
+    :return: ``(n_horizons, E, B, A)``
+    """
+    n_critics = len(q_functions)
+    repeated = observations.repeat(n_critics, *[1] * (observations.ndim - 1))
+
+    def q_function(network_inputs: th.Tensor, actions: th.Tensor) -> th.Tensor:
+        parts = zip(q_functions, network_inputs.chunk(n_critics), actions.chunk(n_critics), strict=True)
+        return th.cat([q(inputs, action) for q, inputs, action in parts])
+
+    with th.no_grad():
+        actions = actor(units.normalize_observations(repeated))
+    actions.requires_grad_()
+    returns = horizon_returns(
+        repeated, actor, q_function, model, units, horizons, gamma, "first_action", advance, first_actions=actions
+    )
+    gradients = []
+    for index, horizon in enumerate(horizons):
+        keep = index + 1 < len(horizons)
+        (gradient,) = th.autograd.grad(returns[horizon].sum(), actions, retain_graph=keep)
+        gradients.append(gradient.reshape(n_critics, observations.shape[0], -1))
+    return th.stack(gradients)
+
+
+def _median(values: np.ndarray) -> tuple[float, float]:
+    """
+    :param values: ``(B,)``, some perhaps not finite, which count as infinite
+    :return: the median and its standard error, from the distance of the order statistics around it
+    """
+    values = np.sort(np.where(np.isfinite(values), values, np.inf))
+    n_values = len(values)
+    half_width = np.sqrt(n_values) / 2  # of one standard deviation, in ranks
+    low, high = values[max(int(n_values / 2 - half_width), 0)], values[min(int(n_values / 2 + half_width), n_values - 1)]
+    return float(np.median(values)), float((high - low) / 2) if np.isfinite(high) else float("inf")
+
+
+def gradient_errors(gradients: np.ndarray, horizons: Sequence[int]) -> GradientErrors:
+    r"""
+    Judge estimates of the action gradient by one another.
+
+    A model horizon is judged by the difference of two members of the ensemble, each with its own critic:
+    :math:`e_n = \mathrm{median}_s |g_n^1 - g_n^2|^2 / 2`; where the first member is the prior model as it is, the difference
+    is its error. The critics share data and targets, so that their errors agree and their difference says too little;
+    their gradient is judged against the best model horizon too, as far as that one agrees with itself:
+    :math:`e_0 = \max(\mathrm{median}_s |g_0^1 - g_0^2|^2 / 2, \; \mathrm{median}_s |\bar g_0 - \bar g_n|^2 - e_n)`.
+
+    :param gradients: of :func:`action_gradients`, ``(n_horizons, 2, B, A)``
+    :param horizons: numbers of model steps, ascending
+    :return: the errors
+    """
+    with np.errstate(all="ignore"):
+        disagreements = ((gradients[:, 0] - gradients[:, -1]) ** 2).sum(-1) / 2  # (n_horizons, B)
+        means = gradients.mean(axis=1)  # (n_horizons, B, A)
+        medians = [_median(values) for values in disagreements]
+        errors, standard_errors = (np.array(column) for column in zip(*medians, strict=True))
+        models = [index for index, horizon in enumerate(horizons) if horizon > 0]
+        best = min(models, key=lambda index: errors[index]) if models else 0
+        if 0 in horizons and models:
+            critic = list(horizons).index(0)
+            distance, distance_error = _median(((means[critic] - means[best]) ** 2).sum(-1))
+            if distance - errors[best] > errors[critic]:
+                errors[critic] = distance - errors[best]
+                standard_errors[critic] = np.hypot(distance_error, standard_errors[best])
+        gradient_norm, _ = _median((means[best] ** 2).sum(-1))
+    return GradientErrors(tuple(horizons), errors, standard_errors, gradient_norm)

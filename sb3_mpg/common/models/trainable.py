@@ -1,0 +1,73 @@
+"""The interface of models that learn from recorded transitions."""
+
+from abc import abstractmethod
+from typing import Any, NamedTuple
+
+import torch as th
+
+from sb3_mpg.common.models.base import PriorModel
+
+
+class Transitions(NamedTuple):
+    """
+    Recorded steps, in the units of the environment; none of them crosses a reset.
+
+    :param observations: ``(B, *obs_shape)``
+    :param actions: ``(B, A)``
+    :param rewards: ``(B, 1)``
+    :param next_observations: ``(B, *obs_shape)``
+    """
+
+    observations: th.Tensor
+    actions: th.Tensor
+    rewards: th.Tensor
+    next_observations: th.Tensor
+
+
+class TrainableModel(PriorModel):
+    """
+    A model that learns from recorded transitions while it is used: a correction of a prior model, or dynamics that are
+    learned from nothing. It is an ensemble: in training mode the rows of a batch are dealt out to its members in
+    equal parts, the first rows to the first member; in evaluation mode it predicts the members' mean.
+
+    What is learned lives in parameters and buffers, so that ``state_dict()`` saves it and it can be copied to other processes.
+    """
+
+    #: Number of members of the ensemble
+    n_members: int
+
+    @abstractmethod
+    def adapt_to(self, transitions: Transitions) -> None:
+        """
+        Take the scales of inputs and targets from data, before the first :meth:`fit`.
+
+        :param transitions: what was recorded so far
+        """
+
+    @abstractmethod
+    def fit(self, transitions: Transitions) -> float:
+        """
+        One step of the optimizer.
+
+        :param transitions: dealt out to the members as rows always are
+        :return: the loss, in scaled units
+        """
+
+    @abstractmethod
+    def validation_error(self, transitions: Transitions) -> float:
+        """
+        :param transitions: held out from :meth:`fit`
+        :return: mean squared error of the mean prediction, in the units of :meth:`fit`
+        """
+
+    @abstractmethod
+    def learned_state(self) -> dict[str, Any]:
+        """
+        :return: all that was learned, the state of the optimizer included, copied to the CPU
+        """
+
+    @abstractmethod
+    def load_learned_state(self, state: dict[str, Any]) -> None:
+        """
+        :param state: what :meth:`learned_state` returned
+        """

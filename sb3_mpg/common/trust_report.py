@@ -1,0 +1,180 @@
+"""What a user is told of how far their model can be trusted."""
+
+import pathlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch as th
+
+from sb3_mpg.common.models.base import PriorModel
+from sb3_mpg.common.models.prediction_errors import Windows, format_table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Windows that are fewer say nothing
+MIN_WINDOWS = 8
+
+
+class Measurement(NamedTuple):
+    """
+    What was measured at one update.
+
+    :param n_updates: number of the update
+    :param errors: squared error of the action gradient of each horizon, ``(n_horizons,)``
+    :param standard_errors: of these, ``(n_horizons,)``
+    :param gradient_norm: median of the squared norm of the best action gradient
+    :param weights: the weights that followed, ``(n_horizons,)``
+    :param validation_error: of the learned correction, on steps that were held out; NaN while there is none
+    """
+
+    n_updates: int
+    errors: np.ndarray
+    standard_errors: np.ndarray
+    gradient_norm: float
+    weights: np.ndarray
+    validation_error: float
+
+
+class PredictionErrors(NamedTuple):
+    """
+    How far rollouts along recorded actions are from what happened.
+
+    :param relative: RMS error of each dimension over the RMS of its actual change, ``(H, S)``; row ``k - 1`` is about
+        ``k`` steps ahead
+    :param returns: RMS error of the sum of discounted rewards, in the units of the environment, ``(H,)``
+    :param return_spread: standard deviation of that sum itself, ``(H,)``
+    """
+
+    relative: np.ndarray
+    returns: np.ndarray
+    return_spread: np.ndarray
+
+
+@th.no_grad()
+def prediction_errors(model: PriorModel, windows: Windows, gamma: float) -> PredictionErrors:
+    """
+    :param model: the model, in evaluation mode
+    :param windows: recorded steps
+    :param gamma: discount factor of the returns
+    :return: the errors, for as many steps as enough windows are long
+    """
+    start = states = model.state_from_observation(windows.observations)
+    predicted_returns = th.zeros_like(windows.rewards[0])
+    actual_returns = th.zeros_like(predicted_returns)
+    relative, returns, spread = [], [], []
+    for step in range(len(windows.actions)):
+        states, rewards = model.step(states, windows.actions[step])
+        predicted_returns = predicted_returns + gamma**step * rewards
+        actual_returns = actual_returns + gamma**step * windows.rewards[step]
+        is_recorded = windows.lengths > step
+        if int(is_recorded.sum()) < MIN_WINDOWS:
+            break
+        actual_states = model.state_from_observation(windows.next_observations[step])
+        errors = _rms(model.state_difference(states, actual_states)[is_recorded])
+        changes = _rms(model.state_difference(actual_states, start)[is_recorded])
+        relative.append(np.where(errors == 0, 0.0, errors / np.maximum(changes, 1e-12)))
+        returns.append(float(_rms((predicted_returns - actual_returns)[is_recorded])[0]))
+        spread.append(float(actual_returns[is_recorded].double().std()))
+    return PredictionErrors(np.array(relative), np.array(returns), np.array(spread))
+
+
+def _rms(values: th.Tensor) -> np.ndarray:
+    """RMS over the rows, infinite where a value is not finite."""
+    rms = values.double().square().mean(dim=0).sqrt().cpu().numpy()
+    return np.where(np.isfinite(rms), rms, np.inf)
+
+
+@dataclass(frozen=True)
+class TrustReport:
+    """
+    How far a prior model can be trusted, as measured while training. Printing it prints a table; :meth:`plot` draws it.
+
+    :param horizons: numbers of model steps
+    :param measurements: the errors of the gradients and the weights, in the order of the updates
+    :param prior: prediction errors of the prior model
+    :param corrected: those of the model that the gradient runs through, or ``None`` when it is the prior model
+    :param dimensions: names of the dimensions of the state
+    """
+
+    horizons: tuple[int, ...]
+    measurements: list[Measurement]
+    prior: PredictionErrors
+    corrected: PredictionErrors | None
+    dimensions: tuple[str, ...]
+
+    def _models(self) -> dict[str, PredictionErrors]:
+        models = {"prior model": self.prior}
+        return models if self.corrected is None else {**models, "corrected model": self.corrected}
+
+    def __str__(self) -> str:
+        lines = []
+        if self.measurements:
+            latest = self.measurements[-1]
+            rows = [["horizon", "error of gradient", "of gradient", "weight", ""]]
+            for index, horizon in enumerate(self.horizons):
+                error = float(np.sqrt(latest.errors[index]))
+                relative = error / max(float(np.sqrt(latest.gradient_norm)), 1e-30)
+                weight = latest.weights[index]
+                what = "data-driven" if horizon == 0 else f"{horizon} model steps"
+                mark = "<- trusted most" if index == int(np.argmax(latest.weights)) else ""
+                rows.append([what, f"{error:.3g}", f"{relative:.0%}", f"{weight:.1%}", mark])
+            lines += [
+                f"Errors of the action gradients after {latest.n_updates} updates (medians over states)",
+                *format_table(rows),
+            ]
+            lines.append("of gradient: in units of the norm of the gradient of the horizon that is trusted most.")
+        for name, errors in self._models().items():
+            n_steps = len(errors.returns)
+            steps = sorted({step for step in (1, 5, 10, 25, n_steps) if step <= n_steps})
+            rows = [["dimension", *[f"{step} step{'s' * (step > 1)}" for step in steps], ""]]
+            for index, dimension in enumerate(self.dimensions):
+                rows.append([dimension, *[f"{errors.relative[step - 1, index]:.1%}" for step in steps], ""])
+            rows.append(
+                ["return", *[f"{errors.returns[step - 1]:.3g} of {errors.return_spread[step - 1]:.3g}" for step in steps], ""]
+            )
+            lines += [
+                "",
+                f"Errors of the {name} along recorded actions (RMS, in units of the actual change)",
+                *format_table(rows),
+            ]
+        lines.append("return: RMS error of the discounted sum of rewards, of its own standard deviation.")
+        return "\n".join(lines)
+
+    def plot(self, path: str | pathlib.Path | None = None) -> "Figure":
+        """
+        Prediction error against horizon on the left, errors of the gradients and weights over time on the right.
+
+        :param path: where to save the picture, if anywhere
+        :return: the figure
+        """
+        # matplotlib is optional: import it only where it is needed
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(13, 4), layout="constrained")
+        predictions, gradients, weights = figure.subplots(1, 3)
+        for name, errors in self._models().items():
+            steps = np.arange(1, len(errors.returns) + 1)
+            together = np.sqrt(np.mean(np.minimum(errors.relative, 1e3) ** 2, axis=1))
+            predictions.plot(steps, together, label=f"{name}: state")
+            relative = errors.returns / np.maximum(errors.return_spread, 1e-12)
+            predictions.plot(steps, relative, "--", color=predictions.lines[-1].get_color(), label=f"{name}: return")
+        predictions.axhline(1.0, color="grey", linewidth=0.8)
+        predictions.set(
+            yscale="log", xlabel="model steps", ylabel="RMS error / actual change", title="Predictions (below 1 is useful)"
+        )
+        predictions.legend()
+        n_updates = [measurement.n_updates for measurement in self.measurements]
+        for index, horizon in enumerate(self.horizons):
+            label = "data-driven" if horizon == 0 else f"{horizon} model steps"
+            gradients.plot(n_updates, [np.sqrt(measurement.errors[index]) for measurement in self.measurements], label=label)
+            weights.plot(n_updates, [measurement.weights[index] for measurement in self.measurements], label=label)
+        gradients.set(yscale="log", xlabel="updates", ylabel="error of the action gradient", title="Errors of the gradients")
+        weights.set(ylim=(-0.02, 1.02), xlabel="updates", ylabel="weight", title="Weights that followed")
+        if self.measurements:
+            gradients.legend()
+            weights.legend()
+        if path is not None:
+            figure.savefig(path, dpi=120)
+        return figure

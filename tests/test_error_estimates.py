@@ -1,0 +1,164 @@
+"""Measured errors of the action gradients, the weights that follow from them, and the report."""
+
+import numpy as np
+import pytest
+import torch as th
+from lq import LinearActor, LinearEnv, LinearModel, analytic_gradient, quadratic_q, random_problem
+
+from sb3_mpg import MPG, PriorModel
+from sb3_mpg.common.error_estimates import action_gradients, gradient_errors
+from sb3_mpg.common.units import Units
+from sb3_mpg.common.weighting import MeasuredWeighting
+
+IDENTITY = Units(th.tensor([-1.0, -1.0], dtype=th.float64), th.tensor([1.0, 1.0], dtype=th.float64))
+SMALL = {"policy_kwargs": {"net_arch": [16]}, "learning_starts": 100, "batch_size": 64, "seed": 0, "buffer_size": 5000}
+
+
+def test_action_gradients_are_the_analytic_ones():
+    a, b, q, r, k, _ = random_problem()
+    rng = np.random.default_rng(1)
+    critics = [tuple(rng.normal(size=shape) for shape in ((3, 3), (3, 2), (2, 2))) for _ in range(2)]
+    critics = [(p_ss + p_ss.T, p_sa, p_aa + p_aa.T) for p_ss, p_sa, p_aa in critics]
+    states = rng.normal(size=(4, 3))
+    gradients = action_gradients(
+        th.as_tensor(states),
+        LinearActor(th.as_tensor(k)),
+        [quadratic_q(*(th.as_tensor(matrix) for matrix in critic)) for critic in critics],
+        LinearModel(*(th.as_tensor(matrix) for matrix in (a, b, q, r))),
+        IDENTITY,
+        (0, 1, 7),
+        0.95,
+    )
+    assert gradients.shape == (3, 2, 4, 2)
+    for index, horizon in enumerate((0, 1, 7)):
+        for member, critic in enumerate(critics):
+            for row, state in enumerate(states):
+                # dJ/dK = dX/da s', so that dX/da follows from it
+                expected = analytic_gradient(state, a, b, q, r, k, critic, horizon, 0.95) @ state / (state @ state)
+                np.testing.assert_allclose(gradients[index, member, row], expected, rtol=1e-9, atol=1e-9)
+
+
+def synthetic(critic_std=0.0, critic_bias=0.0, model_std=0.0, n_states=4000, seed=0):
+    """Two estimates each of a gradient (2, -1): critics with a common bias and noise of their own, models with noise."""
+    rng = np.random.default_rng(seed)
+    gradients = np.tile(np.array([2.0, -1.0]), (2, 2, n_states, 1))
+    gradients[0] += critic_std * rng.standard_normal((2, n_states, 2)) + critic_bias * rng.standard_normal((1, n_states, 2))
+    gradients[1] += model_std * rng.standard_normal((2, n_states, 2))
+    return gradients
+
+
+def test_independent_errors():
+    """Of N(0, std) in two dimensions: the median of |d|^2 / 2 of two estimates is that of chi^2_2 = 2 ln 2, times std^2."""
+    measured = gradient_errors(synthetic(critic_std=0.5, model_std=0.1), (0, 25))
+    np.testing.assert_allclose(measured.errors, 2 * np.log(2) * np.array([0.25, 0.01]), rtol=0.1)
+    assert abs(measured.errors[1] - 2 * np.log(2) * 0.01) < 4 * measured.standard_errors[1]
+    assert (measured.standard_errors < 0.1 * measured.errors).all()
+    assert measured.gradient_norm == pytest.approx(5.0, rel=0.05)
+
+
+def test_errors_that_the_critics_share_are_seen_by_the_model():
+    measured = gradient_errors(synthetic(critic_bias=0.5, critic_std=0.01, model_std=0.05), (0, 25))
+    assert measured.errors[0] == pytest.approx(2 * np.log(2) * 0.25, rel=0.15)
+    assert measured.errors[0] > 20 * measured.errors[1]
+
+
+def test_a_few_rollouts_that_explode_decide_nothing():
+    gradients = synthetic(critic_std=0.5, model_std=0.1)
+    expected = gradient_errors(gradients, (0, 25)).errors
+    gradients[1, 0, ::7] = 1e20
+    gradients[1, 1, 3::50] = np.nan
+    np.testing.assert_allclose(gradient_errors(gradients, (0, 25)).errors, expected, rtol=0.5)
+    gradients[1] = np.inf
+    assert gradient_errors(gradients, (0, 25)).errors[1] == np.inf
+
+
+def test_measured_weights():
+    rule = MeasuredWeighting((0, 5, 25), window=2)
+    assert rule.needs_errors
+    np.testing.assert_allclose(rule.weights(1), [1 / 3] * 3)
+    rule.observe(np.array([1.0, 2.0, 4.0]))
+    np.testing.assert_allclose(rule.weights(2), np.array([4, 2, 1]) / 7)
+    rule.observe(np.array([3.0, 2.0, np.inf]))
+    np.testing.assert_allclose(rule.weights(3), [0.5, 0.5, 0.0], atol=1e-20)
+    for _ in range(2):
+        rule.observe(np.array([1.0, 0.0, np.nan]))
+    np.testing.assert_allclose(rule.weights(4), [0.0, 1.0, 0.0], atol=1e-20)
+    with pytest.raises(ValueError, match="at least 1"):
+        MeasuredWeighting((0, 5), window=0)
+
+
+class Wrong(PriorModel):
+    """LinearEnv's model with the action's sign flipped."""
+
+    def __init__(self):
+        super().__init__()
+        self.right = LinearEnv().prior_model()
+
+    def transition(self, states, actions):
+        return self.right.transition(states, -actions)
+
+    def reward(self, states, actions, next_states):
+        return self.right.reward(states, actions, next_states)
+
+
+def final_weights(**kwargs):
+    model = MPG("MlpPolicy", LinearEnv(), horizons=(0, 10), **SMALL, **kwargs).learn(600)
+    return model.weighting_rule(model._n_updates)
+
+
+def test_a_right_model_is_trusted():
+    assert final_weights(residual=False)[10] > 0.9
+    assert final_weights()[10] > 0.9
+
+
+def test_a_wrong_model_is_trusted_once_it_is_corrected():
+    assert final_weights(prior_model=Wrong(), residual=False)[10] < 0.2
+    assert final_weights(prior_model=Wrong())[10] > 0.9
+
+
+class Overflows(Wrong):
+    def transition(self, states, actions):
+        return 1e30 * states + actions
+
+
+def test_a_model_that_overflows_weighs_nothing_and_training_goes_on():
+    model = MPG("MlpPolicy", LinearEnv(), prior_model=Overflows(), residual=False, horizons=(0, 10), **SMALL)
+    with pytest.warns(UserWarning, match="gradient of Overflows is not finite at most states"):
+        model.learn(160)
+    assert model.weighting_rule(60)[10] < 1e-20
+    assert model.n_skipped_updates == 0
+
+
+def test_trust_report(tmp_path):
+    model = MPG("MlpPolicy", LinearEnv(), prior_model=Wrong(), horizons=(0, 10), **SMALL)
+    with pytest.raises(ValueError, match="Nothing is recorded"):
+        model.trust_report()
+    model.learn(300)
+    report = model.trust_report()
+    assert len(report.measurements) == 10
+    assert [measurement.n_updates for measurement in report.measurements] == list(range(1, 200, 20))
+    assert report.corrected.relative.shape == report.prior.relative.shape
+    # One step ahead, the correction has learned the sign
+    assert report.corrected.relative[0, 1] < 0.3 * report.prior.relative[0, 1]
+    text = str(report)
+    for words in ("data-driven", "10 model steps", "trusted most", "prior model", "corrected model", "return"):
+        assert words in text
+    report.plot(tmp_path / "trust.png")
+    assert (tmp_path / "trust.png").stat().st_size > 10_000
+    # It is saved with the algorithm
+    model.save(tmp_path / "model.zip")
+    loaded = MPG.load(tmp_path / "model.zip", env=LinearEnv())
+    model.save_replay_buffer(tmp_path / "buffer.pkl")
+    loaded.load_replay_buffer(tmp_path / "buffer.pkl")
+    assert str(loaded.trust_report()) == text
+    with pytest.raises(ValueError, match="no model to report on"):
+        MPG("MlpPolicy", LinearEnv(), horizons=(0,), weighting="constant", **SMALL).trust_report()
+
+
+def test_errors_of_the_exact_model_are_those_of_rounding():
+    model = MPG("MlpPolicy", LinearEnv(), residual=False, horizons=(0, 5), **SMALL).learn(150)
+    report = model.trust_report()
+    assert report.corrected is None
+    assert report.prior.relative.max() < 1e-3
+    assert (report.prior.returns < 1e-4 * report.prior.return_spread).all()
+    assert (report.prior.return_spread > 0).all()

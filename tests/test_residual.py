@@ -1,0 +1,215 @@
+"""The learned correction of a prior model, and the recorded steps that it learns from."""
+
+import math
+
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from lq import LinearEnv
+from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
+
+from sb3_mpg import MPG, PriorModel
+from sb3_mpg.common.buffers import HELD_OUT_BLOCK, RecordedSteps
+from sb3_mpg.common.models.residual import ResidualModel
+from sb3_mpg.common.models.trainable import Transitions
+from sb3_mpg_envs.path_tracking.model import PathTrackingModel
+
+
+class Known(PriorModel):
+    """s' = s + 0.1 a, r = -s^2: what a user might know of `truth`."""
+
+    def transition(self, states, actions):
+        return states + 0.1 * actions
+
+    def reward(self, states, actions, next_states):
+        return -(states**2).sum(1, keepdim=True)
+
+
+def truth(n_rows, seed=0):
+    rng = th.Generator().manual_seed(seed)
+    states = 2 * th.rand(n_rows, 2, generator=rng) - 1
+    actions = 2 * th.rand(n_rows, 2, generator=rng) - 1
+    next_states = states - 0.3 * actions + 0.2 * th.sin(3 * states) + 0.5
+    rewards = -(states**2).sum(1, keepdim=True) + actions[:, :1] ** 2
+    return Transitions(states, actions, rewards, next_states)
+
+
+def test_it_begins_as_the_prior_model():
+    model, data = ResidualModel(Known(), 2, 2), truth(7)
+    for mode in (True, False):
+        model.train(mode)
+        next_states, rewards = model.step(data.observations, data.actions)
+        assert th.equal(next_states, Known().transition(data.observations, data.actions))
+        assert th.equal(rewards, Known().reward(data.observations, data.actions, next_states))
+
+
+def test_it_learns_what_the_prior_model_misses():
+    model, data, held_out = ResidualModel(Known(), 2, 2), truth(4000), truth(500, seed=1)
+    model.adapt_to(data)
+    before = model.validation_error(held_out)
+    for step in range(1500):
+        rows = th.randint(4000, (512,), generator=th.Generator().manual_seed(step))
+        model.fit(Transitions(*(tensor[rows] for tensor in data)))
+    assert model.validation_error(held_out) < 0.01 * before
+    model.eval()
+    next_states, rewards = model.step(held_out.observations, held_out.actions)
+    assert (next_states - held_out.next_observations).square().mean().sqrt() < 0.05
+    assert (rewards - held_out.rewards).square().mean().sqrt() < 0.05
+    # The sign of the action's effect is wrong in the prior model
+    actions = held_out.actions.clone().requires_grad_()
+    slope = th.autograd.grad(model.transition(held_out.observations, actions)[:, 0].sum(), actions)[0][:, 0]
+    assert abs(slope.median() + 0.3) < 0.05
+
+
+def test_rows_are_dealt_out_to_the_members():
+    model, data = ResidualModel(Known(), 2, 2, n_members=3), truth(7)
+    with th.no_grad():
+        model.correction[-1].bias[:, 0, 0] = th.tensor([1.0, 2.0, 3.0])
+    expected = data.observations[:, 0] + 0.1 * data.actions[:, 0]
+    members = model.transition(data.observations, data.actions)[:, 0] - expected
+    th.testing.assert_close(members, th.tensor([1.0, 1.0, 1.0, 2.0, 2.0, 2.0, 3.0]))
+    model.eval()
+    th.testing.assert_close(model.transition(data.observations, data.actions)[:, 0], expected + 2.0)
+    model.train()
+    with model.compared_with_prior():
+        members = model.transition(data.observations, data.actions)[:, 0] - expected
+        th.testing.assert_close(members, th.tensor([0.0, 0.0, 0.0, 2.0, 2.0, 2.0, 3.0]))
+    assert (model.gains == 1).all()
+    with pytest.raises(ValueError, match="2 or more"):
+        ResidualModel(Known(), 2, 2, n_members=1)
+
+
+def test_rollouts_stay_in_the_range_of_the_data():
+    class Explodes(Known):
+        def transition(self, states, actions):
+            return states * 1e4 + actions
+
+    model, data = ResidualModel(Explodes(), 2, 2), truth(1000)
+    model.adapt_to(data)
+    actions = data.actions.clone().requires_grad_()
+    states, total = data.observations, 0.0
+    for _ in range(25):
+        states, rewards = model.step(states, actions)
+        total = total + rewards.sum()
+    low, high = data.observations.min(0).values, data.observations.max(0).values
+    assert (states >= low - 0.51 * (high - low)).all() and (states <= high + 0.51 * (high - low)).all()
+    assert th.isfinite(th.autograd.grad(total, actions)[0]).all()
+    # The prior model as it is runs wherever it runs
+    model.gains.zero_()
+    assert model.transition(data.observations, data.actions).abs().max() > 100
+
+
+def test_an_overflow_is_not_learned_from():
+    class Overflows(Known):
+        def reward(self, states, actions, next_states):
+            return th.full_like(states[:, :1], float("inf"))
+
+    model = ResidualModel(Overflows(), 2, 2)
+    before = [parameter.clone() for parameter in model.parameters()]
+    assert not math.isfinite(model.fit(truth(64)))
+    for parameter, other in zip(model.parameters(), before, strict=True):
+        assert th.equal(parameter, other)
+
+
+def test_a_random_prior_model_is_taken_at_its_mean():
+    prior = PathTrackingModel(lateral_noise=10.0)
+    model = ResidualModel(prior, 6, 2)
+    model.train()
+    states, actions = th.zeros(4, 6), th.zeros(4, 2)
+    assert th.equal(model.transition(states, actions), model.transition(states, actions))
+
+
+def test_periodic_states():
+    model = PathTrackingModel()
+    states = th.zeros(3, 6)
+    states[:, 4], states[:, 5] = th.tensor([math.pi - 0.1, -3.0, 0.0]), th.tensor([1190.0, 5.0, 600.0])
+    others = th.zeros(3, 6)
+    others[:, 4], others[:, 5] = th.tensor([-math.pi + 0.1, 3.0, 1.0]), th.tensor([10.0, 1199.0, 500.0])
+    differences = model.state_difference(states, others)
+    th.testing.assert_close(differences[:, 4], th.tensor([-0.2, 2 * math.pi - 6.0, -1.0]), rtol=0, atol=1e-5)
+    th.testing.assert_close(differences[:, 5], th.tensor([-20.0, 6.0, 100.0]), rtol=0, atol=1e-3)
+    th.testing.assert_close(model.state_add(others, differences), states, rtol=0, atol=1e-3)
+
+
+def test_what_was_learned_is_saved_and_follows_to_another_environment(tmp_path):
+    kwargs = {"policy_kwargs": {"net_arch": [16]}, "learning_starts": 60, "batch_size": 32, "horizons": (0, 2), "seed": 0}
+    model = MPG("MlpPolicy", LinearEnv(), prior_model=Known1D(), **kwargs).learn(80)
+    data = model._recorded_steps(model._units()).sample(32)
+    expected = model.rollout_model.validation_error(data)
+    state = model.rollout_model.optimizer.state_dict()["state"][0]["exp_avg"]
+    assert state.abs().max() > 0
+    model.save(tmp_path / "model.zip")
+    for loaded in (
+        MPG.load(tmp_path / "model.zip", env=LinearEnv()),
+        MPG.load(tmp_path / "model.zip"),
+    ):
+        if loaded.env is None:
+            loaded.set_env(model.get_env())
+        loaded.rollout_model.train(model.rollout_model.training)
+        assert loaded.rollout_model.validation_error(data) == expected
+        assert th.equal(loaded.rollout_model.optimizer.state_dict()["state"][0]["exp_avg"], state)
+    model.set_env(LinearEnv())
+    assert model.rollout_model.validation_error(data) == expected
+
+
+class Known1D(Known):
+    def transition(self, states, actions):
+        return states + 0.1 * actions.expand_as(states)
+
+
+def filled_buffer(cls=ReplayBuffer, n_envs=2, n_steps=130, size=200, **kwargs):
+    """Step t of environment e holds observation (t, e), ends every 7 steps, and is followed by (t + 1, e), or (-1, e)."""
+    box = spaces.Box(-1000, 1000, (2,), dtype=np.float32)
+    buffer = cls(size * n_envs, box, spaces.Box(-1, 1, (1,), dtype=np.float32), n_envs=n_envs, device="cpu", **kwargs)
+    for t in range(n_steps):
+        obs = np.array([[t, e] for e in range(n_envs)], dtype=np.float32)
+        done = np.full(n_envs, t % 7 == 6)
+        next_obs = np.array([[-1 if t % 7 == 6 else t + 1, e] for e in range(n_envs)], dtype=np.float32)
+        infos = [{"TimeLimit.truncated": t % 14 == 13} for _ in range(n_envs)]
+        buffer.add(obs, next_obs, np.full((n_envs, 1), 0.5), np.full(n_envs, float(t)), done, infos)
+    return RecordedSteps(buffer, lambda actions: 10 * actions, "cpu")
+
+
+@pytest.mark.parametrize("cls", [ReplayBuffer, NStepReplayBuffer])
+def test_recorded_steps_are_single_steps_in_the_units_of_the_environment(cls):
+    recorded = filled_buffer(cls)
+    data = recorded.sample(500)
+    t = data.observations[:, 0]
+    assert th.equal(data.rewards[:, 0], t)
+    assert th.equal(data.next_observations[:, 0], th.where(t % 7 == 6, -1.0, t + 1))
+    assert (data.actions == 5).all()
+
+
+def test_steps_that_cross_a_reset_are_left_out_where_memory_is_saved():
+    recorded = filled_buffer(optimize_memory_usage=True, handle_timeout_termination=False, n_steps=250)
+    data = recorded.sample(3000)
+    t = data.observations[:, 0]
+    assert (t % 7 != 6).all() and t.max() == 249 and t.min() == 51
+    assert th.equal(data.next_observations[:, 0], t + 1)
+
+
+def test_held_out_steps_are_never_learned_from():
+    recorded = filled_buffer(n_steps=200)
+
+    def blocks(data):
+        return {(int(t) // HELD_OUT_BLOCK, int(e)) for t, e in data.observations.tolist()}
+
+    learned, held_out = blocks(recorded.sample(4000)), blocks(recorded.sample(2000, held_out=True))
+    assert not learned & held_out
+    assert learned | held_out == {(block, env) for block in range(200 // HELD_OUT_BLOCK) for env in range(2)}
+    assert len(held_out) == 2
+    # Nothing is held out yet
+    assert filled_buffer(n_envs=1, n_steps=30).sample(10, held_out=True) is None
+
+
+def test_windows_end_with_their_episodes():
+    windows = filled_buffer(n_steps=250).windows(60, horizon=5)
+    assert windows.observations.shape == (60, 2)
+    t = windows.observations[:, 0].long()
+    assert t.min() == 220 and t.max() == 249
+    assert th.equal(windows.lengths, th.minimum(th.minimum(7 - t % 7, 250 - t), th.tensor(5)))
+    for step in range(5):
+        inside = windows.lengths > step
+        assert th.equal(windows.rewards[step, inside, 0].long(), t[inside] + step)
+    assert th.equal(windows.terminated[:, 0], (t % 7 == 6) & (t % 14 != 13))

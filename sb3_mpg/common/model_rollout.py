@@ -146,8 +146,12 @@ class StepCompiler:
                 tensor if tensor.requires_grad else tensor.detach().requires_grad_() for tensor in rollout[:2]
             )
             rollout = rollout._replace(states=states, network_inputs=network_inputs)
-            take_steps = self._advance if n_taken == chunk else advance
-            rollout, rewards = take_steps(rollout, n_taken, *args)
+            if n_taken < chunk:
+                rollout, rewards = advance(rollout, n_taken, *args)
+            else:
+                # What the guards checked for the first of these calls holds for the others
+                with th.compiler.set_stance(skip_guard_eval_unsafe=total is not None):
+                    rollout, rewards = self._advance(rollout, n_taken, *args)
             total = rewards if total is None else total + discount * rewards
             discount *= gamma**n_taken
             n_steps -= n_taken

@@ -32,7 +32,10 @@ SMALL = {
     "seed": 0,
     "buffer_size": 2000,
     "horizons": (0, 2),
+    "residual": False,
+    "weighting": "constant",
 }
+LEARNS_A_MODEL = {"residual": True, "weighting": "measured"}
 SIMULATED = {"value_target": "n_step_simulator", "value_target_kwargs": {"n_steps": 3}, "batch_reuse": 3}
 ROOT = Path(__file__).parent.parent
 
@@ -40,7 +43,8 @@ ROOT = Path(__file__).parent.parent
 def small_model(env=None, cls=MPG, **kwargs):
     settings = {**SMALL, **kwargs}
     if cls is not MPG:
-        del settings["horizons"]
+        for name in ("horizons", "residual", "weighting"):
+            del settings[name]
     return cls("MlpPolicy", LinearEnv() if env is None else env, **settings)
 
 
@@ -116,7 +120,7 @@ class TestRandomness:
 
 
 IDENTICAL = {
-    "default": (MPG, {}, 500),
+    "default": (MPG, LEARNS_A_MODEL, 500),
     "mpg_v1": (MPG, SIMULATED, 40),
     "nadp": (NStepADP, {"n_steps": 3, "batch_reuse": 2}, 20),
     "ndpg": (NStepDPG, {"n_steps": 3, "batch_reuse": 2}, 20),
@@ -126,7 +130,8 @@ IDENTICAL = {
         {"optimize_memory_usage": True, "replay_buffer_kwargs": {"handle_timeout_termination": False}, "buffer_size": 50},
         40,
     ),
-    "papers": (MPG, {"residual": False, "weighting": "rule_based", "gradient_steps": 2}, 40),
+    "papers": (MPG, {"weighting": "rule_based", "gradient_steps": 2}, 40),
+    "compared": (MPG, {"weighting": "measured"}, 40),
 }
 
 
@@ -292,7 +297,7 @@ class TestFaults:
 
     def test_an_exception_of_the_prior_model(self):
         with pytest.raises(Custom, match="the road ends here") as error:
-            small_model(n_learners=2, prior_model=Fails(), residual=False, weighting="constant").learn(200)
+            small_model(n_learners=2, prior_model=Fails()).learn(200)
         text = str(error.value.__cause__)
         assert "in another process" in text
         assert 'in reward\n    raise Custom("the road ends here")' in text
@@ -309,11 +314,11 @@ class TestFaults:
                 return -states.sum(1, keepdim=True)
 
         with pytest.raises(RuntimeError, match="cannot be sent") as error:
-            small_model(n_learners=1, prior_model=Model(), residual=False, weighting="constant").learn(60)
+            small_model(n_learners=1, prior_model=Model()).learn(60)
         assert "Odd: odd" in str(error.value.__cause__)
 
     def test_one_that_hangs_is_replaced(self, tmp_path):
-        kwargs = {"prior_model": HangsOnce(tmp_path / "flag"), "residual": False, "weighting": "constant"}
+        kwargs = {"prior_model": HangsOnce(tmp_path / "flag")}
         model = small_model(n_learners=1, learner_kwargs={"timeout": 1.0}, **kwargs)
         with pytest.warns(UserWarning, match="did not answer in time and is replaced"):
             model.learn(100)
@@ -321,7 +326,7 @@ class TestFaults:
         assert model.logger.name_to_value["learners/restarts"] >= 1
 
     def test_non_finite_gradients(self):
-        kwargs = {"prior_model": Breaks(), "horizons": (0, 5), "residual": False, "weighting": "rule_based"}
+        kwargs = {"prior_model": Breaks(), "horizons": (0, 5), "weighting": "rule_based"}
         model = small_model(n_learners=2, max_skipped_updates=3, **kwargs)
         with (
             pytest.warns(UserWarning, match="skipped"),

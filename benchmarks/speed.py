@@ -3,13 +3,18 @@ How fast an update is, as ratios inside one run, on one thread (and on the GPU w
 
     taskset -c 0 python benchmarks/speed.py
 
-Prints the table and writes it to results/speed_DEVICE.csv, and the ten largest shares of an update to
-results/profile_DEVICE.csv.
+What a ratio compares takes turns, so that a machine that becomes slower for a while slows down both. Prints the table and
+writes it to results/speed_DEVICE.csv, and the ten largest shares of an update to results/profile_DEVICE.csv.
 """
 
 import csv
+import io
+import os
 import platform
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +33,10 @@ from sb3_mpg.common.model_rollout import StepCompiler
 RESULTS = Path(__file__).parent / "results"
 BATCH, WIDTH, HORIZON = 256, 256, 25
 REPEATS = 40
+# In one call of train()
+UPDATES = 10
+# The argument with which this script starts itself
+FIRST_UPDATE = "--first-update"
 
 
 def cpu_name() -> str:
@@ -39,27 +48,30 @@ def cpu_name() -> str:
     return names[0] if names else platform.processor()
 
 
-def seconds(function: Callable[[], object], device: str, repeats: int = REPEATS) -> list[float]:
+def take_turns(functions: dict[str, Callable[[], object]], device: str, repeats: int = REPEATS) -> dict[str, list[float]]:
     """
-    :param function: what to measure
+    :param functions: what to measure, by name
     :param device: where it runs
-    :param repeats: number of measurements
-    :return: wall-clock times, in seconds
+    :param repeats: number of rounds, in each of which everything runs once
+    :return: wall-clock times of each, in seconds, in the order of the rounds
     """
 
-    def synchronize() -> None:
+    def seconds(function: Callable[[], object]) -> float:
         if device == "cuda":
             th.cuda.synchronize()
-
-    for _ in range(3):
-        function()
-    times = []
-    for _ in range(repeats):
-        synchronize()
         start = time.perf_counter()
         function()
-        synchronize()
-        times.append(time.perf_counter() - start)
+        if device == "cuda":
+            th.cuda.synchronize()
+        return time.perf_counter() - start
+
+    for _ in range(3):
+        for function in functions.values():
+            function()
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, function in functions.items():
+            times[name].append(seconds(function))
     return times
 
 
@@ -74,94 +86,178 @@ def fill(model: MPG | TD3, n: int = 3000) -> None:
     model.set_logger(stable_baselines3.common.logger.configure(None, []))
 
 
-def new_model(device: str, horizon: int = HORIZON, **kwargs: object) -> MPG:
+def new_model(device: str) -> MPG:
     """
     :param device: where it runs
-    :param horizon: number of model steps
     :return: MPG-v2 with the papers' settings and a filled buffer
     """
     task = TASKS["path_tracking"]
-    model = make_model("mpg_v2", task, make_vec_env(task, 16), 0, horizons=(0, horizon), **kwargs)
+    model = make_model("mpg_v2", task, make_vec_env(task, 16), 0, horizons=(0, HORIZON))
     fill(model)
-    if device != "cpu":
-        model.save("/dev/shm/speed.zip")
-        loaded = MPG.load("/dev/shm/speed.zip", env=model.get_env(), device=device)
-        loaded.replay_buffer = model.replay_buffer
-        loaded.replay_buffer.device = loaded.device  # type: ignore[union-attr]
-        loaded.set_logger(model.logger)
-        return loaded
-    return model
+    if device == "cpu":
+        return model
+    file = io.BytesIO()
+    model.save(file)
+    file.seek(0)
+    loaded = MPG.load(file, env=model.get_env(), device=device)
+    loaded.replay_buffer = model.replay_buffer
+    loaded.replay_buffer.device = loaded.device  # type: ignore[union-attr]
+    loaded.set_logger(model.logger)
+    return loaded
+
+
+def compiled_update(model: MPG, device: str) -> tuple[float, float]:
+    """
+    :param model: the algorithm, which compiles from now on
+    :param device: where it runs
+    :return: seconds of its first update, and seconds of processor time that it took with the C++ compiler
+    """
+    model._step_compiler = StepCompiler()
+    # An update that the policy takes part in
+    model._n_updates = model.policy_delay - 1
+    start, start_of_work = time.perf_counter(), sum(os.times()[:4])
+    model.train(1, BATCH)
+    if device == "cuda":
+        th.cuda.synchronize()
+    assert model._step_compiler is not None, "it could not be compiled"
+    return time.perf_counter() - start, sum(os.times()[:4]) - start_of_work
 
 
 def memory_ratio(model: MPG, observations: th.Tensor) -> float:
     """
-    Peak of what a policy gradient allocates over what its stored activations need: for each of the actor's evaluations
-    the outputs of its layers, for each step of the model its states, actions and rewards.
+    Peak of what a policy gradient allocates over the least that it must store: for each step of the model the two hidden
+    layers of the actor, its action before and after the squashing, and state, control and reward of the model. The first
+    action and the critic are not counted in what it must store.
 
     :param model: the algorithm
     :param observations: raw observations, ``(B, O)``
     :return: the ratio
     """
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+
+    def gradient() -> None:
         model._mixed_policy_gradient(observations, model._units(), {HORIZON: 1.0})
-    allocated = peak = 0
-    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            allocated += event.nbytes()
-            peak = max(peak, allocated)
-    numbers_per_step = 2 * WIDTH + 2 + 6 + 2 + 1
+
+    gradient()
+    if observations.is_cuda:
+        th.cuda.reset_peak_memory_stats()
+        before = th.cuda.memory_allocated()
+        gradient()
+        peak = th.cuda.max_memory_allocated() - before
+    else:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            gradient()
+        allocated = peak = 0
+        for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+            if event.name() == "[memory]":
+                allocated += event.nbytes()
+                peak = max(peak, allocated)
+    numbers_per_step = 2 * WIDTH + 2 + 2 + 6 + 2 + 1
     return peak / (4 * BATCH * numbers_per_step * HORIZON)
 
 
-def measure(device: str) -> tuple[list[dict[str, str]], MPG]:
-    """
-    :param device: ``"cpu"`` or ``"cuda"``
-    :return: the rows of the table, and the algorithm with everything compiled
-    """
-    rows: list[dict[str, str]] = []
+class Table:
+    """The rows of the table, printed as they come."""
 
-    def row(what: str, value: float, spread: float, unit: str, must: str, aim: str) -> None:
-        rows.append(
+    def __init__(self) -> None:
+        self.rows: list[dict[str, str]] = []
+
+    def add(self, what: str, values: list[float], unit: str = "", must: str = "", aim: str = "") -> None:
+        """
+        :param what: what was measured
+        :param values: all measurements, or the only one
+        :param unit: their unit
+        :param must: what must be reached
+        :param aim: what is aimed for
+        """
+        low, high = (f"{q:.3g}" for q in statistics.quantiles(values, n=4)[::2]) if len(values) > 1 else ("", "")
+        median = f"{statistics.median(values):.3g}"
+        self.rows.append(
             {
                 "what": what,
-                "median": f"{value:.3g}",
-                "spread": f"{spread:.2g}",
+                "median": median,
+                "first quartile": low,
+                "third quartile": high,
                 "unit": unit,
                 "must reach": must,
                 "aim for": aim,
             }
         )
-        print(rows[-1], flush=True)
+        print(f"{what:62} {median:>8} {unit:22} {low:>8} to {high:<8} must {must or '-':5} aim {aim or '-'}", flush=True)
 
-    def time_row(what: str, times: list[float]) -> float:
-        median = statistics.median(times)
-        quartiles = statistics.quantiles(times, n=4)
-        row(what, 1e3 * median, 1e3 * (quartiles[2] - quartiles[0]), "ms", "", "")
-        return median
+    def add_ratio(self, what: str, times: list[float], reference: list[float], must: str = "", aim: str = "") -> None:
+        """
+        :param what: what was measured
+        :param times: times of the numerator
+        :param reference: times of the denominator, of the same rounds
+        :param must: what must be reached
+        :param aim: what is aimed for
+        """
+        self.add(what, [time / other for time, other in zip(times, reference, strict=True)], "", must, aim)
 
+
+def measure_first_update(table: Table, device: str) -> None:
+    """
+    In a new process that finds the compiler's cache empty, and in one that finds the cache of the first.
+
+    :param table: gets the rows
+    :param device: where it runs
+    """
+    with tempfile.TemporaryDirectory() as cache:
+        command = [sys.executable, __file__, FIRST_UPDATE, device]
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
+        outputs = [subprocess.run(command, env=environment, capture_output=True, check=True, text=True) for _ in range(2)]
+    (cold, cold_work), (warm, warm_work) = ([float(word) for word in output.stdout.split()[-2:]] for output in outputs)
+    table.add("first update after start, everything compiled", [cold], "s", "20", "5")
+    table.add("... of which processor time", [cold_work], "s")
+    table.add("... with a compiler cache on disk", [warm], "s")
+    table.add("... of which processor time", [warm_work], "s")
+
+
+def measure_gradient(table: Table, model: MPG, device: str) -> None:
+    """
+    :param table: gets the rows
+    :param model: the algorithm
+    :param device: where it runs
+    """
     left, right = th.randn(BATCH, WIDTH, device=device), th.randn(WIDTH, WIDTH, device=device)
-    products = time_row("50 hidden-layer products, fp32", seconds(lambda: [left @ right for _ in range(2 * HORIZON)], device))
+    observations = model.replay_buffer.sample(BATCH).observations  # type: ignore[union-attr]
+    units, compiler = model._units(), StepCompiler()
 
-    def gradient_times(model: MPG, horizon: int) -> list[float]:
-        observations = model.replay_buffer.sample(BATCH).observations  # type: ignore[union-attr]
-        units, weights = model._units(), {horizon: 1.0}
-        return seconds(lambda: model._mixed_policy_gradient(observations, units, weights), device)
+    def gradient(horizon: int, compiler: StepCompiler | None) -> Callable[[], object]:
+        def run() -> None:
+            model._step_compiler = compiler
+            model._mixed_policy_gradient(observations, units, {horizon: 1.0})
 
-    model = new_model(device)
-    eager = time_row("policy gradient, H = 25, not compiled", gradient_times(model, HORIZON))
-    model._step_compiler = StepCompiler()
-    start = time.perf_counter()
-    model._n_updates = 1
-    model.train(1, BATCH)
-    if device == "cuda":
-        th.cuda.synchronize()
-    row("first update after start, everything compiled", time.perf_counter() - start, 0.0, "s", "20", "5")
-    compiled = time_row("policy gradient, H = 25, compiled", gradient_times(model, HORIZON))
-    row("policy gradient / its 50 hidden-layer products", compiled / products, 0.0, "", "2.0", "1.4")
-    row("... not compiled", eager / products, 0.0, "", "", "")
-    by_horizon = {horizon: statistics.median(gradient_times(model, horizon)) for horizon in (5, 50)}
-    row("time at H = 50 / time at H = 5", by_horizon[50] / by_horizon[5], 0.0, "", "10", "9")
+        return run
 
+    times = take_turns(
+        {
+            "50 hidden-layer products": lambda: [left @ right for _ in range(2 * HORIZON)],
+            "gradient": gradient(HORIZON, compiler),
+            "gradient, not compiled": gradient(HORIZON, None),
+            "5": gradient(5, compiler),
+            "50": gradient(50, compiler),
+        },
+        device,
+    )
+    products = times["50 hidden-layer products"]
+    table.add_ratio("policy gradient / its 50 hidden-layer products", times["gradient"], products, "2.0", "1.4")
+    table.add_ratio("... not compiled", times["gradient, not compiled"], products)
+    table.add_ratio("time at H = 50 / time at H = 5", times["50"], times["5"], "10", "9")
+    for name in ("50 hidden-layer products", "gradient", "gradient, not compiled"):
+        table.add(f"... {name}", [1e3 * time for time in times[name]], "ms")
+    for name, used in {"compiled": compiler, "not compiled": None}.items():
+        model._step_compiler = used
+        must, aim = ("2", "1.2") if used else ("", "")
+        table.add(f"memory of a policy gradient / its activations, {name}", [memory_ratio(model, observations)], "", must, aim)
+
+
+def measure_update(table: Table, model: MPG, device: str) -> None:
+    """
+    :param table: gets the rows
+    :param model: the algorithm
+    :param device: where it runs
+    """
     task = TASKS["path_tracking"]
     td3 = TD3(
         "MlpPolicy",
@@ -171,33 +267,55 @@ def measure(device: str) -> tuple[list[dict[str, str]], MPG]:
         device=device,
     )
     fill(td3)
-    td3_update = time_row("TD3 update (SB3)", [t / 10 for t in seconds(lambda: td3.train(10, BATCH), device)])
-    mpg_update = time_row("MPG-v2 update, compiled", [t / 10 for t in seconds(lambda: model.train(10, BATCH), device)])
-    row("MPG-v2 update / TD3 update", mpg_update / td3_update, 0.0, "", "2.5", "1.5")
-    model._step_compiler, compiler = None, model._step_compiler
-    plain = time_row("MPG-v2 update, not compiled", [t / 10 for t in seconds(lambda: model.train(10, BATCH), device, 10)])
-    row("... not compiled / TD3 update", plain / td3_update, 0.0, "", "", "")
-    if device == "cpu":
-        memory = memory_ratio(model, model._batches[0].observations)
-        row("memory of a policy gradient / its activations", memory, 0.0, "", "2", "1.2")
+    compiler = model._step_compiler = StepCompiler()
+
+    def train(compiler: StepCompiler | None) -> None:
+        model._step_compiler = compiler
+        model.train(UPDATES, BATCH)
+
+    times = take_turns(
+        {
+            "TD3": lambda: td3.train(UPDATES, BATCH),
+            "MPG-v2": lambda: train(compiler),
+            "MPG-v2, not compiled": lambda: train(None),
+        },
+        device,
+        repeats=REPEATS // 2,
+    )
+    table.add_ratio("MPG-v2 update / TD3 update (SB3)", times["MPG-v2"], times["TD3"], "2.5", "1.5")
+    table.add_ratio("... not compiled", times["MPG-v2, not compiled"], times["TD3"])
+    for name, values in times.items():
+        must = "1.5" if device == "cuda" and name == "MPG-v2" else ""
+        table.add(f"... {name}", [1e3 * time / UPDATES for time in values], "ms", must)
     model._step_compiler = compiler
 
+
+def measure_simulator(table: Table) -> None:
+    """
+    :param table: gets the rows
+    """
+    task = TASKS["path_tracking"]
     v1 = make_model("mpg_v1", task, make_vec_env(task, 16), 0)
     fill(v1)
     data, units = v1.replay_buffer.sample(BATCH), v1._units()  # type: ignore[union-attr]
     arguments = (data, v1.actor, v1.actor_target, v1.critic_target, units, v1.gamma, v1._make_simulator)
     with th.no_grad():
-        target_times = seconds(lambda: v1.value_target(*arguments), "cpu")
-    row("n-step target of MPG-v1, 256 states, 25 steps", 1e3 * statistics.median(target_times), 0.0, "ms", "20", "5")
+        times = take_turns({"target": lambda: v1.value_target(*arguments)}, "cpu")
+    table.add("n-step target of MPG-v1, 256 states, 25 steps", [1e3 * time for time in times["target"]], "ms", "20", "5")
+    # Without the ends of episodes no rollout is shorter than 25 steps
+    endless = gym.make(task.env_id, early_reset=False).get_wrapper_attr("make_simulator")
+    with th.no_grad():
+        times = take_turns({"target": lambda: v1.value_target(*arguments[:-1], endless)}, "cpu")
+    table.add("... where no rollout ends early", [1e3 * time for time in times["target"]], "ms")
 
-    simulator = gym.make(task.env_id).get_wrapper_attr("make_simulator")(512)
+    n_agents = 512
+    simulator = gym.make(task.env_id).get_wrapper_attr("make_simulator")(n_agents)
     simulator.seed(0)
     simulator.reset()
-    actions = np.random.default_rng(0).uniform(-1, 1, (512, 2))
-    simulator.set_state(simulator.reset())
-    steps = statistics.median(seconds(lambda: simulator.step(0.1 * actions), "cpu", 300))
-    row("path-tracking simulator, 512 agents, one core", 512 / steps / 1e6, 0.0, "million agent-steps/s", "1", "3")
-    return rows, model
+    actions = np.random.default_rng(0).uniform(-0.1, 0.1, (n_agents, 2))
+    times = take_turns({"step": lambda: simulator.step(actions)}, "cpu", repeats=500)
+    rates = [n_agents / time / 1e6 for time in times["step"]]
+    table.add("path-tracking simulator, 512 agents, one core", rates, "million agent-steps/s", "1", "3")
 
 
 def write_profile(model: MPG, device: str) -> None:
@@ -207,27 +325,38 @@ def write_profile(model: MPG, device: str) -> None:
     """
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
     with profile(activities=activities) as profiler:
-        model.train(20, BATCH)
+        model.train(2 * UPDATES, BATCH)
     events = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
     total = sum(event.self_cpu_time_total for event in events)
     with (RESULTS / f"profile_{device}.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["what", "share of an update", "calls in an update"])
         for event in events[:10]:
-            writer.writerow([event.key[:60], f"{event.self_cpu_time_total / total:.1%}", event.count / 20])
+            writer.writerow([event.key[:60], f"{event.self_cpu_time_total / total:.1%}", event.count / (2 * UPDATES)])
 
 
 def main() -> None:
     th.set_num_threads(1)
+    if FIRST_UPDATE in sys.argv:
+        print(*compiled_update(new_model(sys.argv[-1]), sys.argv[-1]))
+        return
     device = "cuda" if th.cuda.is_available() else "cpu"
-    rows, model = measure(device)
+    load = f"{os.getloadavg()[0]:.1f}"
+    table = Table()
+    measure_first_update(table, device)
+    model = new_model(device)
+    measure_gradient(table, model, device)
+    measure_update(table, model, device)
+    if device == "cpu":
+        measure_simulator(table)
+
     versions = f"torch {th.__version__}, stable-baselines3 {stable_baselines3.__version__}, numpy {np.__version__}"
     machine = cpu_name() + (f", {th.cuda.get_device_name()}" if device == "cuda" else "")
     RESULTS.mkdir(exist_ok=True)
     with (RESULTS / f"speed_{device}.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], "versions", "machine"])
+        writer = csv.DictWriter(file, [*table.rows[0], "versions", "machine", "load before"])
         writer.writeheader()
-        writer.writerows({**row, "versions": versions, "machine": machine} for row in rows)
+        writer.writerows({**row, "versions": versions, "machine": machine, "load before": load} for row in table.rows)
     write_profile(model, device)
 
 

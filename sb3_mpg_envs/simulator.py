@@ -292,7 +292,32 @@ class _AgentRenderers:
             renderer.close()
 
 
-class SimulatorEnv(gym.Env[np.ndarray, np.ndarray]):
+class _SimulatorAdapter:
+    """What all adapters of a simulator offer."""
+
+    simulator: BatchSimulator
+    _renderers: _AgentRenderers | None
+
+    def prior_model(self) -> PriorModel:
+        """The paper's rough model of this task, with the parameters of this environment."""
+        return self.simulator.prior_model()
+
+    def make_simulator(self, num_agents: int) -> BatchSimulator:
+        """
+        A fresh simulator with the settings of this environment.
+
+        :param num_agents: its number of agents
+        :return: the simulator
+        """
+        return self.simulator.make_simulator(num_agents)
+
+    def _close_renderers(self) -> None:
+        if self._renderers is not None:
+            self._renderers.close()
+            self._renderers = None
+
+
+class SimulatorEnv(_SimulatorAdapter, gym.Env[np.ndarray, np.ndarray]):
     """
     A simulator of one agent as a Gymnasium environment.
 
@@ -311,19 +336,6 @@ class SimulatorEnv(gym.Env[np.ndarray, np.ndarray]):
         self.action_space = simulator.action_space
         self.render_mode = render_mode
         self._renderers: _AgentRenderers | None = None
-
-    def prior_model(self) -> PriorModel:
-        """The paper's rough model of this task, with the parameters of this environment."""
-        return self.simulator.prior_model()
-
-    def make_simulator(self, num_agents: int) -> BatchSimulator:
-        """
-        A fresh simulator with the settings of this environment.
-
-        :param num_agents: its number of agents
-        :return: the simulator
-        """
-        return self.simulator.make_simulator(num_agents)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
         super().reset(seed=seed)
@@ -354,12 +366,10 @@ class SimulatorEnv(gym.Env[np.ndarray, np.ndarray]):
         return self._renderers.render()[0]
 
     def close(self) -> None:
-        if self._renderers is not None:
-            self._renderers.close()
-            self._renderers = None
+        self._close_renderers()
 
 
-class SimulatorVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
+class SimulatorVectorEnv(_SimulatorAdapter, gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     """
     A simulator as a Gymnasium vector environment; ``gymnasium.make_vec`` uses it.
 
@@ -389,19 +399,6 @@ class SimulatorVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray
         self._episode_lengths = np.zeros(self.num_envs, dtype=np.int64)
         self._needs_reset = np.zeros(self.num_envs, dtype=bool)
         self._renderers: _AgentRenderers | None = None
-
-    def prior_model(self) -> PriorModel:
-        """The paper's rough model of this task, with the parameters of this environment."""
-        return self.simulator.prior_model()
-
-    def make_simulator(self, num_agents: int) -> BatchSimulator:
-        """
-        A fresh simulator with the settings of this environment.
-
-        :param num_agents: its number of agents
-        :return: the simulator
-        """
-        return self.simulator.make_simulator(num_agents)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
         super().reset(seed=seed)
@@ -443,12 +440,10 @@ class SimulatorVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray
         return tuple(self._renderers.render())
 
     def close_extras(self, **kwargs: Any) -> None:
-        if self._renderers is not None:
-            self._renderers.close()
-            self._renderers = None
+        self._close_renderers()
 
 
-class SimulatorVecEnv(VecEnv):
+class SimulatorVecEnv(_SimulatorAdapter, VecEnv):
     """
     A simulator as a Stable-Baselines3 vector environment: hundreds of agents in one process.
 
@@ -480,19 +475,6 @@ class SimulatorVecEnv(VecEnv):
         self._episode_lengths = np.zeros(self.num_envs, dtype=np.int64)
         self._start_time = time.time()
         self._renderers: _AgentRenderers | None = None
-
-    def prior_model(self) -> PriorModel:
-        """The paper's rough model of this task, with the parameters of this environment."""
-        return self.simulator.prior_model()
-
-    def make_simulator(self, num_agents: int) -> BatchSimulator:
-        """
-        A fresh simulator with the settings of this environment.
-
-        :param num_agents: its number of agents
-        :return: the simulator
-        """
-        return self.simulator.make_simulator(num_agents)
 
     def reset(self) -> np.ndarray:
         # All agents draw from one generator, so one seed is enough
@@ -542,9 +524,7 @@ class SimulatorVecEnv(VecEnv):
         return observations, rewards.astype(np.float32), dones, infos
 
     def close(self) -> None:
-        if self._renderers is not None:
-            self._renderers.close()
-            self._renderers = None
+        self._close_renderers()
 
     def _render_agents(self) -> list[np.ndarray | None]:
         if self._renderers is None:

@@ -103,8 +103,9 @@ def start_rollout(
 
 class StepCompiler:
     """
-    Compiles :func:`advance`, a few steps at a time: one step for each call spends as much on the calls as on the
-    arithmetic, and all steps in one graph take a minute to compile.
+    Compiles :func:`advance`, a few steps at a time: with one step for each call, the calls cost a tenth of the gradient,
+    and each further step in the graph takes seconds to compile. Steps that are left over run as they are: a graph of their
+    own would be compiled for them.
 
     A call is checked by ``torch.compile``'s guards against everything that the graph depends on, the attributes of
     the user's model included. Random numbers are drawn as without compilation.
@@ -113,14 +114,18 @@ class StepCompiler:
     :param backend: of ``torch.compile``
     """
 
-    def __init__(self, chunk: int = 5, backend: str = "inductor"):
+    def __init__(self, chunk: int = 3, backend: str = "inductor"):
         self.chunk = chunk
         self.backend = backend
         # Compiled at the first call, because that is where failures are dealt with
         self._advance: Callable[..., tuple[RolloutState, th.Tensor]] | None = None
 
     def _compile(self) -> Callable[..., tuple[RolloutState, th.Tensor]]:
-        options: dict[str, Any] | None = {"fallback_random": True} if self.backend == "inductor" else None
+        options: dict[str, Any] | None = None
+        if self.backend == "inductor":
+            # The guards have checked the sizes already; and to build and load a library for each set of vector instructions,
+            # only to see that the C++ compiler knows those of this processor, takes as long as all the rest
+            options = {"fallback_random": True, "size_asserts": False, "cpp.vec_isa_ok": True}
         # A code object of its own: torch counts recompilations for each, and gives up after a few. Several algorithms in
         # one process, as in a search for hyperparameters, must not use up each other's.
         function = FunctionType(advance.__code__.replace(), advance.__globals__, advance.__name__)
@@ -133,18 +138,23 @@ class StepCompiler:
             self._advance = self._compile()
         gamma = args[-1]
         discount, total = 1.0, None
+        chunk = min(self.chunk, n_steps)
         while n_steps > 0:
-            # Chunks and single steps: two graphs are enough for every set of horizons
-            n_compiled = self.chunk if n_steps >= self.chunk else 1
+            n_taken = min(chunk, n_steps)
             # The start of a rollout looks like the middle of one, or it would be compiled a second time
             states, network_inputs = (
                 tensor if tensor.requires_grad else tensor.detach().requires_grad_() for tensor in rollout[:2]
             )
             rollout = rollout._replace(states=states, network_inputs=network_inputs)
-            rollout, rewards = self._advance(rollout, n_compiled, *args)
+            if n_taken < chunk:
+                rollout, rewards = advance(rollout, n_taken, *args)
+            else:
+                # What the guards checked for the first of these calls holds for the others
+                with th.compiler.set_stance(skip_guard_eval_unsafe=total is not None):
+                    rollout, rewards = self._advance(rollout, n_taken, *args)
             total = rewards if total is None else total + discount * rewards
-            discount *= gamma**n_compiled
-            n_steps -= n_compiled
+            discount *= gamma**n_taken
+            n_steps -= n_taken
         assert total is not None
         return rollout, total
 
@@ -176,9 +186,12 @@ def horizon_returns(
     :return: returns of each horizon, ``(B, 1)``: tensors of their own, so that the gradient of one has nothing to do with
         another, which may have overflowed
     """
-    actor_parameters: dict[str, th.Tensor] = dict(actor.named_parameters())
-    if differentiate == "first_action":
-        actor_parameters = {name: parameter.detach() for name, parameter in actor_parameters.items()}
+    actor_parameters: dict[str, th.Tensor] = {}
+    for name, parameter in actor.named_parameters():
+        tensor = parameter.detach() if differentiate == "first_action" else parameter
+        # Of few inputs, as in a first layer, the gradient costs a third when the columns lie together in memory
+        is_tall = tensor.ndim == 2 and tensor.shape[0] > tensor.shape[1]
+        actor_parameters[name] = tensor.t().contiguous().t() if is_tall else tensor
 
     rollout = start_rollout(observations, actor, model, units, first_actions)
     rewards_so_far: th.Tensor | float = 0.0

@@ -124,31 +124,39 @@ class SimulatorTarget(ValueTarget):
 
     def __call__(self, replay_data, actor, actor_target, critic_target, units, gamma, make_simulator):
         observations = replay_data.observations
-        device = observations.device
+        n_agents, device = observations.shape[0], observations.device
 
         def to_tensor(array: np.ndarray) -> th.Tensor:
             return th.as_tensor(array, dtype=th.float32, device=device)
 
-        simulator = make_simulator(observations.shape[0])
-        simulator.set_state(observations.cpu().numpy())
-        actions = replay_data.actions
-        target_q_values = th.zeros(observations.shape[0], 1, device=device)
-        running = th.ones_like(target_q_values, dtype=th.bool)
-        last_inputs = network_inputs = units.normalize_observations(observations)
-        # Of the value at the end of each rollout: 0 behind a termination
-        discounts = th.ones_like(target_q_values)
+        # The simulator speaks NumPy, and so does the bookkeeping: a small operation of torch costs several times as much
+        last_obs = observations.cpu().numpy().copy()
+        simulator = make_simulator(n_agents)
+        simulator.set_state(last_obs)
+        env_actions = units.unscale_actions(replay_data.actions).cpu().numpy().copy()
+        all_rewards = np.zeros((self.n_steps, n_agents, 1))
+        n_taken = np.zeros((n_agents, 1), dtype=np.int64)
+        is_terminated = np.zeros(n_agents, dtype=bool)
+        running = np.arange(n_agents)
         for step in range(self.n_steps):
             if step > 0:
-                actions = actor(network_inputs)
-            new_obs, rewards, terminated, truncated = simulator.step(units.unscale_actions(actions).cpu().numpy())
-            network_inputs = units.normalize_observations(to_tensor(new_obs))
-            step_rewards = units.scale_rewards(to_tensor(rewards).reshape(-1, 1))
-            target_q_values += th.where(running, gamma**step * step_rewards, 0.0)
-            is_terminated = to_tensor(terminated).reshape(-1, 1).bool()
-            discounts = th.where(running, th.where(is_terminated, 0.0, gamma ** (step + 1)), discounts)
-            last_inputs = th.where(running.reshape(-1, *[1] * (new_obs.ndim - 1)), network_inputs, last_inputs)
-            running = running & ~is_terminated & ~to_tensor(truncated).reshape(-1, 1).bool()
-        return target_q_values + discounts * bootstrap_values(last_inputs, actor_target, critic_target)
+                # Agents whose rollout ended need no new actions
+                network_inputs = units.normalize_observations(to_tensor(last_obs[running]))
+                env_actions[running] = units.unscale_actions(actor(network_inputs)).cpu().numpy()
+            new_obs, rewards, terminated, truncated = simulator.step(env_actions)
+            all_rewards[step, running, 0] = rewards[running]
+            last_obs[running] = new_obs[running]
+            n_taken[running] += 1
+            is_terminated[running] = terminated[running]
+            running = running[~(terminated | truncated)[running]]
+            if len(running) == 0:
+                break
+        step_discounts = to_tensor(gamma ** np.arange(self.n_steps)).reshape(-1, 1, 1)
+        returns = (step_discounts * units.scale_rewards(to_tensor(all_rewards))).sum(dim=0)
+        # Of the value at the end of each rollout: 0 behind a termination
+        discounts = to_tensor(gamma**n_taken * ~is_terminated[:, np.newaxis])
+        last_inputs = units.normalize_observations(to_tensor(last_obs))
+        return returns + discounts * bootstrap_values(last_inputs, actor_target, critic_target)
 
 
 def check_n_steps(n_steps: int) -> int:

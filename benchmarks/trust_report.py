@@ -1,0 +1,134 @@
+"""
+From the csv files of ``trust.py`` and ``bound.py``: a table, and a figure for each task.
+
+    python benchmarks/trust_report.py
+"""
+
+import csv
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from learning_report import first_above
+from trust import RESULTS
+
+FIGURES = Path(__file__).parent / "figures"
+GOALS = {"path_tracking": (-10.0, -5.0), "pendulum": (-0.1, -0.01)}
+Runs = dict[tuple[str, str, str, int], dict[int, np.ndarray]]
+
+
+def read_runs() -> Runs:
+    """
+    :return: for each task, prior model, method and length, for each seed: steps and mean return ``(n, 2)``
+    """
+    runs: Runs = defaultdict(dict)
+    for path in sorted(RESULTS.glob("*-*-*-*-*.csv")):
+        task, model, method, length, seed = path.stem.split("-")
+        with path.open() as file:
+            rows = [(float(row["steps"]), float(row["return_mean"])) for row in csv.DictReader(file)]
+        runs[task, model, method, int(length)][int(seed)] = np.array(rows)
+    return dict(runs)
+
+
+def read_bounds() -> dict[str, float]:
+    """
+    :return: mean over the starts of the best return that was found, for each task
+    """
+    bounds = {}
+    for task in GOALS:
+        path = RESULTS / f"bound-{task}.csv"
+        if path.exists():
+            with path.open() as file:
+                bounds[task] = float(np.mean([float(row["return"]) for row in csv.DictReader(file)]))
+    return bounds
+
+
+def write_table(runs: Runs, bounds: dict[str, float]) -> None:
+    """
+    Print the table and write it as csv.
+
+    :param runs: see :func:`read_runs`
+    :param bounds: see :func:`read_bounds`
+    """
+
+    def median(values: list[int | None]) -> str:
+        ordered = sorted(float("inf") if value is None else value for value in values)
+        middle = float(np.median(ordered))
+        return "never" if middle == float("inf") else f"{middle:.0f}"
+
+    rows = []
+    for (task, model, method, length), seeds in runs.items():
+        row: dict[str, object] = {
+            "task": task,
+            "prior model": model,
+            "method": method,
+            "steps run": length,
+            "seeds": len(seeds),
+        }
+        for name, goal in zip(("first goal", "second goal"), GOALS[task], strict=True):
+            reached = [first_above(curve, goal) for curve in seeds.values()]
+            each = " / ".join("never" if value is None else str(value) for value in reached)
+            row[f"steps to the {name}"] = f"{median(reached)} ({each})"
+        final = [curve[-1, 1] for curve in seeds.values()]
+        row["return at the end"] = f"{np.median(final):.4g}"
+        if task in bounds:
+            row["worse than the bound by"] = f"{np.median(final) / bounds[task] - 1:.0%}"
+        rows.append(row)
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    with (RESULTS.parent / "trust.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
+    for row in rows:
+        print("| " + " | ".join(str(row.get(column, "")) for column in columns) + " |")
+    for task, bound in bounds.items():
+        print(f"bound, {task}: {bound:.5g}")
+
+
+def draw(runs: Runs, bounds: dict[str, float]) -> None:
+    """
+    One figure for each task, a panel for each prior model: median and range over seeds.
+
+    :param runs: see :func:`read_runs`
+    :param bounds: see :func:`read_bounds`
+    """
+    FIGURES.mkdir(exist_ok=True)
+    for task in GOALS:
+        models = list(dict.fromkeys(key[1] for key in runs if key[0] == task and key[1] != "no_model"))
+        if not models:
+            continue
+        figure, panels = plt.subplots(
+            1, len(models), figsize=(4.5 * len(models), 4.5), sharey=True, layout="constrained", squeeze=False
+        )
+        for model, axes in zip(models, panels[0], strict=True):
+            for (of_task, of_model, method, length), seeds in runs.items():
+                if of_task != task or of_model not in (model, "no_model"):
+                    continue
+                n_rows = min(len(curve) for curve in seeds.values())
+                costs = -np.stack([curve[:n_rows, 1] for curve in seeds.values()])
+                steps = next(iter(seeds.values()))[:n_rows, 0]
+                (line,) = axes.plot(
+                    steps, np.median(costs, axis=0), label=f"{method.replace('_', ' ')}, {length} ({len(seeds)})"
+                )
+                axes.fill_between(steps, costs.min(axis=0), costs.max(axis=0), color=line.get_color(), alpha=0.2)
+            if task in bounds:
+                axes.axhline(-bounds[task], color="black", lw=1.0, ls="--", label="bound")
+            for goal in GOALS[task]:
+                axes.axhline(-goal, color="grey", lw=0.8, ls=":")
+            axes.set(yscale="log", xlabel="environment steps", title=model.replace("_", " "))
+            axes.grid(alpha=0.3)
+            axes.legend(fontsize="small", title="method, steps (seeds)")
+        panels[0, 0].set_ylabel("cost (negative return, lower is better)")
+        figure.suptitle(f"{task.replace('_', ' ')}: default settings with prior models from perfect to useless")
+        figure.savefig(FIGURES / f"trust_{task}.png", dpi=80)
+
+
+if __name__ == "__main__":
+    all_runs, all_bounds = read_runs(), read_bounds()
+    write_table(all_runs, all_bounds)
+    draw(all_runs, all_bounds)

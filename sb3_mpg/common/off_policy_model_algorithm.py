@@ -4,7 +4,8 @@ import pathlib
 import random
 import warnings
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from contextlib import nullcontext
+from typing import Any, ClassVar, TypeVar
 
 import gymnasium as gym
 import numpy as np
@@ -19,15 +20,21 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 
 from sb3_mpg.common.buffers import RecordedSteps
+from sb3_mpg.common.callbacks import close_evaluators
+from sb3_mpg.common.learners.base import InProcessLearner, Learners, LearnerSettings
+from sb3_mpg.common.learners.multiprocess import MultiprocessLearners
 from sb3_mpg.common.models.base import PriorModel
 from sb3_mpg.common.models.checker import validate_prior_model
 from sb3_mpg.common.models.loading import PriorModelLike, make_prior_model
 from sb3_mpg.common.models.residual import ResidualModel
 from sb3_mpg.common.models.trainable import TrainableModel
 from sb3_mpg.common.torch_layers import ObservationScaler
-from sb3_mpg.common.type_aliases import Simulator
+from sb3_mpg.common.type_aliases import GradientResult, Simulator, TrainingBatch
 from sb3_mpg.common.units import Units
+from sb3_mpg.common.utils import randomness_of_update
 from sb3_mpg.common.value_targets import ValueTarget, make_value_target
+
+SelfOffPolicyModelAlgorithm = TypeVar("SelfOffPolicyModelAlgorithm", bound="OffPolicyModelAlgorithm")
 
 # A trainable model is fitted to this many steps for each of its members, once an update
 FIT_BATCH_SIZE = 256
@@ -64,8 +71,8 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
     The base of off-policy algorithms that learn from a replay buffer and from a differentiable model at once.
 
     On top of SB3's ``OffPolicyAlgorithm`` it keeps the model that the gradient is back-propagated through, the conversions
-    between the units of the environment and those of the networks, the value target, and all that makes a
-    continued training equal to an uninterrupted one.
+    between the units of the environment and those of the networks, the value target, the processes that compute the gradients,
+    and all that makes a continued training equal to an uninterrupted one.
 
     :param policy: The policy model to use
     :param env: The environment to learn from (if registered in Gym, can be str)
@@ -82,13 +89,16 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
     :param reward_scale: factor of all rewards, recorded and predicted ones alike
     :param exploration_noise: standard deviation of the Gaussian noise on actions in [-1, 1] when ``action_noise`` is None
     :param max_skipped_updates: how many updates in a row may be skipped for a non-finite gradient before training stops
+    :param n_learners: number of processes that compute the gradients, 0 for none but the main process
+    :param max_staleness: how many updates old a gradient of theirs may be, see ``LearnerSettings``
+    :param learner_kwargs: further ``LearnerSettings``
 
     The other parameters are those of ``OffPolicyAlgorithm``.
 
     :raises ValueError: before the first environment step, for spaces, models, or settings that cannot work
     """
 
-    _model_attributes: ClassVar[list[str]] = ["rollout_model", "_simulator"]
+    _model_attributes: ClassVar[list[str]] = ["rollout_model", "_simulator", "_learners"]
 
     def __init__(
         self,
@@ -116,6 +126,9 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         reward_scale: float,
         exploration_noise: float,
         max_skipped_updates: int,
+        n_learners: int,
+        max_staleness: int | None,
+        learner_kwargs: dict[str, Any] | None,
         stats_window_size: int,
         tensorboard_log: str | None,
         policy_kwargs: dict[str, Any] | None,
@@ -123,6 +136,7 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         seed: int | None,
         device: th.device | str,
     ):
+        LearnerSettings(n_learners, max_staleness, **(learner_kwargs or {}))
         env = None if env is None else maybe_make_env(env, verbose)
         if env is not None:
             check_spaces(env.observation_space, env.action_space)
@@ -169,6 +183,13 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         self.reward_scale = reward_scale
         self.exploration_noise = exploration_noise
         self.max_skipped_updates = max_skipped_updates
+        self.n_learners = n_learners
+        self.max_staleness = max_staleness
+        self.learner_kwargs = learner_kwargs
+        # While `learn` runs
+        self._learners: Learners | None = None
+        # What the random numbers of an update are drawn from, and its number
+        self._update_seed: int | None = None
         #: The model that the gradient is back-propagated through
         self.rollout_model: PriorModel | None = None
         self.n_skipped_updates = 0
@@ -186,6 +207,8 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
             # Loaded: SB3 saved its own choice of the class, and would take it for the user's
             self.replay_buffer_class = None
         super()._setup_model()
+        if self._update_seed is None:
+            self._update_seed = int(np.random.randint(2**31 - 1)) if self.seed is None else self.seed
         if self.rollout_model is not None:
             # After the seed was set
             self.rollout_model = self._make_trainable(self.rollout_model)
@@ -324,7 +347,7 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         :return: a simulator, the same one at each call
         """
         if self._simulator is None or self._simulator.num_agents != num_agents:
-            assert self.env is not None
+            assert self.env is not None, "There is no environment to make a simulator"
             self._simulator = self.env.env_method("make_simulator", num_agents, indices=[0])[0]
         assert self._simulator is not None
         return self._simulator
@@ -364,7 +387,108 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         if not reset_num_timesteps and self._rng_state is not None:
             self._restore_rng_state(self._rng_state)
         self._rng_state = None
+        settings = LearnerSettings(self.n_learners, self.max_staleness, **(self.learner_kwargs or {}))
+        self._learners = MultiprocessLearners(self, settings) if settings.n_learners > 0 else InProcessLearner(self)
         return setup
+
+    def learn(
+        self: SelfOffPolicyModelAlgorithm,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 4,
+        tb_log_name: str = "run",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfOffPolicyModelAlgorithm:
+        try:
+            return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+        finally:
+            # However training ends, no process is left
+            if self._learners is not None:
+                self._learners.close()
+                # The last gradients may be views of memory that learners shared
+                self.policy.zero_grad()
+            self._learners = None
+            close_evaluators(callback)
+
+    def _store_transition(self, *args: Any, **kwargs: Any) -> None:
+        with nullcontext() if self._learners is None else self._learners.writing():
+            super()._store_transition(*args, **kwargs)
+
+    def _sample_batch(self, batch_size: int, units: Units) -> TrainingBatch:
+        """
+        :param batch_size: number of transitions
+        :param units: conversions between environment and networks
+        :return: transitions with their value targets
+        """
+        raise NotImplementedError
+
+    def compute_gradients(self, batch: TrainingBatch, n_updates: int, units: Units) -> GradientResult:
+        """
+        The gradients of one update; nothing is changed.
+
+        :param batch: transitions with their value targets
+        :param n_updates: number of the update
+        :param units: conversions between environment and networks
+        :return: the gradients
+        """
+        raise NotImplementedError
+
+    def gradients_of_update(self, n_updates: int, batch_size: int, units: Units) -> GradientResult:
+        """
+        What a learner does, in the main process or in one of its own: sample a batch and compute the gradients.
+
+        :param n_updates: number of the update, which its random numbers follow from
+        :param batch_size: number of transitions
+        :param units: conversions between environment and networks
+        :return: the gradients
+        """
+        assert self._update_seed is not None
+        with randomness_of_update(self._update_seed, n_updates, self.device):
+            return self.compute_gradients(self._sample_batch(batch_size, units), n_updates, units)
+
+    def gradient_template(self) -> GradientResult:
+        """
+        :return: tensors of the shapes and types of the gradients
+        """
+        raise NotImplementedError
+
+    def published_tensors(self) -> list[th.Tensor]:
+        """
+        :return: what changes while training and gradients depend on: the networks, their targets, and the model if it learns
+        """
+        modules: list[th.nn.Module] = [self.policy]
+        if isinstance(self.rollout_model, TrainableModel):
+            modules.append(self.rollout_model)
+        return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+
+    def published_attributes(self) -> dict[str, Any]:
+        """
+        :return: small attributes of the same kind
+        """
+        return {}
+
+    def make_replica(self: SelfOffPolicyModelAlgorithm) -> SelfOffPolicyModelAlgorithm:
+        """
+        :return: the algorithm as far as a learner needs it, to be sent to another process
+        :raises ValueError: when gradients computed in another process would not be those of this one
+        """
+        if any(isinstance(module, th.nn.modules.batchnorm._NormBase) for module in self.policy.modules()):
+            raise ValueError("Batch normalisation gathers statistics with each gradient, which needs n_learners=0.")
+        replica = object.__new__(type(self))
+        excluded = {*self._excluded_save_params(), "prior_model", "prior_model_kwargs", "_model_state", "_rng_state"}
+        replica.__dict__ = {name: value for name, value in vars(self).items() if name not in excluded}
+        replica.policy, replica.rollout_model, replica.device = self.policy, self.rollout_model, self.device
+        replica.env = replica._vec_normalize_env = None
+        # A learner cannot ask the environment
+        replica._simulator = self._make_simulator(self.batch_size) if self.value_target.needs_simulator else None
+        return replica
+
+    def setup_replica(self) -> None:
+        """Called on a replica, in the process of the learner."""
+        assert self.rollout_model is not None
+        self.policy.set_training_mode(True)
+        self.rollout_model.train()
 
     def _restore_rng_state(self, state: dict[str, Any]) -> None:
         random.setstate(state["python"])

@@ -68,6 +68,13 @@ class Units:
             units = replace(units, reward_std=reward_std, clip_reward=float(env.clip_reward))
         return units
 
+    def statistics(self) -> list[th.Tensor]:
+        """
+        :return: the tensors that change while training: the statistics of ``VecNormalize``, as far as they are used
+        """
+        statistics = (self.observation_mean, self.observation_std, self.reward_std)
+        return [tensor for tensor in statistics if tensor is not None]
+
     def normalize_observations(self, observations: th.Tensor) -> th.Tensor:
         """
         :param observations: raw observations, ``(B, *obs_shape)``

@@ -29,6 +29,7 @@ from sb3_mpg.common.model_rollout import (
     quiet_compiler,
 )
 from sb3_mpg.common.error_estimates import GradientErrors, action_gradients, gradient_errors
+from sb3_mpg.common.learners.base import InProcessLearner
 from sb3_mpg.common.models.base import PriorModel
 from sb3_mpg.common.models.loading import PriorModelLike
 from sb3_mpg.common.models.residual import ResidualModel
@@ -37,7 +38,7 @@ from sb3_mpg.common.off_policy_model_algorithm import OffPolicyModelAlgorithm
 from sb3_mpg.common.trust_report import MIN_WINDOWS, Measurement, TrustReport, prediction_errors
 from sb3_mpg.common.type_aliases import Differentiate, GradientResult, TrainingBatch
 from sb3_mpg.common.units import Units
-from sb3_mpg.common.utils import gradient_of, polyak_update_all, trainable_parameters
+from sb3_mpg.common.utils import gradient_of, polyak_update_all, randomness_of_update, trainable_parameters
 from sb3_mpg.common.value_targets import ValueTarget
 from sb3_mpg.common.weighting import WeightingRule, check_horizons, make_weighting_rule
 from sb3_mpg.mpg.policies import MlpPolicy, MPGPolicy
@@ -109,6 +110,13 @@ class MPG(OffPolicyModelAlgorithm):
     :param reward_scale: factor of all rewards, recorded and predicted ones alike
     :param exploration_noise: standard deviation of the Gaussian noise on actions in [-1, 1] when ``action_noise`` is None
     :param max_skipped_updates: how many updates in a row may be skipped for a non-finite gradient before training stops
+    :param n_learners: number of processes that compute the gradients while the main process steps the environments and
+        applies them; 0 computes them in the main process. The number of updates is the same, they come sooner.
+    :param max_staleness: largest number of updates between the parameters that a gradient was computed at and those that
+        it is applied to; older ones are computed again. 0 gives the very updates of ``n_learners=0``, one at a time;
+        ``None`` is twice the number of learners
+    :param learner_kwargs: rarely needed settings of the learners: ``timeout`` (300 seconds), ``max_restarts`` (10),
+        ``start_method`` (``"forkserver"`` or ``"spawn"``)
     :param compile: whether model and policy are compiled for the rollout (``torch.compile``): the same gradients, sooner.
         ``"auto"`` compiles when the training that ``learn`` is asked for is long enough to repay the time that compiling
         takes. What cannot be compiled runs as it is, with a warning.
@@ -165,6 +173,9 @@ class MPG(OffPolicyModelAlgorithm):
         reward_scale: float = 1.0,
         exploration_noise: float = 0.1,
         max_skipped_updates: int = 20,
+        n_learners: int = 0,
+        max_staleness: int | None = None,
+        learner_kwargs: dict[str, Any] | None = None,
         compile: bool | Literal["auto"] = "auto",
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
@@ -207,6 +218,9 @@ class MPG(OffPolicyModelAlgorithm):
             reward_scale=reward_scale,
             exploration_noise=exploration_noise,
             max_skipped_updates=max_skipped_updates,
+            n_learners=n_learners,
+            max_staleness=max_staleness,
+            learner_kwargs=learner_kwargs,
             stats_window_size=stats_window_size,
             tensorboard_log=tensorboard_log,
             policy_kwargs=policy_kwargs,
@@ -574,15 +588,20 @@ class MPG(OffPolicyModelAlgorithm):
             polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
         return True
 
-    def _stop_if_hopeless(self, batch: TrainingBatch, units: Units) -> None:
+    def _stop_if_hopeless(self, batch_size: int, units: Units) -> None:
         """
-        :param batch: the batch of the update that was just skipped
+        An update was just skipped.
+
+        :param batch_size: number of transitions
         :param units: conversions between environment and networks
         :raises FloatingPointError: when too many updates in a row were skipped
         """
         if self._n_skipped_in_a_row <= self.max_skipped_updates:
             return
-        assert self.rollout_model is not None
+        assert self.rollout_model is not None and self._update_seed is not None
+        # Its batch once more; unless batches are reused or learners were at other states, when it is one like it
+        with randomness_of_update(self._update_seed, self._n_updates, self.device):
+            batch = self._draw_batch(batch_size, units)
         reasons = []
         for horizon, weight in self.weighting_rule(self._n_updates).items():
             if weight < NEGLIGIBLE_WEIGHT:
@@ -618,20 +637,23 @@ class MPG(OffPolicyModelAlgorithm):
         update_learning_rate(self.critic.optimizer, critic_learning_rate)
         self.logger.record("train/critic_learning_rate", critic_learning_rate)
 
+        # Outside of `learn` nobody would end the processes
+        learners = InProcessLearner(self) if self._learners is None else self._learners
         logs: dict[str, list[float]] = {}
         for _ in range(gradient_steps):
             self._n_updates += 1
             self._improve_model(units, logs)
-            batch = self._sample_batch(batch_size, units)
-            result = self.compute_gradients(batch, self._n_updates, units)
+            result = learners.next_result(self._n_updates, batch_size, units)
             if not self.apply_gradients(result):
-                self._stop_if_hopeless(batch, units)
+                self._stop_if_hopeless(batch_size, units)
+            learners.applied(self._n_updates, batch_size, units)
             for key, value in result.logs.items():
                 logs.setdefault(key, []).append(value)
 
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         self.logger.record("train/updates_per_step", (self._n_updates - self._n_updates_at_start) / max(self.num_timesteps, 1))
         self.logger.record("train/skipped_updates", self.n_skipped_updates)
+        learners.record(self.logger)
         for key, values in logs.items():
             self.logger.record(key, float(np.mean(values)))
 
@@ -682,6 +704,19 @@ class MPG(OffPolicyModelAlgorithm):
             reset_num_timesteps=reset_num_timesteps,
             progress_bar=progress_bar,
         )
+
+    def gradient_template(self) -> GradientResult:
+        return GradientResult([*trainable_parameters(self.critic)], [*trainable_parameters(self.actor)], {})
+
+    def published_attributes(self) -> dict[str, Any]:
+        return {"weighting_rule": self.weighting_rule}
+
+    def setup_replica(self) -> None:
+        super().setup_replica()
+        self._create_aliases()
+        # Each learner has batches of its own, and compiles for itself
+        self._batches, self._n_batch_uses = [], 0
+        self._step_compiler = StepCompiler() if self._compiles else None
 
     def _portable_attributes(self) -> dict[str, Any]:
         # Without reuse nothing of the last batch matters

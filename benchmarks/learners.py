@@ -1,0 +1,308 @@
+"""
+What learner processes bring: updates per second, what the pool itself costs, curves, and a run whose learners are killed.
+
+    python benchmarks/learners.py throughput                      # n learners over in process, and the cost of the pool
+    python benchmarks/learners.py curves --updates 3000           # return against updates with 0, 1, 2, 4 learners
+    python benchmarks/learners.py soak --minutes 20               # a learner killed every 10 s, beside a run left in peace
+
+Each writes a table to ``results/learners``. The figures of a ``throughput`` table are of one run, in which the numbers of
+learners take turns, so that whatever else the machine does hits all of them. Ratios of wall-clock times mean something
+on a machine that does nothing else; processor times, and the ratio that they allow on free cores, are less easily
+disturbed.
+"""
+
+import argparse
+import csv
+import os
+import platform
+import signal
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch as th
+from settings import ALGORITHMS, TASKS, evaluate, make_model, make_vec_env
+from stable_baselines3.common.callbacks import BaseCallback
+
+from sb3_mpg import MPG
+from sb3_mpg.common.learners import multiprocess
+from sb3_mpg.common.learners.multiprocess import MultiprocessLearners
+
+RESULTS = Path(__file__).parent / "results" / "learners"
+TASK = "path_tracking"
+N_ENVS = 16
+TICKS = os.sysconf("SC_CLK_TCK")
+
+
+def write(name: str, rows: list[dict[str, Any]]) -> None:
+    """
+    :param name: of the table
+    :param rows: its rows
+    """
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    with (RESULTS / f"{name}.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def processor_seconds(pid: int) -> float:
+    """
+    :param pid: a process
+    :return: processor time that it has used
+    """
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / TICKS
+
+
+def pids_of_learners(model: MPG) -> list[int]:
+    """
+    :param model: which learns
+    :return: the processes of its learners
+    """
+    learners = model._learners
+    if not isinstance(learners, MultiprocessLearners):
+        return []
+    workers = [learner.worker for learner in learners._learners]
+    return [worker.process.pid for worker in workers if worker is not None and worker.process.pid is not None]
+
+
+class Stopwatch:
+    """
+    Adds up how long a function takes.
+
+    :param function: the function
+    """
+
+    def __init__(self, function: Callable[..., Any]):
+        self.function = function
+        self.seconds = 0.0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return self.function(*args, **kwargs)
+        finally:
+            self.seconds += time.perf_counter() - start
+
+
+class Speed(BaseCallback):
+    """
+    Measures one call of ``learn``, from the first update after the learners' start to the last.
+
+    :param skip: number of updates before the measurement
+    """
+
+    def __init__(self, skip: int):
+        super().__init__()
+        self.skip = skip
+        self.watches: dict[str, Stopwatch] = {}
+        self.wait = Stopwatch(multiprocess.wait)
+        self.start: dict[str, float] | None = None
+        self.result: dict[str, float] = {}
+
+    def _now(self) -> dict[str, float]:
+        pids = pids_of_learners(self.model)  # type: ignore[arg-type]
+        return {
+            "updates": self.model._n_updates,
+            "seconds": time.perf_counter(),
+            "main": time.process_time(),
+            "learners": sum(processor_seconds(pid) for pid in pids),
+            "wait": self.wait.seconds,
+            **{name: watch.seconds for name, watch in self.watches.items()},
+        }
+
+    def _on_training_start(self) -> None:
+        self.first = self.model._n_updates
+        learners = self.model._learners
+        for name in ("next_result", "applied"):
+            self.watches[name] = Stopwatch(getattr(learners, name))
+            setattr(learners, name, self.watches[name])
+        # Of the class: what the algorithm itself holds is sent to the learners
+        watch = self.watches["apply_gradients"] = Stopwatch(MPG.apply_gradients)
+        MPG.apply_gradients = lambda model, result: watch(model, result)  # type: ignore[method-assign]
+        multiprocess.wait = self.wait  # type: ignore[assignment]
+
+    def _on_step(self) -> bool:
+        if self.start is None and self.model._n_updates >= self.first + self.skip:
+            self.start = self._now()
+        elif self.start is not None:
+            self.end = self._now()
+        return True
+
+    def _on_training_end(self) -> None:
+        multiprocess.wait = self.wait.function  # type: ignore[assignment]
+        MPG.apply_gradients = self.watches["apply_gradients"].function  # type: ignore[method-assign]
+        assert self.start is not None
+        change = {name: self.end[name] - value for name, value in self.start.items()}
+        updates = change.pop("updates")
+        self.result = {name: value / updates for name, value in change.items()}
+
+
+def throughput(algorithm: str, counts: list[int], rounds: int, updates: int) -> None:
+    """
+    :param algorithm: a key of ``ALGORITHMS``, or ``"default"``
+    :param counts: numbers of learners
+    :param rounds: how often each of them has its turn
+    :param updates: length of a turn
+    """
+    task = TASKS[TASK]
+    env = make_vec_env(task, N_ENVS)
+    if algorithm == "default":
+        model = MPG("MlpPolicy", env, seed=0, device="cpu", reward_scale=task.reward_scale, compile=False)
+    else:
+        model = make_model(algorithm, task, env, 0, compile=False)
+    model.gradient_steps = 10
+    model.learn(model.learning_starts + 20 * N_ENVS, log_interval=None)
+    results: dict[int, list[dict[str, float]]] = {count: [] for count in counts}
+    for _ in range(rounds):
+        for count in counts:
+            model.n_learners = count
+            speed = Speed(skip=30)
+            steps = model.num_timesteps + (30 + updates) // model.gradient_steps * N_ENVS
+            model.learn(steps - model.num_timesteps, callback=speed, reset_num_timesteps=False, log_interval=None)
+            results[count].append(speed.result)
+            print(count, {name: f"{1e3 * value:.3g} ms" for name, value in speed.result.items()}, flush=True)
+    rows = []
+    in_process = statistics.median(result["seconds"] for result in results[counts[0]])
+    work = statistics.median(result["main"] for result in results[counts[0]])
+    for count in counts:
+        median = {name: statistics.median(result[name] for result in results[count]) for name in results[count][0]}
+        spread = [1 / result["seconds"] for result in results[count]]
+        # Everybody's share of the cores, if there are as many as learners; the main process is one by itself at best
+        free = max((median["main"] + median["learners"]) / max(count, 1), median["main"])
+        overhead = median["next_result"] + median["applied"] - median["wait"] if count else 0.0
+        rows.append(
+            {
+                "algorithm": algorithm,
+                "learners": count,
+                "updates_per_s": f"{1 / median['seconds']:.4g}",
+                "lowest": f"{min(spread):.4g}",
+                "highest": f"{max(spread):.4g}",
+                "ratio": f"{in_process / median['seconds']:.3g}",
+                "ratio_on_as_many_free_cores": f"{work / free:.3g}",
+                "cpu_ms_main": f"{1e3 * median['main']:.3g}",
+                "cpu_ms_learners": f"{1e3 * median['learners']:.3g}",
+                "apply_ms": f"{1e3 * median['apply_gradients']:.3g}",
+                "pool_overhead_ms": f"{1e3 * overhead:.3g}",
+                "cores": len(os.sched_getaffinity(0)),
+                "load": f"{os.getloadavg()[0]:.2g}",
+                "machine": platform.processor() or platform.machine(),
+                "torch": th.__version__,
+            }
+        )
+        print(rows[-1], flush=True)
+    write(f"throughput-{algorithm}", rows)
+
+
+class Curve(BaseCallback):
+    """
+    Evaluates every so many updates, and kills a learner every so many seconds.
+
+    :param every: number of updates between evaluations
+    :param updates: number of updates to stop after
+    :param seconds: to stop after
+    :param kill_every: seconds between kills
+    """
+
+    def __init__(
+        self, every: int, updates: float = float("inf"), seconds: float = float("inf"), kill_every: float = float("inf")
+    ):
+        super().__init__()
+        self.every, self.updates, self.seconds, self.kill_every = every, updates, seconds, kill_every
+        self.rows: list[dict[str, Any]] = []
+        self.start = self.last_kill = time.monotonic()
+        self.kills = 0
+        self.next_evaluation = every
+
+    def _on_step(self) -> bool:
+        now = time.monotonic()
+        pids = pids_of_learners(self.model)  # type: ignore[arg-type]
+        if now - self.last_kill > self.kill_every and pids:
+            os.kill(pids[self.kills % len(pids)], signal.SIGKILL)
+            self.kills += 1
+            self.last_kill = now
+        n_updates = self.model._n_updates
+        if n_updates >= self.next_evaluation:
+            self.next_evaluation += self.every
+            returns, _ = evaluate(self.model, TASKS[TASK])
+            values = self.model.logger.name_to_value
+            self.rows.append(
+                {
+                    "learners": self.model.n_learners,
+                    "updates": n_updates,
+                    "return_mean": round(float(returns.mean()), 3),
+                    "return_min": round(float(returns.min()), 3),
+                    "staleness_mean": round(values.get("learners/staleness_mean", 0.0), 3),
+                    "staleness_max": values.get("learners/staleness_max", 0),
+                    "dropped": values.get("learners/dropped", 0),
+                    "restarts": values.get("learners/restarts", 0),
+                    "kills": self.kills,
+                    "seconds": round(now - self.start, 1),
+                }
+            )
+            print(self.rows[-1], flush=True)
+        return n_updates < self.updates and now - self.start < self.seconds
+
+
+def curve(n_learners: int, seed: int, total_updates: int, callback: Curve) -> list[dict[str, Any]]:
+    """
+    :param n_learners: number of learners
+    :param seed: seed of everything random
+    :param total_updates: over how many updates the learning rates decay
+    :param callback: evaluates
+    :return: a row for each evaluation
+    """
+    task = TASKS[TASK]
+    model = MPG(
+        "MlpPolicy",
+        make_vec_env(task, 1),
+        reward_scale=task.reward_scale,
+        seed=seed,
+        device="cpu",
+        n_learners=n_learners,
+        learner_kwargs={"max_restarts": 10_000},
+    )
+    # The log is not written in between: staleness is that of all updates so far
+    model.learn(model.learning_starts + total_updates, callback=callback, log_interval=None)
+    return [{"seed": seed, **row} for row in callback.rows]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["throughput", "curves", "soak"])
+    parser.add_argument("--algorithm", choices=["default", *ALGORITHMS], nargs="*", default=["mpg_v2", "default"])
+    parser.add_argument("--learners", type=int, nargs="*", help="numbers of learners; by default 0 1 2 (4)")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--updates", type=int, help="per turn of `throughput` (200), or per run of `curves` (3000)")
+    parser.add_argument("--seed", type=int, nargs="*", default=[0])
+    parser.add_argument("--every", type=int, default=250, help="updates between evaluations")
+    parser.add_argument("--minutes", type=float, default=20)
+    parser.add_argument("--kill-every", type=float, default=10, help="seconds")
+    args = parser.parse_args()
+    th.set_num_threads(1)
+    warnings.filterwarnings("ignore", message="A learner died")
+    if args.what == "throughput":
+        for algorithm in args.algorithm:
+            throughput(algorithm, args.learners or [0, 1, 2], args.rounds, args.updates or 200)
+    elif args.what == "curves":
+        rows = []
+        for seed in args.seed:
+            for n_learners in args.learners or [0, 1, 2, 4]:
+                updates = args.updates or 3000
+                rows += curve(n_learners, seed, updates, Curve(args.every, updates))
+                write("curves", rows)
+    else:
+        # As many updates as the disturbed run came to
+        disturbed = curve(2, 0, 10**5, Curve(args.every, seconds=60 * args.minutes, kill_every=args.kill_every))
+        updates = disturbed[-1]["updates"]
+        undisturbed = curve(2, 0, 10**5, Curve(args.every, updates))
+        runs = {"killed": disturbed, "in_peace": undisturbed}
+        write("soak", [{"run": name, **row} for name, rows in runs.items() for row in rows])
+
+
+if __name__ == "__main__":
+    main()

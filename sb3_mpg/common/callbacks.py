@@ -1,0 +1,388 @@
+"""Callbacks."""
+
+import copy
+import inspect
+import io
+import os
+import traceback
+import warnings
+from collections import deque
+from multiprocessing.connection import Connection, wait
+from typing import Any, NamedTuple
+
+import cloudpickle
+import gymnasium as gym
+import numpy as np
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EvalCallback, EventCallback
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.type_aliases import MaybeCallback
+from stable_baselines3.common.vec_env import (
+    SubprocVecEnv,
+    VecEnv,
+    VecEnvWrapper,
+    VecNormalize,
+    sync_envs_normalization,
+)
+
+from sb3_mpg.common.processes import SharedBytes, Worker, pack_exception, process_context, raise_packed
+
+
+class Snapshot(NamedTuple):
+    """
+    What is evaluated.
+
+    :param num_timesteps: when it was taken
+    :param parameters: state of the policy, and the statistics of each ``VecNormalize``, pickled
+    :param model: the whole algorithm as ``save`` writes it, ``None`` if it is not to be saved
+    """
+
+    num_timesteps: int
+    parameters: bytes
+    model: bytes | None
+
+
+class Evaluation(NamedTuple):
+    """
+    What came out of it.
+
+    :param rewards: return of each episode
+    :param lengths: its number of steps
+    :param successes: whether it succeeded, if the environment says that
+    """
+
+    rewards: list[float]
+    lengths: list[int]
+    successes: list[bool]
+
+
+def normalizations(env: VecEnv) -> list[VecNormalize]:
+    """
+    :param env: an environment
+    :return: the ``VecNormalize`` around it
+    """
+    found = []
+    while isinstance(env, VecEnvWrapper):
+        if isinstance(env, VecNormalize):
+            found.append(env)
+        env = env.venv
+    return found
+
+
+def take_env_apart(env: VecEnv) -> tuple[list[tuple[type, dict[str, Any]]], VecEnv]:
+    """
+    :param env: an environment; its wrappers cannot be pickled as they are
+    :return: class and attributes of each wrapper, and the environment inside
+    """
+    wrappers = []
+    while isinstance(env, VecEnvWrapper):
+        left_out = ("venv", "class_attributes")
+        wrappers.append((type(env), {name: value for name, value in vars(env).items() if name not in left_out}))
+        env = env.venv
+    return wrappers, env
+
+
+def put_env_together(wrappers: list[tuple[type, dict[str, Any]]], env: VecEnv) -> VecEnv:
+    """The inverse of :func:`take_env_apart`."""
+    for cls, attributes in reversed(wrappers):
+        wrapper = object.__new__(cls)
+        wrapper.__dict__.update(attributes, venv=env, class_attributes=dict(inspect.getmembers(cls)))
+        env = wrapper
+    return env
+
+
+def run_evaluator(connection: Connection, payload: SharedBytes) -> None:
+    """
+    What the evaluator does.
+
+    :param connection: to the callback
+    :param payload: policy, environment and settings, pickled
+    """
+    try:
+        policy, env_parts, settings = payload.load()
+        env = put_env_together(*env_parts)
+        connection.send("ready")
+        while True:
+            message: bytes | None = connection.recv()
+            if message is None:
+                return
+            state_dict, statistics = cloudpickle.loads(message)
+            policy.load_state_dict(state_dict)
+            for normalization, values in zip(normalizations(env), statistics, strict=True):
+                vars(normalization).update(values)
+            successes: list[bool] = []
+
+            def note_success(locals_: dict[str, Any], globals_: dict[str, Any], successes: list[bool] = successes) -> None:
+                if locals_["done"] and locals_["info"].get("is_success") is not None:
+                    successes.append(locals_["info"]["is_success"])
+
+            rewards, lengths = evaluate_policy(policy, env, return_episode_rewards=True, callback=note_success, **settings)
+            connection.send(Evaluation(rewards, lengths, successes))  # type: ignore[arg-type]
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        raise
+    except Exception as error:
+        connection.send(pack_exception(error, traceback.format_exc()))
+
+
+class AsyncEvalCallback(EvalCallback):
+    """
+    SB3's ``EvalCallback`` with the episodes run in a process of their own, while training goes on.
+
+    What is evaluated is a snapshot of the policy and of the statistics of ``VecNormalize``. Its results are logged, saved and
+    reported for the step at which the snapshot was taken, as soon as they are there, and at the latest when training ends;
+    ``best_model.zip`` is the algorithm of that step. Callbacks on a new best model and after an evaluation run when
+    its results are there. One snapshot may wait while another is evaluated; if evaluations take longer than what lies between
+    them, training waits for them. If the evaluator dies, its evaluation is missing, and the next one starts it again.
+
+    :param eval_env: The environment used for evaluation, which is copied to the evaluator; not a ``SubprocVecEnv``
+
+    The other parameters are those of ``EvalCallback``.
+    """
+
+    def __init__(
+        self,
+        eval_env: gym.Env | VecEnv,
+        callback_on_new_best: BaseCallback | None = None,
+        callback_after_eval: BaseCallback | None = None,
+        n_eval_episodes: int = 5,
+        eval_freq: int = 10000,
+        log_path: str | None = None,
+        best_model_save_path: str | None = None,
+        deterministic: bool = True,
+        render: bool = False,
+        verbose: int = 1,
+        warn: bool = True,
+    ):
+        super().__init__(
+            eval_env,
+            callback_on_new_best,
+            callback_after_eval,
+            n_eval_episodes,
+            eval_freq,
+            log_path,
+            best_model_save_path,
+            deterministic,
+            render,
+            verbose,
+            warn,
+        )
+        if isinstance(take_env_apart(self.eval_env)[1], SubprocVecEnv):
+            raise ValueError(
+                "The environment of an AsyncEvalCallback is copied to a process of its own and cannot be a SubprocVecEnv: "
+                "use a DummyVecEnv."
+            )
+        self._worker: Worker | None = None
+        self._is_ready = False
+        self._running: Snapshot | None = None
+        self._waiting: deque[Snapshot] = deque()
+
+    def _start(self) -> None:
+        # Where the snapshots come from does not matter to the evaluator, which has no GPU to itself
+        policy = copy.deepcopy(self.model.policy).to("cpu")
+        settings = {
+            "n_eval_episodes": self.n_eval_episodes,
+            "render": self.render,
+            "deterministic": self.deterministic,
+            "warn": self.warn,
+        }
+        try:
+            payload = cloudpickle.dumps((policy, take_env_apart(self.eval_env), settings))
+        except Exception as error:
+            raise ValueError(
+                f"The environment or the policy cannot be sent to the evaluator ({type(error).__name__}: {error}); "
+                "use SB3's EvalCallback."
+            ) from error
+        self._worker = Worker(process_context(), run_evaluator, (SharedBytes(payload),), "evaluator")
+        self._is_ready = False
+
+    def _take_snapshot(self) -> Snapshot:
+        # Sync training and eval env if there is VecNormalize
+        if self.model.get_vec_normalize_env() is not None:
+            try:
+                sync_envs_normalization(self.training_env, self.eval_env)
+            except AttributeError as error:
+                raise AssertionError(
+                    "Training and eval env are not wrapped the same way, "
+                    "see https://stable-baselines3.readthedocs.io/en/master/guide/callbacks.html#evalcallback "
+                    "and warning above."
+                ) from error
+        statistics = [
+            {name: value for name, value in vars(normalization).items() if name in ("obs_rms", "ret_rms")}
+            for normalization in normalizations(self.eval_env)
+        ]
+        state_dict = {name: tensor.cpu() for name, tensor in self.model.policy.state_dict().items()}
+        file = None
+        if self.best_model_save_path is not None:
+            file = io.BytesIO()
+            self.model.save(file)
+        parameters = cloudpickle.dumps((state_dict, statistics))
+        return Snapshot(self.num_timesteps, parameters, None if file is None else file.getvalue())
+
+    def _on_step(self) -> bool:
+        continue_training = True
+        if self.eval_freq > 0 and self.n_calls % self.eval_freq == 0:
+            self._waiting.append(self._take_snapshot())
+            continue_training = self._proceed()
+            while self._running is not None and len(self._waiting) > 1:
+                continue_training = self._proceed(timeout=1.0) and continue_training
+        return self._proceed() and continue_training
+
+    def _proceed(self, timeout: float = 0.0) -> bool:
+        """
+        Take results, and give the evaluator the next snapshot.
+
+        :param timeout: how long to wait for the evaluator, in seconds
+        :return: whether training goes on
+        """
+        continue_training = True
+        if self._worker is None and self._waiting:
+            self._start()
+        if self._worker is None:
+            return continue_training
+        try:
+            wait([self._worker.connection, self._worker.process.sentinel], timeout)
+            while self._worker is not None and self._worker.connection.poll():
+                continue_training = self._take(self._worker.connection.recv()) and continue_training
+            if self._worker is None:
+                return continue_training
+            if self._is_ready and self._running is None and self._waiting:
+                self._running = self._waiting.popleft()
+                self._worker.connection.send(self._running.parameters)
+            died = not self._worker.is_alive()
+        except (EOFError, OSError):
+            died = True
+        if died:
+            self._bury()
+        return continue_training
+
+    def _bury(self) -> None:
+        """The evaluator died, and with it the evaluation that it was busy with or started for."""
+        assert self._worker is not None
+        if self._running is None and self._waiting:
+            self._running = self._waiting.popleft()
+        lost = "" if self._running is None else f" The evaluation of step {self._running.num_timesteps} is missing."
+        code = self._worker.exit_code()
+        self.close(keep_waiting=True)
+        warnings.warn(f"The evaluator died with exit code {code}; the next evaluation starts it again.{lost}")
+
+    def _take(self, message: Any) -> bool:
+        """
+        :param message: that the evaluator is ready, an evaluation, or an exception
+        :return: whether training goes on
+        :raises Exception: that of the evaluator
+        """
+        if message == "ready":
+            self._is_ready = True
+            return True
+        if isinstance(message, Evaluation):
+            assert self._running is not None
+            snapshot, self._running = self._running, None
+            return self._report(snapshot, message)
+        self.close()
+        raise_packed(*message)
+
+    def _report(self, snapshot: Snapshot, evaluation: Evaluation) -> bool:
+        """
+        As ``EvalCallback`` does it.
+
+        :param snapshot: what was evaluated
+        :param evaluation: what came out of it
+        :return: whether training goes on
+        """
+        continue_training = True
+        if self.log_path is not None:
+            self.evaluations_timesteps.append(snapshot.num_timesteps)
+            self.evaluations_results.append(evaluation.rewards)
+            self.evaluations_length.append(evaluation.lengths)
+            successes = {}
+            if evaluation.successes:
+                self.evaluations_successes.append(evaluation.successes)
+                successes = {"successes": self.evaluations_successes}
+            np.savez(
+                self.log_path,
+                timesteps=self.evaluations_timesteps,
+                results=self.evaluations_results,
+                ep_lengths=self.evaluations_length,
+                **successes,  # type: ignore[arg-type]
+            )
+
+        mean_reward, std_reward = float(np.mean(evaluation.rewards)), float(np.std(evaluation.rewards))
+        mean_length, std_length = np.mean(evaluation.lengths), np.std(evaluation.lengths)
+        self.last_mean_reward = mean_reward
+        values = {"eval/mean_reward": mean_reward, "eval/mean_ep_length": mean_length}
+        if self.verbose >= 1:
+            print(f"Eval num_timesteps={snapshot.num_timesteps}, episode_reward={mean_reward:.2f} +/- {std_reward:.2f}")
+            print(f"Episode length: {mean_length:.2f} +/- {std_length:.2f}")
+        if evaluation.successes:
+            values["eval/success_rate"] = success_rate = float(np.mean(evaluation.successes))
+            if self.verbose >= 1:
+                print(f"Success rate: {100 * success_rate:.2f}%")
+        self._log(snapshot.num_timesteps, values)
+
+        if mean_reward > self.best_mean_reward:
+            if self.verbose >= 1:
+                print("New best mean reward!")
+            if self.best_model_save_path is not None:
+                assert snapshot.model is not None
+                with open(os.path.join(self.best_model_save_path, "best_model.zip"), "wb") as file:
+                    file.write(snapshot.model)
+            self.best_mean_reward = mean_reward
+            # Trigger callback on new best model, if needed
+            if self.callback_on_new_best is not None:
+                continue_training = self.callback_on_new_best.on_step()
+        # Trigger callback after every evaluation, if needed
+        if self.callback is not None:
+            continue_training = continue_training and self._on_event()
+        return continue_training
+
+    def _log(self, num_timesteps: int, values: dict[str, Any]) -> None:
+        """
+        Write to the log at a step of the past; what is being gathered for the present one stays there.
+
+        :param num_timesteps: the step
+        :param values: what is known of it
+        """
+        names = ("name_to_value", "name_to_count", "name_to_excluded")
+        gathered = {name: dict(getattr(self.logger, name)) for name in names}
+        for name in names:
+            getattr(self.logger, name).clear()
+        for key, value in values.items():
+            self.logger.record(key, value)
+        self.logger.record("time/total_timesteps", num_timesteps, exclude="tensorboard")
+        self.logger.dump(num_timesteps)
+        for name in names:
+            getattr(self.logger, name).update(gathered[name])
+
+    def _on_training_end(self) -> None:
+        while self._running is not None or self._waiting:
+            self._proceed(timeout=1.0)
+        self.close()
+
+    def close(self, keep_waiting: bool = False) -> None:
+        """
+        End the evaluator; what it has not finished is not evaluated. Calling it again does nothing.
+
+        :param keep_waiting: whether snapshots that it did not begin with are kept
+        """
+        if self._worker is not None:
+            self._worker.close()
+        self._worker = self._running = None
+        self._is_ready = False
+        if not keep_waiting:
+            self._waiting.clear()
+
+
+def close_evaluators(callback: MaybeCallback) -> None:
+    """
+    End the processes of callbacks, however training ended.
+
+    :param callback: what was passed to ``learn``
+    """
+    if isinstance(callback, list):
+        for member in callback:
+            close_evaluators(member)
+    elif isinstance(callback, CallbackList):
+        close_evaluators(callback.callbacks)
+    elif isinstance(callback, EventCallback):
+        close_evaluators(callback.callback)
+        if isinstance(callback, AsyncEvalCallback):
+            callback.close()

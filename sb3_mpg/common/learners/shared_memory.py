@@ -1,0 +1,267 @@
+"""
+Memory that processes share without a name: when the last of them is gone, so is the memory, even if it was killed.
+
+Nothing here is locked, since a process that is killed must not keep a lock. There is one writer; readers look at a
+counter before and after, and read again if it moved (a *seqlock*). That relies on stores becoming visible in their
+order, as they do on x86.
+"""
+
+import copy
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.heap import Arena
+from typing import Any
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
+from stable_baselines3.common.type_aliases import ReplayBufferSamples
+
+# Tensors and arrays begin at multiples of it, as torch allocates them
+ALIGNMENT = 64
+# How long a reader sleeps while the writer writes
+READ_AGAIN_SECONDS = 2e-5
+
+
+class SharedArrays:
+    """
+    NumPy arrays in shared memory. Pages that nobody writes to take no memory.
+
+    :param shapes: their shapes
+    :param dtypes: their types
+    """
+
+    def __init__(self, shapes: Sequence[tuple[int, ...]], dtypes: Sequence[Any]):
+        self.shapes = [tuple(shape) for shape in shapes]
+        self.dtypes = [np.dtype(dtype) for dtype in dtypes]
+        sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in zip(self.shapes, self.dtypes, strict=True)]
+        self.offsets = np.cumsum([0] + [-(-size // ALIGNMENT) * ALIGNMENT for size in sizes]).tolist()
+        # What is behind `RawArray`, which would write zeros to all of it
+        self.arena = Arena(max(self.offsets[-1], 1))
+
+    def views(self) -> list[np.ndarray]:
+        """
+        :return: the arrays
+        """
+        layout = zip(self.shapes, self.dtypes, self.offsets, strict=False)
+        return [np.ndarray(shape, dtype, self.arena.buffer, offset) for shape, dtype, offset in layout]
+
+
+class SharedTensors:
+    """
+    Tensors in shared memory, on the CPU.
+
+    :param templates: tensors of the same shapes and types
+    """
+
+    def __init__(self, templates: Sequence[th.Tensor]):
+        self.shapes = [tuple(tensor.shape) for tensor in templates]
+        self.dtypes = [tensor.dtype for tensor in templates]
+        sizes = [(tensor.numel() * tensor.element_size(),) for tensor in templates]
+        self.bytes = SharedArrays(sizes, [np.uint8] * len(sizes))
+
+    def views(self) -> list[th.Tensor]:
+        """
+        :return: the tensors
+        """
+        layout = zip(self.bytes.views(), self.shapes, self.dtypes, strict=True)
+        return [th.from_numpy(array).view(dtype).reshape(shape) for array, shape, dtype in layout]
+
+
+class SeqlockHeader:
+    """
+    A counter, odd while the writer writes, and a few integers that are written with what it guards.
+
+    :param n_values: number of integers
+    """
+
+    def __init__(self, n_values: int):
+        self.shared = SharedArrays([(1 + n_values,)], [np.int64])
+        self.numbers = self.shared.views()[0]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"shared": self.shared}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.shared = state["shared"]
+        self.numbers = self.shared.views()[0]
+
+    @contextmanager
+    def writing(self) -> Iterator[np.ndarray]:
+        """
+        :return: the integers, to be written to
+        """
+        self.numbers[0] += 1
+        try:
+            yield self.numbers[1:]
+        finally:
+            self.numbers[0] += 1
+
+    def attempts(self) -> Iterator[int]:
+        """
+        :return: numbers to show to :meth:`is_intact` after reading, one for each attempt
+        """
+        while True:
+            sequence = int(self.numbers[0])
+            if sequence % 2 == 0:
+                yield sequence
+            else:
+                time.sleep(READ_AGAIN_SECONDS)
+
+    def is_intact(self, sequence: int) -> bool:
+        """
+        :param sequence: of :meth:`attempts`
+        :return: whether nothing was written since
+        """
+        return int(self.numbers[0]) == sequence
+
+
+class SharedParameters:
+    """
+    Tensors that one process publishes, with a version number, and others fetch.
+
+    :param templates: tensors of the same shapes and types
+    """
+
+    def __init__(self, templates: Sequence[th.Tensor]):
+        self.shared = SharedTensors(templates)
+        self.header = SeqlockHeader(1)
+        self.views = self.shared.views()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"shared": self.shared, "header": self.header}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.views = self.shared.views()
+
+    @th.no_grad()
+    def publish(self, tensors: Sequence[th.Tensor], version: int) -> None:
+        """
+        :param tensors: what is published
+        :param version: its version
+        """
+        with self.header.writing() as numbers:
+            th._foreach_copy_(self.views, list(tensors))
+            numbers[0] = version
+
+    @th.no_grad()
+    def fetch(self, tensors: Sequence[th.Tensor]) -> int:
+        """
+        :param tensors: where the tensors go, in place
+        :return: the version
+        """
+        for sequence in self.header.attempts():
+            th._foreach_copy_(list(tensors), self.views)
+            version = int(self.header.numbers[1])
+            if self.header.is_intact(sequence):
+                return version
+        raise AssertionError("attempts never end")
+
+
+class SharedReplayBuffer:
+    """
+    Puts the arrays of a replay buffer into shared memory. The buffer stays what it is to everybody else; its arrays become
+    private again with :meth:`restore`.
+
+    :param buffer: the replay buffer
+    """
+
+    def __init__(self, buffer: ReplayBuffer):
+        self.buffer = buffer
+        arrays = {name: value for name, value in vars(buffer).items() if isinstance(value, np.ndarray) and value.ndim > 0}
+        arrays = {name: value for name, value in arrays.items() if value.shape[0] == buffer.buffer_size}
+        self.names = list(arrays)
+        self.shared = SharedArrays([array.shape for array in arrays.values()], [array.dtype for array in arrays.values()])
+        self.header = SeqlockHeader(2)
+        self._replace_arrays(self.shared.views())
+        self.publish()
+
+    def _n_rows(self) -> int:
+        # Where memory is saved, the observation after the last step is in the next row
+        return min(self.buffer.size() + 1, self.buffer.buffer_size)
+
+    def _replace_arrays(self, arrays: list[np.ndarray]) -> None:
+        """
+        :param arrays: what the arrays of the buffer become, with as much of their contents as is filled
+        """
+        n_rows = self._n_rows()
+        for name, array in zip(self.names, arrays, strict=True):
+            array[:n_rows] = getattr(self.buffer, name)[:n_rows]
+            setattr(self.buffer, name, array)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Learners do not read within this context; afterwards they see what was added."""
+        with self.header.writing() as numbers:
+            yield
+            numbers[:] = self.buffer.pos, self.buffer.full
+
+    def publish(self) -> None:
+        """Tell the learners how much there is in the buffer, which others than :meth:`writing` may have changed."""
+        if tuple(self.header.numbers[1:]) != (self.buffer.pos, self.buffer.full):
+            with self.writing():
+                pass
+
+    def restore(self) -> None:
+        """Give the buffer arrays of its own."""
+        layout = zip(self.shared.shapes, self.shared.dtypes, strict=True)
+        self._replace_arrays([np.zeros(shape, dtype) for shape, dtype in layout])
+
+    def stripped_buffer(self) -> ReplayBuffer:
+        """
+        :return: the buffer without its arrays, for a :class:`SharedReplayReader`
+        """
+        buffer = copy.copy(self.buffer)
+        for name in self.names:
+            delattr(buffer, name)
+        return buffer
+
+    def shared_parts(self) -> tuple[list[str], SharedArrays, SeqlockHeader]:
+        """
+        :return: the other arguments of a :class:`SharedReplayReader`; they can be passed to a process that is being started
+        """
+        return self.names, self.shared, self.header
+
+
+class SharedReplayReader:
+    """
+    What a learner samples from.
+
+    :param buffer: the replay buffer without its arrays
+    :param names: of the arrays
+    :param shared: the arrays
+    :param header: position in the buffer, and whether it is full
+    """
+
+    def __init__(self, buffer: ReplayBuffer, names: list[str], shared: SharedArrays, header: SeqlockHeader):
+        self.buffer = buffer
+        self.header = header
+        for name, array in zip(names, shared.views(), strict=True):
+            array.flags.writeable = False
+            setattr(buffer, name, array)
+
+    def sample(self, batch_size: int) -> ReplayBufferSamples:
+        """
+        As ``ReplayBuffer.sample``; transitions that were overwritten meanwhile are not returned, but drawn again.
+
+        :param batch_size: number of transitions
+        :return: the transitions
+        """
+        shared_timeouts = self.buffer.timeouts
+        random_state = np.random.get_state()
+        for sequence in self.header.attempts():
+            np.random.set_state(random_state)
+            self.buffer.pos, self.buffer.full = int(self.header.numbers[1]), bool(self.header.numbers[2])
+            if isinstance(self.buffer, NStepReplayBuffer):
+                # It marks the newest step as an end while it samples, which others must not see
+                self.buffer.timeouts = shared_timeouts.copy()
+            try:
+                samples = self.buffer.sample(batch_size)
+            finally:
+                self.buffer.timeouts = shared_timeouts
+            if self.header.is_intact(sequence):
+                return samples
+        raise AssertionError("attempts never end")

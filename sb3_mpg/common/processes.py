@@ -1,0 +1,199 @@
+"""Worker processes that leave nothing behind."""
+
+import multiprocessing as mp
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import BaseContext
+from multiprocessing.heap import Arena
+from typing import Any, NoReturn
+
+import cloudpickle
+import torch as th
+
+# Exit code of a process that imported the main script and found itself asked to start processes
+NO_MAIN_GUARD = 78
+NO_MAIN_GUARD_MESSAGE = (
+    "Processes start by importing the main script again: put what trains under `if __name__ == '__main__':`."
+)
+# How long a process that was told to end may take
+GRACE_SECONDS = 1.0
+START_METHODS = ("forkserver", "spawn")
+
+
+def check_start_method(start_method: str | None) -> str:
+    """
+    :param start_method: ``"forkserver"``, ``"spawn"``, or ``None`` for the first of them that the system has
+    :return: the name
+    :raises ValueError: when there is no such method; ``"fork"`` copies locks and threads in whatever state they are
+    """
+    available = [method for method in START_METHODS if method in mp.get_all_start_methods()]
+    if start_method is None:
+        return available[0]
+    if start_method not in available:
+        raise ValueError(f"The start method of processes must be one of {available}, got {start_method!r}.")
+    return start_method
+
+
+def exit_without_main_guard() -> None:
+    """
+    To be called before the work that processes are started for. In a process that runs through the main script, because that
+    has no guard, it tells the main process, and vanishes before it does that work, too.
+    """
+    if getattr(mp.current_process(), "_inheriting", False):
+        os._exit(NO_MAIN_GUARD)
+
+
+def process_context(start_method: str | None = None) -> BaseContext:
+    """
+    :param start_method: see :func:`check_start_method`
+    :return: what processes are started with
+    """
+    context = mp.get_context(check_start_method(start_method))
+    if context.get_start_method() == "forkserver":
+        # The server imports torch once, so that further processes start in a moment. No effect once the server runs.
+        context.set_forkserver_preload([__name__])
+    return context
+
+
+class RemoteTraceback(Exception):
+    """
+    The traceback of another process, as the cause of the exception that it ended in.
+
+    :param text: the traceback
+    """
+
+    def __init__(self, text: str):
+        super().__init__(text)
+        self.text = text
+
+    def __str__(self) -> str:
+        return f"in another process:\n\n{self.text}"
+
+
+def pack_exception(error: BaseException, traceback_text: str) -> tuple[bytes | None, str]:
+    """
+    :param error: an exception
+    :param traceback_text: its traceback
+    :return: what :func:`raise_packed` takes: the exception, ``None`` if it cannot be pickled, and the traceback
+    """
+    try:
+        packed = cloudpickle.dumps(error)
+        # Some exceptions can be pickled, but not put together again
+        cloudpickle.loads(packed)
+    except Exception:
+        return None, traceback_text
+    return packed, traceback_text
+
+
+def raise_packed(packed: bytes | None, traceback_text: str) -> NoReturn:
+    """
+    :param packed: the exception, or ``None``
+    :param traceback_text: its traceback in the other process
+    :raises BaseException: the exception, with the traceback as its cause
+    """
+    error = RuntimeError("An exception that cannot be sent between processes; see its traceback above.")
+    if packed is not None:
+        error = cloudpickle.loads(packed)
+    raise error from RemoteTraceback(traceback_text)
+
+
+def _exit_with_parent() -> None:
+    """Also when the main process was killed, and while this one is busy."""
+    parent = mp.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
+
+
+def _run(target: Callable[..., None], connection: Connection, args: tuple[Any, ...]) -> None:
+    """
+    What a worker process runs.
+
+    :param target: takes the connection and the arguments
+    :param connection: to the main process
+    :param args: the arguments
+    """
+    # Ctrl-C reaches every process of the terminal; the main process ends the others
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    th.set_num_threads(1)
+    try:
+        target(connection, *args)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        # The main process hung up
+        sys.exit(1)
+
+
+class SharedBytes:
+    """
+    Bytes in shared memory, for what is too large for the pipe that a process is started through: the interpreter would wait
+    for ever for a process that died before it read all.
+
+    :param data: the bytes
+    """
+
+    def __init__(self, data: bytes):
+        self.size = len(data)
+        self.arena = Arena(self.size)
+        self.arena.buffer[: self.size] = data
+
+    def load(self) -> Any:
+        """
+        :return: what the bytes are the pickle of
+        """
+        return cloudpickle.loads(self.arena.buffer[: self.size])
+
+
+class Worker:
+    """
+    A process and a connection to it.
+
+    :param context: of :func:`process_context`
+    :param target: a function of a module, which takes the connection and the arguments
+    :param args: what it takes; small things and shared memory
+    :param name: name of the process
+    :raises RuntimeError: when the process cannot be started
+    """
+
+    def __init__(self, context: BaseContext, target: Callable[..., None], args: tuple[Any, ...], name: str):
+        exit_without_main_guard()
+        self.connection, child_connection = context.Pipe()
+        # Daemons: the interpreter ends them when it ends without having closed them
+        self.process = context.Process(  # type: ignore[attr-defined]
+            target=_run, args=(target, child_connection, args), name=name, daemon=True
+        )
+        try:
+            self.process.start()
+        finally:
+            child_connection.close()
+
+    def is_alive(self) -> bool:
+        """
+        :return: whether the process runs
+        """
+        return self.process.is_alive()
+
+    def exit_code(self) -> int | None:
+        """
+        :return: of a process that is about to end or ended; negative after a signal, ``None`` if it goes on
+        """
+        self.process.join(GRACE_SECONDS)
+        return self.process.exitcode
+
+    def close(self, grace_seconds: float = 0.0) -> None:
+        """
+        End the process, and wait for that.
+
+        :param grace_seconds: how long it may take to end by itself
+        """
+        self.connection.close()
+        if grace_seconds > 0:
+            self.process.join(grace_seconds)
+        if self.process.is_alive():
+            self.process.kill()
+        self.process.join()
+        self.process.close()

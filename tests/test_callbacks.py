@@ -1,0 +1,190 @@
+"""Evaluation in another process: the results of SB3's callback, later."""
+
+import multiprocessing as mp
+import os
+import signal
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from lq import LinearEnv
+from stable_baselines3 import PPO, TD3
+from stable_baselines3.common.callbacks import (
+    BaseCallback,
+    CallbackList,
+    EvalCallback,
+    StopTrainingOnNoModelImprovement,
+    StopTrainingOnRewardThreshold,
+)
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.logger import configure
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecMonitor, VecNormalize
+
+from sb3_mpg import MPG, AsyncEvalCallback
+
+SMALL = {"policy_kwargs": {"net_arch": [8]}, "learning_starts": 20, "batch_size": 16, "seed": 0, "buffer_size": 2000}
+FAST = {**SMALL, "residual": False, "weighting": "constant", "horizons": (0, 1)}
+
+
+def timed_env(noise=0.1, cls=LinearEnv):
+    return gym.wrappers.TimeLimit(cls(noise=noise), 10)
+
+
+def eval_env(normalized=False, **kwargs):
+    env = make_vec_env(lambda: timed_env(**kwargs), 1, seed=3)
+    return VecNormalize(env, training=False, norm_reward=False) if normalized else env
+
+
+def small_model(env=None, **kwargs):
+    return MPG("MlpPolicy", timed_env() if env is None else env, **{**FAST, **kwargs})
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left():
+    yield
+    assert not [process for process in mp.active_children() if process.name == "evaluator"]
+
+
+class Succeeds(LinearEnv):
+    def step(self, action):
+        *rest, info = super().step(action)
+        return *rest, {**info, "is_success": bool(abs(self.state[0]) < 0.5)}
+
+
+class Dies(LinearEnv):
+    """The process that steps it is killed, once."""
+
+    flag: Path
+
+    def step(self, action):
+        if mp.current_process().name == "evaluator" and not self.flag.exists():
+            self.flag.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().step(action)
+
+
+class Wrong(LinearEnv):
+    def step(self, action):
+        if mp.current_process().name == "evaluator":
+            raise ZeroDivisionError("in the evaluator")
+        return super().step(action)
+
+
+class Fail(BaseCallback):
+    def _on_step(self):
+        if self.num_timesteps == 35:
+            raise ZeroDivisionError
+        return True
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+def test_same_results_as_eval_callback(normalized, tmp_path):
+    for cls in (EvalCallback, AsyncEvalCallback):
+        env = make_vec_env(lambda: timed_env(cls=Succeeds), 1, seed=0)
+        model = small_model(VecNormalize(env) if normalized else env)
+        folder = str(tmp_path / cls.__name__)
+        callback = cls(
+            eval_env(normalized, cls=Succeeds),
+            eval_freq=20,
+            n_eval_episodes=2,
+            log_path=folder,
+            best_model_save_path=folder,
+            verbose=0,
+        )
+        model.learn(100, callback=callback)
+    first, second = (np.load(tmp_path / cls.__name__ / "evaluations.npz") for cls in (EvalCallback, AsyncEvalCallback))
+    assert sorted(first.files) == sorted(second.files) == ["ep_lengths", "results", "successes", "timesteps"]
+    for name in first.files:
+        np.testing.assert_array_equal(first[name], second[name], err_msg=name)
+    assert first["timesteps"].tolist() == [20, 40, 60, 80, 100]
+    best = [MPG.load(tmp_path / cls.__name__ / "best_model.zip") for cls in (EvalCallback, AsyncEvalCallback)]
+    assert best[0].num_timesteps == best[1].num_timesteps
+    for expected, value in zip(*(model.policy.parameters() for model in best), strict=True):
+        assert th.equal(expected, value)
+
+
+def test_log_is_of_the_step_of_the_snapshot(tmp_path, capsys):
+    model = small_model()
+    model.set_logger(configure(str(tmp_path), ["csv"]))
+    model.learn(75, callback=AsyncEvalCallback(eval_env(), eval_freq=25, n_eval_episodes=1), log_interval=1)
+    model.logger.close()
+    table = np.genfromtxt(tmp_path / "progress.csv", delimiter=",", names=True)
+    evaluated = np.isfinite(table["evalmean_reward"])
+    assert table["timetotal_timesteps"][evaluated].tolist() == [25, 50, 75]
+    # What training says belongs to other steps
+    assert np.isnan(table["traincritic_loss"][evaluated]).all()
+    assert np.isfinite(table["traincritic_loss"][~evaluated]).any()
+    output = capsys.readouterr().out
+    assert "Eval num_timesteps=25, episode_reward=" in output
+    assert "New best mean reward!" in output
+
+
+@pytest.mark.parametrize("together", [list, CallbackList])
+def test_an_exception_leaves_no_process(together):
+    callback = AsyncEvalCallback(eval_env(), eval_freq=10, verbose=0)
+    with pytest.raises(ZeroDivisionError):
+        small_model().learn(100, callback=together([callback, Fail()]))
+
+
+@pytest.mark.parametrize("algorithm", [TD3, PPO])
+def test_with_algorithms_of_sb3(algorithm, tmp_path):
+    kwargs = {"n_steps": 32, "batch_size": 32} if algorithm is PPO else {"learning_starts": 20}
+    model = algorithm("MlpPolicy", timed_env(), policy_kwargs={"net_arch": [8]}, **kwargs)
+    callback = AsyncEvalCallback(eval_env(), eval_freq=30, n_eval_episodes=1, best_model_save_path=str(tmp_path), verbose=0)
+    model.learn(64, callback=callback)
+    assert callback.best_mean_reward > -np.inf
+    algorithm.load(tmp_path / "best_model.zip")
+
+
+def test_callbacks_on_results():
+    stop = StopTrainingOnRewardThreshold(reward_threshold=-1e9)
+    callback = AsyncEvalCallback(eval_env(), callback_on_new_best=stop, eval_freq=5, n_eval_episodes=1, verbose=0)
+    model = small_model(learning_starts=50).learn(1_000_000, callback=callback)
+    assert model.num_timesteps < 1_000_000
+    after = StopTrainingOnNoModelImprovement(max_no_improvement_evals=1)
+    callback = AsyncEvalCallback(eval_env(), callback_after_eval=after, eval_freq=5, n_eval_episodes=1, verbose=0)
+    model = small_model(learning_starts=2_000_000).learn(1_000_000, callback=callback)
+    assert model.num_timesteps < 1_000_000
+
+
+def test_a_dead_evaluator_is_replaced(tmp_path):
+    env = make_vec_env(lambda: timed_env(cls=Dies), 1)
+    env.envs[0].unwrapped.flag = tmp_path / "flag"
+    callback = AsyncEvalCallback(env, eval_freq=20, n_eval_episodes=1, log_path=str(tmp_path), verbose=0)
+    with pytest.warns(UserWarning, match=r"died with exit code -9.*evaluation of step 20 is missing"):
+        small_model().learn(60, callback=callback)
+    assert callback.evaluations_timesteps == [40, 60]
+
+
+def test_an_exception_of_the_environment():
+    callback = AsyncEvalCallback(eval_env(cls=Wrong), eval_freq=20, verbose=0)
+    with pytest.raises(ZeroDivisionError, match="in the evaluator") as error:
+        small_model().learn(60, callback=callback)
+    assert "in another process" in str(error.value.__cause__)
+
+
+def test_with_learners(tmp_path):
+    callback = AsyncEvalCallback(eval_env(), eval_freq=20, n_eval_episodes=1, log_path=str(tmp_path), verbose=0)
+    model = small_model(n_learners=1).learn(60, callback=callback)
+    assert model._n_updates == 40
+    assert callback.evaluations_timesteps == [20, 40, 60]
+
+
+def test_environments_that_cannot_be_sent():
+    env = SubprocVecEnv([LinearEnv])
+    with pytest.raises(ValueError, match="cannot be a SubprocVecEnv"):
+        AsyncEvalCallback(VecMonitor(env))
+    env.close()
+    env = timed_env()
+    env.handle = (number for number in range(3))
+    with pytest.raises(ValueError, match="cannot be sent to the evaluator"):
+        small_model().learn(30, callback=AsyncEvalCallback(DummyVecEnv([lambda: env]), eval_freq=5, verbose=0))
+
+
+def test_wrappers_survive():
+    env, training = (VecMonitor(VecNormalize(DummyVecEnv([timed_env] * 2))) for _ in range(2))
+    callback = AsyncEvalCallback(env, eval_freq=10, n_eval_episodes=2, verbose=0)
+    small_model(training).learn(60, callback=callback)
+    assert np.isfinite(callback.last_mean_reward)

@@ -230,7 +230,7 @@ def test_record_video(commands):
 def test_optimize(commands):
     folder, outputs = commands
     assert "Number of finished trials:  3" in outputs["optimize"]
-    assert "horizons:" in outputs["optimize"]
+    assert "horizon:" in outputs["optimize"]
     (report,) = folder.glob("logs/mpg/report_*.csv")
     states = report.read_text()
     assert states.count("COMPLETE") + states.count("PRUNED") == 3

@@ -90,32 +90,40 @@ def _median(values: np.ndarray) -> tuple[float, float]:
     return float(np.median(values)), float((high - low) / 2) if np.isfinite(high) else float("inf")
 
 
-def gradient_errors(gradients: np.ndarray, horizons: Sequence[int]) -> GradientErrors:
+def gradient_errors(gradients: np.ndarray, horizons: Sequence[int], with_judge: bool = False) -> GradientErrors:
     r"""
     Judge estimates of the action gradient by one another.
 
     A model horizon is judged by the difference of two members of the ensemble, each with its own critic:
-    :math:`e_n = \mathrm{median}_s |g_n^1 - g_n^2|^2 / 2`; where the first member is the prior model as it is, the difference
-    is its error. The critics share data and targets, so that their errors agree and their difference says too little;
-    their gradient is judged against the best model horizon too, as far as that one agrees with itself:
+    :math:`e_n = \mathrm{median}_s |g_n^1 - g_n^2|^2 / 2`. The critics share data and targets, so that their errors agree and
+    their difference says too little; their gradient is judged against the best model horizon too, as far as that one
+    agrees with itself:
     :math:`e_0 = \max(\mathrm{median}_s |g_0^1 - g_0^2|^2 / 2, \; \mathrm{median}_s |\bar g_0 - \bar g_n|^2 - e_n)`.
+
+    With a judge, the second member is better than the first, which alone is used: all of their difference is the error of
+    the first, and the critics are judged by the second.
 
     :param gradients: of :func:`action_gradients`, ``(n_horizons, 2, B, A)``
     :param horizons: numbers of model steps, ascending
+    :param with_judge: whether the last member is there to judge the first
     :return: the errors
     """
     with np.errstate(all="ignore"):
-        disagreements = ((gradients[:, 0] - gradients[:, -1]) ** 2).sum(-1) / 2  # (n_horizons, B)
-        means = gradients.mean(axis=1)  # (n_horizons, B, A)
-        medians = [_median(values) for values in disagreements]
+        differences = ((gradients[:, 0] - gradients[:, -1]) ** 2).sum(-1)  # (n_horizons, B)
+        shares = [1.0 if with_judge and horizon > 0 else 0.5 for horizon in horizons]
+        medians = [_median(share * values) for share, values in zip(shares, differences, strict=True)]
         errors, standard_errors = (np.array(column) for column in zip(*medians, strict=True))
+        means = gradients.mean(axis=1)  # (n_horizons, B, A)
+        references = gradients[:, -1] if with_judge else means
         models = [index for index, horizon in enumerate(horizons) if horizon > 0]
         best = min(models, key=lambda index: errors[index]) if models else 0
         if 0 in horizons and models:
             critic = list(horizons).index(0)
-            distance, distance_error = _median(((means[critic] - means[best]) ** 2).sum(-1))
-            if distance - errors[best] > errors[critic]:
-                errors[critic] = distance - errors[best]
-                standard_errors[critic] = np.hypot(distance_error, standard_errors[best])
-        gradient_norm, _ = _median((means[best] ** 2).sum(-1))
+            distance, distance_error = _median(((means[critic] - references[best]) ** 2).sum(-1))
+            if not with_judge:
+                distance -= errors[best]
+                distance_error = float(np.hypot(distance_error, standard_errors[best]))
+            if distance > errors[critic]:
+                errors[critic], standard_errors[critic] = distance, distance_error
+        gradient_norm, _ = _median((references[best] ** 2).sum(-1))
     return GradientErrors(tuple(horizons), errors, standard_errors, gradient_norm)

@@ -475,7 +475,7 @@ class MPG(OffPolicyModelAlgorithm):
                     *advance,
                 )
             )
-        return gradient_errors(gradients.cpu().numpy(), self.weighting_rule.horizons)
+        return gradient_errors(gradients.cpu().numpy(), self.weighting_rule.horizons, with_judge=compares)
 
     def trust_report(self) -> TrustReport:
         """

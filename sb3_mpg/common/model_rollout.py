@@ -114,7 +114,7 @@ class StepCompiler:
     :param backend: of ``torch.compile``
     """
 
-    def __init__(self, chunk: int = 3, backend: str = "inductor"):
+    def __init__(self, chunk: int = 5, backend: str = "inductor"):
         self.chunk = chunk
         self.backend = backend
         # Compiled at the first call, because that is where failures are dealt with

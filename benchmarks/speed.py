@@ -298,7 +298,7 @@ def measure_simulator(table: Table) -> None:
     v1 = make_model("mpg_v1", task, make_vec_env(task, 16), 0)
     fill(v1)
     data, units = v1.replay_buffer.sample(BATCH), v1._units()  # type: ignore[union-attr]
-    arguments = (data, v1.actor, v1.actor_target, v1.critic_target, units, v1.gamma, v1._make_simulator)
+    arguments = (data, v1.actor, v1.actor_target, v1._target_values(1), units, v1.gamma, v1._make_simulator)
     with th.no_grad():
         times = take_turns({"target": lambda: v1.value_target(*arguments)}, "cpu")
     table.add("n-step target of MPG-v1, 256 states, 25 steps", [1e3 * time for time in times["target"]], "ms", "20", "5")

@@ -506,7 +506,12 @@ class Script:
 class TestScripts:
     @pytest.mark.parametrize(
         ("start_method", "how"),
-        [("forkserver", signal.SIGINT), ("forkserver", signal.SIGKILL), ("spawn", signal.SIGKILL)],
+        [
+            ("forkserver", signal.SIGINT),
+            ("spawn", signal.SIGKILL),
+            pytest.param("forkserver", signal.SIGKILL, marks=pytest.mark.expensive),
+            pytest.param("spawn", signal.SIGINT, marks=pytest.mark.expensive),
+        ],
     )
     def test_nothing_is_left_when_the_main_process_is_stopped(self, tmp_path, start_method, how):
         script = Script(tmp_path / "script.py", GUARDED, start_method)
@@ -516,7 +521,7 @@ class TestScripts:
         script.wait_until_gone()
         assert script.process.returncode == -how if how == signal.SIGKILL else script.process.returncode != 0
 
-    @pytest.mark.parametrize("start_method", ["forkserver", "spawn"])
+    @pytest.mark.parametrize("start_method", ["forkserver", pytest.param("spawn", marks=pytest.mark.expensive)])
     def test_without_guard_there_is_one_sentence(self, tmp_path, start_method):
         script = Script(tmp_path / "script.py", SCRIPT + "main()\n", start_method)
         errors = script.wait_until_gone()

@@ -122,7 +122,7 @@ def test_policy_gradient_is_that_of_the_update():
     """What `train` applies is the weighted sum of what `policy_gradient` returns."""
     model = MPG("MlpPolicy", LinearEnv(), horizons=(0, 2, 6), max_grad_norm=None, policy_delay=1, **SMALL, **PAPERS).learn(50)
     units = model._units()
-    batch = model._sample_batch(32, units)
+    batch = model._sample_batch(1, 32, units)
     n_updates = 4400
     result = model.compute_gradients(batch, n_updates, units)
     weights = model.weighting_rule(n_updates)
@@ -424,7 +424,7 @@ def test_non_finite_gradients_are_skipped_counted_and_explained():
 def test_a_single_bad_update_is_passed_over():
     model = MPG("MlpPolicy", LinearEnv(), horizons=(0, 2), policy_delay=1, **SMALL).learn(45)
     units = model._units()
-    batch = model._sample_batch(32, units)
+    batch = model._sample_batch(1, 32, units)
     result = model.compute_gradients(batch, 1, units)
     result.actor[0][0] = float("nan")
     before = [parameter.clone() for parameter in model.policy.parameters()]

@@ -62,6 +62,47 @@ def test_it_learns_what_the_prior_model_misses():
     assert abs(slope.median() + 0.3) < 0.05
 
 
+def test_linear_mistakes_and_quadratic_costs_are_solved_for():
+    """Before the first step of the optimizer, and far closer than it would come."""
+    data, new = truth(300), truth(100, seed=1)
+
+    def observe(data):
+        next_states = 0.9 * data.observations - 0.3 * data.actions + 0.5
+        weights = th.tensor([3.0, 0.01])
+        rewards = 0.2 - (weights * (next_states - 0.1) ** 2).sum(1, keepdim=True) - data.actions[:, :1] ** 2
+        return data._replace(next_observations=next_states, rewards=rewards)
+
+    data, new = observe(data), observe(new)
+    model = ResidualModel(Known(), 2, 2).eval()
+    model.adapt_to(data)
+    next_states, rewards = model.step(new.observations, new.actions)
+    th.testing.assert_close(next_states, new.next_observations, rtol=0, atol=1e-5)
+    th.testing.assert_close(rewards, new.rewards, rtol=0, atol=1e-5)
+    th.testing.assert_close(model.reward(new.observations, new.actions, new.next_observations), new.rewards, rtol=0, atol=1e-5)
+    # The prior model as it is
+    model.gains.zero_()
+    th.testing.assert_close(model.transition(new.observations, new.actions), new.observations + 0.1 * new.actions)
+
+
+def test_predictions_are_those_of_averaged_networks():
+    model, data = ResidualModel(Known(), 2, 2), truth(512)
+    model.adapt_to(data)
+    history = []
+    for step in range(1, 61):
+        model.fit(data)
+        history.append([parameter.detach().clone() for parameter in model.fitted.parameters()])
+        if step == 50:
+            # So far all count alike
+            for parameter, *others in zip(model.correction.parameters(), *history, strict=True):
+                th.testing.assert_close(parameter, th.stack(others).mean(0), rtol=1e-4, atol=1e-6)
+                assert not parameter.requires_grad
+            before = [parameter.clone() for parameter in model.correction.parameters()]
+    for parameter, old, *new in zip(model.correction.parameters(), before, *history[50:], strict=True):
+        for other in new:
+            old = old + 0.02 * (other - old)
+        th.testing.assert_close(parameter, old, rtol=1e-4, atol=1e-6)
+
+
 def test_rows_are_dealt_out_to_the_members():
     model, data = ResidualModel(Known(), 2, 2, n_members=3), truth(7)
     with th.no_grad():

@@ -9,13 +9,14 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_mpg import MPG
 from sb3_mpg.common.value_targets import ReplayTarget, SimulatorTarget, make_value_target
+from sb3_mpg.common.weighting import ConstantWeighting, MeasuredWeighting
 
 SMALL = {"policy_kwargs": {"net_arch": [8]}, "learning_starts": 40, "batch_size": 32, "seed": 0, "buffer_size": 500}
 
 
 def make_model(env, **kwargs):
-    """Networks, targets that differ from them, and a filled buffer."""
-    model = MPG("MlpPolicy", env, **{**SMALL, **kwargs}).learn(80)
+    """Networks, targets that differ from them, and a filled buffer; the papers' weights."""
+    model = MPG("MlpPolicy", env, **{**SMALL, "weighting": "rule_based", **kwargs}).learn(80)
     with th.no_grad():
         for parameter in (*model.actor_target.parameters(), *model.critic_target.parameters()):
             parameter.add_(0.1 * th.randn_like(parameter))
@@ -28,7 +29,7 @@ def targets(model, replay_data):
             replay_data,
             model.actor,
             model.actor_target,
-            model.critic_target,
+            model._target_values(1),
             model._units(),
             model.gamma,
             model._make_simulator,
@@ -44,6 +45,22 @@ def test_clipped_double_q():
         q1, q2 = model.critic_target(data.next_observations, next_actions)
     expected = 0.3 * data.rewards + (1 - data.dones) * model.gamma * th.minimum(q1, q2)
     th.testing.assert_close(targets(model, data), expected)
+
+
+def test_critics_are_taken_as_pessimistically_as_they_are_climbed():
+    model = make_model(LinearEnv(), horizons=(0, 3))
+    model.weighting_rule = MeasuredWeighting((0, 3))
+    model.weighting_rule.observe(np.array([3.0, 1.0]))
+    data = model.replay_buffer.sample(64)
+    with th.no_grad():
+        q1, q2 = model.critic_target(data.next_observations, model.actor_target(data.next_observations))
+    # Horizon 0 weighs a quarter
+    values = 0.25 * th.minimum(q1, q2) + 0.75 * (q1 + q2) / 2
+    assert not th.allclose(q1, q2)
+    th.testing.assert_close(targets(model, data), data.rewards + model.gamma * values)
+    # Where nothing is measured it is the clipped double Q of the papers, whatever the weights
+    model.weighting_rule = ConstantWeighting((0, 3), (0.25, 0.75))
+    th.testing.assert_close(targets(model, data), data.rewards + model.gamma * th.minimum(q1, q2))
 
 
 def test_target_noise_is_clipped():
@@ -132,7 +149,7 @@ def test_batches_take_turns_and_serve_equally_often():
     units = model._units()
     model._batches.clear()
     model._n_batch_uses = 0
-    batches = [model._sample_batch(8, units) for _ in range(60)]
+    batches = [model._sample_batch(1, 8, units) for _ in range(60)]
     assert all(first is not second for first, second in pairwise(batches))
     uses = [sum(batch is other for other in batches) for batch in batches]
     # The first ones make room, so that the draws are spread evenly from then on

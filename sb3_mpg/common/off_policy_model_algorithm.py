@@ -415,8 +415,9 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         with nullcontext() if self._learners is None else self._learners.writing():
             super()._store_transition(*args, **kwargs)
 
-    def _sample_batch(self, batch_size: int, units: Units) -> TrainingBatch:
+    def _sample_batch(self, n_updates: int, batch_size: int, units: Units) -> TrainingBatch:
         """
+        :param n_updates: number of the update
         :param batch_size: number of transitions
         :param units: conversions between environment and networks
         :return: transitions with their value targets
@@ -445,7 +446,7 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         """
         assert self._update_seed is not None
         with randomness_of_update(self._update_seed, n_updates, self.device):
-            return self.compute_gradients(self._sample_batch(batch_size, units), n_updates, units)
+            return self.compute_gradients(self._sample_batch(n_updates, batch_size, units), n_updates, units)
 
     def gradient_template(self) -> GradientResult:
         """

@@ -10,6 +10,7 @@ import torch as th
 from stable_baselines3.common.policies import ContinuousCritic
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
+from sb3_mpg.common.model_rollout import QFunction
 from sb3_mpg.common.type_aliases import Simulator
 from sb3_mpg.common.units import Units
 
@@ -17,16 +18,17 @@ from sb3_mpg.common.units import Units
 def bootstrap_values(
     network_inputs: th.Tensor,
     actor_target: th.nn.Module,
-    critic_target: ContinuousCritic,
+    target_values: QFunction,
     noise_std: float = 0.0,
     noise_clip: float = 0.5,
 ) -> th.Tensor:
     r"""
-    The least of the target critics' values, :math:`\min_i Q_{\omega'_i}(s, \pi_{\theta'}(s) + \epsilon)`.
+    The target critics' values of the target policy's actions,
+    :math:`Q_{\omega'}(s, \mathrm{clip}(\pi_{\theta'}(s) + \epsilon))`.
 
     :param network_inputs: normalised observations, ``(B, *obs_shape)``
     :param actor_target: the target policy
-    :param critic_target: the target critics
+    :param target_values: of :func:`target_values_of`
     :param noise_std: standard deviation of the noise that smooths the target policy, in [-1, 1] units
     :param noise_clip: largest absolute value of that noise
     :return: values, ``(B, 1)``
@@ -35,7 +37,28 @@ def bootstrap_values(
     if noise_std > 0:
         noise = (noise_std * th.randn_like(actions)).clamp(-noise_clip, noise_clip)
         actions = (actions + noise).clamp(-1, 1)
-    return th.cat(critic_target(network_inputs, actions), dim=1).min(dim=1, keepdim=True).values
+    return target_values(network_inputs, actions)
+
+
+def target_values_of(critic_target: ContinuousCritic, pessimism: float = 1.0) -> QFunction:
+    r"""
+    What several critics say together: :math:`\kappa \min_i Q_i + (1 - \kappa) \, \mathrm{mean}_i \, Q_i`.
+
+    The least of them (clipped double Q) keeps a policy that climbs the critics from exploiting their errors. It also
+    leans the values to wherever the critics agree, and so bends their gradient. A policy that follows a model does not
+    exploit critics, and needs neither.
+
+    :param critic_target: the target critics
+    :param pessimism: :math:`\kappa`, from 0 to 1
+    :return: their values, of normalised observations and actions in [-1, 1]
+    """
+
+    def target_values(network_inputs: th.Tensor, actions: th.Tensor) -> th.Tensor:
+        values = th.cat(critic_target(network_inputs, actions), dim=1)
+        least = values.min(dim=1, keepdim=True).values
+        return least if pessimism == 1 else th.lerp(values.mean(dim=1, keepdim=True), least, pessimism)
+
+    return target_values
 
 
 class ValueTarget(ABC):
@@ -58,7 +81,7 @@ class ValueTarget(ABC):
         replay_data: ReplayBufferSamples,
         actor: th.nn.Module,
         actor_target: th.nn.Module,
-        critic_target: ContinuousCritic,
+        target_values: QFunction,
         units: Units,
         gamma: float,
         make_simulator: Callable[[int], Simulator],
@@ -67,7 +90,7 @@ class ValueTarget(ABC):
         :param replay_data: raw observations and rewards, actions in [-1, 1]
         :param actor: the current policy
         :param actor_target: the target policy
-        :param critic_target: the target critics
+        :param target_values: of the target critics, see :func:`target_values_of`
         :param units: between the environment and the networks
         :param gamma: discount factor
         :param make_simulator: gives a simulator of so many agents
@@ -95,9 +118,9 @@ class ReplayTarget(ValueTarget):
     def replay_n_steps(self) -> int:
         return self.n_steps
 
-    def __call__(self, replay_data, actor, actor_target, critic_target, units, gamma, make_simulator):
+    def __call__(self, replay_data, actor, actor_target, target_values, units, gamma, make_simulator):
         network_inputs = units.normalize_observations(replay_data.next_observations)
-        values = bootstrap_values(network_inputs, actor_target, critic_target, self.noise_std, self.noise_clip)
+        values = bootstrap_values(network_inputs, actor_target, target_values, self.noise_std, self.noise_clip)
         # For n-step replay the discount is gamma ** n_steps, less where an episode ended earlier
         discounts = gamma if replay_data.discounts is None else replay_data.discounts
         rewards = units.scale_rewards(replay_data.rewards, clip=replay_data.discounts is None)
@@ -122,7 +145,7 @@ class SimulatorTarget(ValueTarget):
     def __init__(self, n_steps: int = 25):
         self.n_steps = check_n_steps(n_steps)
 
-    def __call__(self, replay_data, actor, actor_target, critic_target, units, gamma, make_simulator):
+    def __call__(self, replay_data, actor, actor_target, target_values, units, gamma, make_simulator):
         observations = replay_data.observations
         n_agents, device = observations.shape[0], observations.device
 
@@ -156,7 +179,7 @@ class SimulatorTarget(ValueTarget):
         # Of the value at the end of each rollout: 0 behind a termination
         discounts = to_tensor(gamma**n_taken * ~is_terminated[:, np.newaxis])
         last_inputs = units.normalize_observations(to_tensor(last_obs))
-        return returns + discounts * bootstrap_values(last_inputs, actor_target, critic_target)
+        return returns + discounts * bootstrap_values(last_inputs, actor_target, target_values)
 
 
 def check_n_steps(n_steps: int) -> int:

@@ -39,7 +39,7 @@ from sb3_mpg.common.trust_report import MIN_WINDOWS, Measurement, TrustReport, p
 from sb3_mpg.common.type_aliases import Differentiate, GradientResult, TrainingBatch
 from sb3_mpg.common.units import Units
 from sb3_mpg.common.utils import gradient_of, polyak_update_all, randomness_of_update, trainable_parameters
-from sb3_mpg.common.value_targets import ValueTarget
+from sb3_mpg.common.value_targets import ValueTarget, target_values_of
 from sb3_mpg.common.weighting import WeightingRule, check_horizons, make_weighting_rule
 from sb3_mpg.mpg.policies import MlpPolicy, MPGPolicy
 
@@ -332,26 +332,29 @@ class MPG(OffPolicyModelAlgorithm):
             self.rollout_model.train(was_training)
         return -th.cat([gradient.flatten() for gradient in gradients])
 
-    def _sample_batch(self, batch_size: int, units: Units) -> TrainingBatch:
+    def _sample_batch(self, n_updates: int, batch_size: int, units: Units) -> TrainingBatch:
         """
         Batch reuse: ``batch_reuse`` batches take turns, and one of them is drawn anew in each round, so that every batch
         serves as many updates. The papers' learners reuse their batches in a row, but theirs are twelve whose updates
         alternate; a single batch many times in a row makes the critic follow its noise, and the policy the critic.
 
+        :param n_updates: number of the update
         :param batch_size: number of transitions
         :param units: conversions between environment and networks
         :return: transitions with their value targets
         """
         turn = self._n_batch_uses % self.batch_reuse
         if len(self._batches) < self.batch_reuse:
-            self._batches.append(self._draw_batch(batch_size, units))
+            self._batches.append(self._draw_batch(n_updates, batch_size, units))
         elif turn == 0:
-            self._batches[self._n_batch_uses // self.batch_reuse % self.batch_reuse] = self._draw_batch(batch_size, units)
+            index = self._n_batch_uses // self.batch_reuse % self.batch_reuse
+            self._batches[index] = self._draw_batch(n_updates, batch_size, units)
         self._n_batch_uses += 1
         return self._batches[turn]
 
-    def _draw_batch(self, batch_size: int, units: Units) -> TrainingBatch:
+    def _draw_batch(self, n_updates: int, batch_size: int, units: Units) -> TrainingBatch:
         """
+        :param n_updates: number of the update
         :param batch_size: number of transitions
         :param units: conversions between environment and networks
         :return: new transitions with their value targets
@@ -363,10 +366,25 @@ class MPG(OffPolicyModelAlgorithm):
         )
         with th.no_grad():
             target_q_values = self.value_target(
-                replay_data, self.actor, self.actor_target, self.critic_target, units, self.gamma, self._make_simulator
+                replay_data,
+                self.actor,
+                self.actor_target,
+                self._target_values(n_updates),
+                units,
+                self.gamma,
+                self._make_simulator,
             )
         assert target_q_values.shape == (batch_size, 1), target_q_values.shape
         return TrainingBatch(replay_data.observations, replay_data.actions, target_q_values)
+
+    def _target_values(self, n_updates: int) -> QFunction:
+        """
+        :param n_updates: number of the update
+        :return: the values of the target critics; where errors are measured, as pessimistic as the critics are climbed
+        """
+        rule = self.weighting_rule
+        pessimism = rule(n_updates).get(0, 0.0) if rule.needs_errors else 1.0
+        return target_values_of(self.critic_target, pessimism)
 
     def _mixed_policy_gradient(
         self, observations: th.Tensor, units: Units, weights: dict[int, float]
@@ -601,7 +619,7 @@ class MPG(OffPolicyModelAlgorithm):
         assert self.rollout_model is not None and self._update_seed is not None
         # Its batch once more; unless batches are reused or learners were at other states, when it is one like it
         with randomness_of_update(self._update_seed, self._n_updates, self.device):
-            batch = self._draw_batch(batch_size, units)
+            batch = self._draw_batch(self._n_updates, batch_size, units)
         reasons = []
         for horizon, weight in self.weighting_rule(self._n_updates).items():
             if weight < NEGLIGIBLE_WEIGHT:

@@ -18,6 +18,12 @@ from sb3_mpg.common.models.trainable import TrainableModel, Transitions
 SMALLEST_TARGET_SCALE = 1e-3
 # How far predictions may leave the range of the data, in units of its width
 RANGE_MARGIN = 0.5
+# Factors of the scaled inputs in the sines and cosines that the networks see
+FREQUENCIES = (1.0, 2.0, 3.0)
+# Of the running average of the networks' parameters
+AVERAGING_RATE = 0.02
+# Of the least squares, relative to the squares of each regressor: enough for regressors that depend on each other
+RIDGE = 1e-8
 
 
 class EnsembleLinear(nn.Module):
@@ -43,10 +49,19 @@ class ResidualModel(TrainableModel):
     r"""
     A prior model plus a correction of its next state and of its reward, learned from recorded transitions:
 
-    .. math:: s' = f(s, a) + \Delta_s(s, a), \quad r = r(s, a, s') + \Delta_r(s, a).
+    .. math:: s' = f(s, a) + \Delta_s(s, a), \quad r = r(s, a, s') + \Delta_r(s, a, s').
 
-    The correction is a small ensemble of networks whose output is zero at first, so that everything begins with the prior
-    model. Its inputs and targets are scaled by the statistics of the data. Differences between states are the prior model's
+    What is simple is solved for, once, by least squares: a part of :math:`\Delta_s` that is linear in :math:`(s, a)` (wrong
+    gains and signs, constant offsets), and one of :math:`\Delta_r` that is a weighted sum of the squares of
+    :math:`s, a, s'` (wrong weights of a quadratic cost). Near an optimum the gradient of a reward is small beside the rewards
+    themselves, and a network alone, whose error is a fixed share of what it is fitted to, would bury it.
+
+    A small ensemble of networks then learns what is left; their output is zero at first. Their inputs are the scaled states
+    and actions with sines and cosines of them, without which small networks are slow to learn what changes along a road or
+    through a turn. Predictions come from a running average of the networks' parameters, which the noise of the optimizer
+    does not reach.
+
+    Inputs and targets are scaled by the statistics of the data. Differences between states are the prior model's
     (``state_difference``, ``state_add``). Predicted states are kept within the range of the data and a margin: a rollout that
     runs further is a guess, and one that explodes would take the gradient with it.
 
@@ -68,6 +83,8 @@ class ResidualModel(TrainableModel):
     seen_high: th.Tensor
     low: th.Tensor
     high: th.Tensor
+    linear: th.Tensor
+    quadratic: th.Tensor
     gains: th.Tensor
 
     def __init__(
@@ -86,29 +103,34 @@ class ResidualModel(TrainableModel):
             )
         self.prior = prior
         self.n_states, self.n_members = n_states, n_members
-        sizes = [n_states + n_actions, *net_arch]
+        n_inputs = n_states + n_actions
         layers: list[nn.Module] = []
-        for n_inputs, n_outputs in pairwise(sizes):
-            layers += [EnsembleLinear(n_members, n_inputs, n_outputs), nn.ELU()]
-        head = EnsembleLinear(n_members, sizes[-1], n_states + 1)
+        for n_in, n_out in pairwise([n_inputs * (1 + 2 * len(FREQUENCIES)), *net_arch]):
+            layers += [EnsembleLinear(n_members, n_in, n_out), nn.ELU()]
+        head = EnsembleLinear(n_members, net_arch[-1], n_states + 1)
         nn.init.zeros_(head.weight)
         nn.init.zeros_(head.bias)
-        self.correction = nn.Sequential(*layers, head)
+        # The one that is fitted, and its running average, which predicts
+        self.fitted = nn.Sequential(*layers, head)
+        self.correction = copy.deepcopy(self.fitted).requires_grad_(False)
         for name, buffer in {
-            "input_mean": th.zeros(sizes[0]),
-            "input_std": th.ones(sizes[0]),
+            "input_mean": th.zeros(n_inputs),
+            "input_std": th.ones(n_inputs),
             "target_scale": th.ones(n_states + 1),
             "seen_low": th.full((n_states,), float("inf")),
             "seen_high": th.full((n_states,), -float("inf")),
             "low": th.full((n_states,), -float("inf")),
             "high": th.full((n_states,), float("inf")),
+            "linear": th.zeros(1 + n_inputs, n_states),
+            "quadratic": th.zeros(1 + 2 * (n_inputs + n_states), 1),
+            "n_fits": th.zeros((), dtype=th.int64),
             # What each member's correction is multiplied by: 0 leaves the prior model as it is
             "gains": th.ones(n_members, 1, 1),
         }.items():
             self.register_buffer(name, buffer)
         self.learning_rate = learning_rate
         self.train()
-        self.optimizer = th.optim.Adam(self.correction.parameters(), lr=learning_rate, fused=True)
+        self.optimizer = th.optim.Adam(self.fitted.parameters(), lr=learning_rate, fused=True)
 
     def train(self, mode: bool = True) -> "ResidualModel":
         super().train(mode)
@@ -145,56 +167,83 @@ class ResidualModel(TrainableModel):
         finally:
             self.gains.copy_(gains)
 
-    def _corrections(self, states: th.Tensor, actions: th.Tensor, gains: th.Tensor | float = 1.0) -> th.Tensor:
+    def _scaled(self, states: th.Tensor, actions: th.Tensor) -> th.Tensor:
         """
         :param states: ``(B, S)``
         :param actions: ``(B, A)``
-        :param gains: factor of each member, ``(E, 1, 1)``
-        :return: corrections of state and reward in the units of :meth:`fit`, ``(B, S + 1)``
+        :return: both in units of their spread in the data, ``(B, S + A)``
         """
-        inputs = (th.cat([states, actions], dim=1) - self.input_mean) / self.input_std
+        return (th.cat([states, actions], dim=1) - self.input_mean) / self.input_std
+
+    def _ensemble(self, networks: nn.Module, scaled: th.Tensor) -> th.Tensor:
+        """
+        :param networks: ``fitted`` or ``correction``
+        :param scaled: of :meth:`_scaled`, ``(B, S + A)``
+        :return: what they say of state and reward: of each row its member, in evaluation mode the mean, ``(B, S + 1)``
+        """
+        inputs = th.cat([scaled, *(wave(factor * scaled) for factor in FREQUENCIES for wave in (th.sin, th.cos))], dim=1)
         n_rows = inputs.shape[0]
         if not self.training:
-            members = self.correction(inputs.expand(self.n_members, *inputs.shape))
-            return (gains * members).mean(dim=0)
+            return networks(inputs.expand(self.n_members, *inputs.shape)).mean(dim=0)
         n_missing = -n_rows % self.n_members
         if n_missing > 0:
             inputs = th.cat([inputs, inputs[-n_missing:]])
-        parts = inputs.reshape(self.n_members, -1, inputs.shape[1])
-        corrections = gains * self.correction(parts)
-        return corrections.reshape(-1, corrections.shape[2])[:n_rows]
+        outputs = networks(inputs.reshape(self.n_members, -1, inputs.shape[1]))
+        return outputs.reshape(-1, outputs.shape[2])[:n_rows]
 
-    def _is_corrected(self, n_rows: int) -> th.Tensor:
+    def _gains_of_rows(self, n_rows: int) -> th.Tensor:
         """
         :param n_rows: number of rows
-        :return: which rows the correction changes at all, ``(B, 1)``
+        :return: what the correction of each row is multiplied by, ``(B, 1)``
         """
         if not self.training:
-            return (self.gains > 0).any().expand(n_rows, 1)
+            return self.gains.mean().expand(n_rows, 1)
         n_rows_each = -(-n_rows // self.n_members)
-        return (self.gains > 0).expand(self.n_members, n_rows_each, 1).reshape(-1, 1)[:n_rows]
+        return self.gains.expand(self.n_members, n_rows_each, 1).reshape(-1, 1)[:n_rows]
 
     def _bounded(self, states: th.Tensor) -> th.Tensor:
         return th.minimum(th.maximum(states, self.low), self.high)
 
+    def _solved_for_states(self, scaled: th.Tensor) -> th.Tensor:
+        return self.linear[0] + scaled @ self.linear[1:]
+
+    def _squares(self, scaled: th.Tensor, next_states: th.Tensor) -> th.Tensor:
+        """
+        :param scaled: of :meth:`_scaled`, ``(B, S + A)``
+        :param next_states: ``(B, S)``
+        :return: states, actions, next states and their squares, ``(B, 2 (S + A + S))``
+        """
+        next_scaled = (self._bounded(next_states) - self.input_mean[: self.n_states]) / self.input_std[: self.n_states]
+        values = th.cat([scaled, next_scaled], dim=1)
+        return th.cat([values, values.square()], dim=1)
+
+    def _solved_for_rewards(self, scaled: th.Tensor, next_states: th.Tensor) -> th.Tensor:
+        return self.quadratic[0] + self._squares(scaled, next_states) @ self.quadratic[1:]
+
     def step(self, states: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-        corrections = self._corrections(states, actions, self.gains) * self.target_scale
-        next_states = self.state_add(self.prior.transition(states, actions), corrections[:, : self.n_states])
-        next_states = th.where(self._is_corrected(states.shape[0]), self._bounded(next_states), next_states)
-        return next_states, self.prior.reward(states, actions, next_states) + corrections[:, self.n_states :]
+        scaled = self._scaled(states, actions)
+        gains = self._gains_of_rows(states.shape[0])
+        learned = self._ensemble(self.correction, scaled) * self.target_scale
+        changes = gains * (learned[:, : self.n_states] + self._solved_for_states(scaled))
+        next_states = self.state_add(self.prior.transition(states, actions), changes)
+        next_states = th.where(gains > 0, self._bounded(next_states), next_states)
+        changes = gains * (learned[:, self.n_states :] + self._solved_for_rewards(scaled, next_states))
+        return next_states, self.prior.reward(states, actions, next_states) + changes
 
     def transition(self, states: th.Tensor, actions: th.Tensor) -> th.Tensor:
         return self.step(states, actions)[0]
 
     def reward(self, states: th.Tensor, actions: th.Tensor, next_states: th.Tensor) -> th.Tensor:
-        corrections = self._corrections(states, actions, self.gains) * self.target_scale
-        return self.prior.reward(states, actions, next_states) + corrections[:, self.n_states :]
+        scaled = self._scaled(states, actions)
+        learned = (self._ensemble(self.correction, scaled) * self.target_scale)[:, self.n_states :]
+        changes = self._gains_of_rows(states.shape[0]) * (learned + self._solved_for_rewards(scaled, next_states))
+        return self.prior.reward(states, actions, next_states) + changes
 
-    @th.no_grad()
-    def _inputs_and_targets(self, transitions: Transitions) -> tuple[th.Tensor, th.Tensor]:
+    def _missed_by_prior(self, transitions: Transitions) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         """
         :param transitions: recorded steps
-        :return: states, ``(B, S)``, and what the prior model misses in state and reward, ``(B, S + 1)``
+        :return: scaled states and actions, ``(B, S + A)``, next states, ``(B, S)``, and what the prior model misses in state
+            and reward, ``(B, S + 1)``
         """
         states = self.prior.state_from_observation(transitions.observations)
         next_states = self.prior.state_from_observation(transitions.next_observations)
@@ -203,21 +252,36 @@ class ResidualModel(TrainableModel):
         missed = self.state_difference(next_states, predicted)
         # The reward is corrected at the state that was reached
         missed_reward = transitions.rewards - self.prior.reward(states, transitions.actions, next_states)
-        return states, th.cat([missed, missed_reward], dim=1)
+        return self._scaled(states, transitions.actions), next_states, th.cat([missed, missed_reward], dim=1)
+
+    @th.no_grad()
+    def _inputs_and_targets(self, transitions: Transitions) -> tuple[th.Tensor, th.Tensor]:
+        """
+        :param transitions: recorded steps
+        :return: what the networks see, ``(B, S + A)``, and what is left for them, in units of its scale, ``(B, S + 1)``
+        """
+        scaled, next_states, missed = self._missed_by_prior(transitions)
+        solved = th.cat([self._solved_for_states(scaled), self._solved_for_rewards(scaled, next_states)], dim=1)
+        return scaled, (missed - solved) / self.target_scale
 
     @th.no_grad()
     def adapt_to(self, transitions: Transitions) -> None:
-        self._extend_range(self.prior.state_from_observation(transitions.observations))
-        states, targets = self._inputs_and_targets(transitions)
+        states = self.prior.state_from_observation(transitions.observations)
+        self._extend_range(states)
         inputs = th.cat([states, transitions.actions], dim=1)
         self.input_mean.copy_(inputs.mean(dim=0))
         # A dimension that never changes says nothing, and must not be blown up when it does
         std = inputs.std(dim=0)
         self.input_std.copy_(th.where(std > 1e-6 * (1 + inputs.abs().mean(dim=0)), std, 1.0))
-        next_states = self.prior.state_from_observation(transitions.next_observations)
+
+        scaled, next_states, missed = self._missed_by_prior(transitions)
+        self.linear.copy_(_least_squares(scaled, missed[:, : self.n_states]))
+        self.quadratic.copy_(_least_squares(self._squares(scaled, next_states), missed[:, self.n_states :]))
+        self.target_scale.fill_(1.0)
+        left = self._inputs_and_targets(transitions)[1]
         changes = th.cat([self.state_difference(next_states, states), transitions.rewards], dim=1)
         smallest = SMALLEST_TARGET_SCALE * changes.square().mean(dim=0).sqrt() + 1e-8
-        self.target_scale.copy_(th.maximum(targets.square().mean(dim=0).sqrt(), smallest))
+        self.target_scale.copy_(th.maximum(left.square().mean(dim=0).sqrt(), smallest))
 
     @th.no_grad()
     def _extend_range(self, states: th.Tensor) -> None:
@@ -230,26 +294,28 @@ class ResidualModel(TrainableModel):
         self.low.copy_(self.seen_low - margin)
         self.high.copy_(self.seen_high + margin)
 
-    def _loss(self, states: th.Tensor, actions: th.Tensor, targets: th.Tensor) -> th.Tensor:
-        # Huber: a jump of the environment, or of a prior model, must not be all that is fitted
-        return F.smooth_l1_loss(self._corrections(states, actions), targets / self.target_scale)
-
     def fit(self, transitions: Transitions) -> float:
-        states, targets = self._inputs_and_targets(transitions)
-        self._extend_range(states)
-        loss = self._loss(states, transitions.actions, targets)
+        self._extend_range(self.prior.state_from_observation(transitions.observations))
+        scaled, targets = self._inputs_and_targets(transitions)
+        # Huber: a jump of the environment, or of a prior model, must not be all that is fitted
+        loss = F.smooth_l1_loss(self._ensemble(self.fitted, scaled), targets)
         value = loss.item()
         # A prior model that overflows is not to be learned from
         if math.isfinite(value):
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
+            self.n_fits += 1
+            with th.no_grad():
+                # At first the mean of all, so that the average does not remember the start
+                rate = max(AVERAGING_RATE, 1 / int(self.n_fits))
+                th._foreach_lerp_(list(self.correction.parameters()), list(self.fitted.parameters()), rate)
         return value
 
     @th.no_grad()
     def validation_error(self, transitions: Transitions) -> float:
-        states, targets = self._inputs_and_targets(transitions)
-        return self._loss(states, transitions.actions, targets).item()
+        scaled, targets = self._inputs_and_targets(transitions)
+        return F.smooth_l1_loss(self._ensemble(self.correction, scaled), targets).item()
 
     def learned_state(self) -> dict[str, Any]:
         state = {name: value for name, value in self.state_dict().items() if not name.startswith("prior.") and name != "gains"}
@@ -258,6 +324,21 @@ class ResidualModel(TrainableModel):
     def load_learned_state(self, state: dict[str, Any]) -> None:
         self.load_state_dict(state["model"], strict=False)
         self.optimizer.load_state_dict(state["optimizer"])
+
+
+def _least_squares(inputs: th.Tensor, targets: th.Tensor) -> th.Tensor:
+    """
+    :param inputs: ``(B, n_inputs)``
+    :param targets: ``(B, n_outputs)``
+    :return: the constants, and the factors of the inputs, ``(1 + n_inputs, n_outputs)``
+    """
+    regressors = th.cat([th.ones_like(inputs[:, :1]), inputs], dim=1).double()
+    # A prior model may overflow in some states
+    usable = th.isfinite(targets).all(dim=1) & th.isfinite(regressors).all(dim=1)
+    regressors, targets = regressors[usable], targets[usable].double()
+    gram = regressors.T @ regressors
+    gram.diagonal().mul_(1 + RIDGE).add_(1e-12)
+    return th.linalg.solve(gram, regressors.T @ targets).to(inputs.dtype)
 
 
 def _to_cpu(value: Any) -> Any:

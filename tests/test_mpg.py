@@ -371,7 +371,16 @@ class TestObservationScaler:
         features = scaler(observations)
         assert features[:, 0].std().item() == pytest.approx(1, rel=0.01)
         assert features[:, 0].mean().abs() < 1e-3
-        th.testing.assert_close(features[:, 1:], observations[:, 1:])
+        th.testing.assert_close(features[:, 1:3], observations[:, 1:])
+
+    def test_waves(self):
+        scaler = ObservationScaler(self.space, [1.0, 2.0, 0.5], frequencies=[1.0, 3.0])
+        scaled = th.tensor([[1.0, 2.0, 0.5]])
+        expected = [scaled, scaled.sin(), scaled.cos(), (3 * scaled).sin(), (3 * scaled).cos()]
+        th.testing.assert_close(scaler(th.ones(1, 3)), th.cat(expected, dim=1))
+        assert scaler.features_dim == 15
+        assert ObservationScaler(self.space).features_dim == 21
+        assert ObservationScaler(self.space, frequencies=()).features_dim == 3
 
     def test_every_network_gets_the_same_fit_and_keeps_it(self, tmp_path):
         model = MPG("MlpPolicy", "PathTracking-v0", **SMALL).learn(50)

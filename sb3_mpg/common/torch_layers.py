@@ -1,9 +1,23 @@
 """Network pieces."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+
+# Factors of what is scaled to about one unit, in sines and cosines of it
+FREQUENCIES = (1.0, 2.0, 3.0)
+
+
+def with_waves(inputs: th.Tensor, frequencies: Sequence[float] = FREQUENCIES) -> th.Tensor:
+    """
+    :param inputs: ``(B, n)``
+    :param frequencies: :math:`K` factors
+    :return: the inputs, and the sine and cosine of each times each factor, ``(B, n (1 + 2 K))``
+    """
+    return th.cat([inputs, *(wave(factor * inputs) for factor in frequencies for wave in (th.sin, th.cos))], dim=1)
 
 
 class ObservationScaler(BaseFeaturesExtractor):
@@ -15,30 +29,43 @@ class ObservationScaler(BaseFeaturesExtractor):
     as they are (stretching a narrow start distribution would blow up all that lies outside it). From then on they stay
     fixed, and are saved with the policy.
 
+    Sines and cosines of the scaled elements (Fourier features) come along: networks of smooth units are slow to learn what
+    changes several times over the range of an element, such as the bends along a road.
+
     :param observation_space: float Box
     :param scale: factors, of the shape of an observation; or ``"auto"``
+    :param frequencies: factors of the scaled elements in the sines and cosines, an empty sequence for none;
+        by default ``FREQUENCIES`` if the scale is ``"auto"``, and none if it is given
     """
 
     shift: th.Tensor
     scale: th.Tensor
 
-    def __init__(self, observation_space: spaces.Space, scale: "str | list[float] | np.ndarray" = "auto"):
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        scale: "str | list[float] | np.ndarray" = "auto",
+        frequencies: Sequence[float] | None = None,
+    ):
         assert isinstance(observation_space, spaces.Box), f"ObservationScaler takes a Box, got {observation_space}"
-        features_dim = int(np.prod(observation_space.shape))
-        super().__init__(observation_space, features_dim)
         self.auto = isinstance(scale, str)
+        if frequencies is None:
+            frequencies = FREQUENCIES if self.auto else ()
+        self.frequencies = tuple(frequencies)
+        n_elements = int(np.prod(observation_space.shape))
+        super().__init__(observation_space, n_elements * (1 + 2 * len(self.frequencies)))
         if isinstance(scale, str):
             if scale != "auto":
                 raise ValueError(f"`scale` of the observations must be 'auto' or one factor for each element, got {scale!r}.")
-            factors = np.ones(features_dim)
+            factors = np.ones(n_elements)
         else:
             factors = np.asarray(scale, dtype=np.float64)
-            if factors.size != features_dim:
+            if factors.size != n_elements:
                 raise ValueError(
-                    f"`scale` must give one factor for each of the {features_dim} elements of an observation, "
+                    f"`scale` must give one factor for each of the {n_elements} elements of an observation, "
                     f"got {factors.size}."
                 )
-        self.register_buffer("shift", th.zeros(features_dim))
+        self.register_buffer("shift", th.zeros(n_elements))
         self.register_buffer("scale", th.as_tensor(factors.reshape(-1), dtype=th.float32))
 
     def fit(self, observations: th.Tensor) -> None:
@@ -59,4 +86,4 @@ class ObservationScaler(BaseFeaturesExtractor):
         :param observations: ``(B, *obs_shape)``
         :return: features, ``(B, features_dim)``
         """
-        return (observations.flatten(1) - self.shift) * self.scale
+        return with_waves((observations.flatten(1) - self.shift) * self.scale, self.frequencies)

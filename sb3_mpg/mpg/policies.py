@@ -28,7 +28,7 @@ class MPGPolicy(TD3Policy):
     :param lr_schedule: Learning rate schedule (could be constant)
     :param net_arch: The specification of the policy and value networks.
     :param activation_fn: Activation function
-    :param features_extractor_class: Features extractor to use; scales the observations by default
+    :param features_extractor_class: Features extractor to use; ``ObservationScaler`` by default
     :param features_extractor_kwargs: Keyword arguments to pass to the features extractor.
     :param normalize_images: Ignored: MPG takes float observations
     :param optimizer_class: The optimizer to use, ``th.optim.Adam`` by default

@@ -13,13 +13,12 @@ from torch.nn import functional as F
 
 from sb3_mpg.common.models.base import PriorModel
 from sb3_mpg.common.models.trainable import TrainableModel, Transitions
+from sb3_mpg.common.torch_layers import FREQUENCIES, with_waves
 
 # A dimension that the prior model predicts to less than this share of its change needs no finer correction
 SMALLEST_TARGET_SCALE = 1e-3
 # How far predictions may leave the range of the data, in units of its width
 RANGE_MARGIN = 0.5
-# Factors of the scaled inputs in the sines and cosines that the networks see
-FREQUENCIES = (1.0, 2.0, 3.0)
 # Of the running average of the networks' parameters
 AVERAGING_RATE = 0.02
 # Of the least squares, relative to the squares of each regressor: enough for regressors that depend on each other
@@ -181,7 +180,7 @@ class ResidualModel(TrainableModel):
         :param scaled: of :meth:`_scaled`, ``(B, S + A)``
         :return: what they say of state and reward: of each row its member, in evaluation mode the mean, ``(B, S + 1)``
         """
-        inputs = th.cat([scaled, *(wave(factor * scaled) for factor in FREQUENCIES for wave in (th.sin, th.cos))], dim=1)
+        inputs = with_waves(scaled)
         n_rows = inputs.shape[0]
         if not self.training:
             return networks(inputs.expand(self.n_members, *inputs.shape)).mean(dim=0)

@@ -248,12 +248,13 @@ class Curve(BaseCallback):
         return n_updates < self.updates and now - self.start < self.seconds
 
 
-def curve(n_learners: int, seed: int, total_updates: int, callback: Curve) -> list[dict[str, Any]]:
+def curve(n_learners: int, seed: int, total_updates: int, callback: Curve, **kwargs: Any) -> list[dict[str, Any]]:
     """
     :param n_learners: number of learners
     :param seed: seed of everything random
     :param total_updates: over how many updates the learning rates decay
     :param callback: evaluates
+    :param kwargs: further settings of the algorithm
     :return: a row for each evaluation
     """
     task = TASKS[TASK]
@@ -265,6 +266,7 @@ def curve(n_learners: int, seed: int, total_updates: int, callback: Curve) -> li
         device="cpu",
         n_learners=n_learners,
         learner_kwargs={"max_restarts": 10_000},
+        **kwargs,
     )
     # The log is not written in between: staleness is that of all updates so far
     model.learn(model.learning_starts + total_updates, callback=callback, log_interval=None)
@@ -296,10 +298,11 @@ def main() -> None:
                 rows += curve(n_learners, seed, updates, Curve(args.every, updates))
                 write("curves", rows)
     else:
-        # As many updates as the disturbed run came to
-        disturbed = curve(2, 0, 10**5, Curve(args.every, seconds=60 * args.minutes, kill_every=args.kill_every))
+        # As many updates as the disturbed run came to. Nobody lives long enough to compile.
+        disturber = Curve(args.every, seconds=60 * args.minutes, kill_every=args.kill_every)
+        disturbed = curve(2, 0, 10**5, disturber, compile=False)
         updates = disturbed[-1]["updates"]
-        undisturbed = curve(2, 0, 10**5, Curve(args.every, updates))
+        undisturbed = curve(2, 0, 10**5, Curve(args.every, updates), compile=False)
         runs = {"killed": disturbed, "in_peace": undisturbed}
         write("soak", [{"run": name, **row} for name, rows in runs.items() for row in rows])
 

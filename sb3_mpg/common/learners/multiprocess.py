@@ -186,6 +186,9 @@ class MultiprocessLearners(Learners):
         self._replay: SharedReplayBuffer | None = None
         self._parameters: SharedParameters | None = None
         self._payload: SharedBytes | None = None
+        # Collected once: to walk through the modules at each update costs more than all else here
+        self._networks: list[th.Tensor] = []
+        self._n_critic_gradients = 0
         self._next_update = 0
         # Updates that must be computed again
         self._returned: deque[int] = deque()
@@ -204,7 +207,10 @@ class MultiprocessLearners(Learners):
         :raises ValueError: when something cannot be sent to them
         """
         assert self.algorithm.replay_buffer is not None
-        template = flat_gradients(self.algorithm.gradient_template())
+        gradients = self.algorithm.gradient_template()
+        template = flat_gradients(gradients)
+        self._n_critic_gradients = len(gradients.critic)
+        self._networks = self.algorithm.published_tensors()
         self._parameters = SharedParameters(self._published(units))
         self._replay = SharedReplayBuffer(self.algorithm.replay_buffer)
         replica = self.algorithm.make_replica()
@@ -226,7 +232,7 @@ class MultiprocessLearners(Learners):
         learner.start(Worker(self._context, run_learner, arguments, f"learner-{learner.index}"))
 
     def _published(self, units: Units) -> list[th.Tensor]:
-        return self.algorithm.published_tensors() + units.statistics()
+        return self._networks + units.statistics()
 
     def _publish(self, version: int, units: Units) -> None:
         """
@@ -271,7 +277,7 @@ class MultiprocessLearners(Learners):
         device = self.algorithm.device
         if device.type != "cpu":
             tensors = [tensor.to(device) for tensor in tensors]
-        n_critic = len(self.algorithm.gradient_template().critic)
+        n_critic = self._n_critic_gradients
         return GradientResult(tensors[:n_critic], tensors[n_critic:] if outcome.has_actor else None, outcome.logs)
 
     def applied(self, n_updates: int, batch_size: int, units: Units) -> None:
@@ -437,6 +443,7 @@ class MultiprocessLearners(Learners):
         if self._replay is not None:
             self._replay.restore()
         self._replay = self._parameters = self._in_use = None
+        self._networks = []
         self._payload = None
         self._arrived.clear()
         self._returned.clear()

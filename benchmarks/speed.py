@@ -29,6 +29,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from sb3_mpg import MPG
 from sb3_mpg.common.model_rollout import StepCompiler
+from sb3_mpg.mpg.mpg import MEASURE_EVERY
 
 RESULTS = Path(__file__).parent / "results"
 BATCH, WIDTH, HORIZON = 256, 256, 25
@@ -290,6 +291,42 @@ def measure_update(table: Table, model: MPG, device: str) -> None:
     model._step_compiler = compiler
 
 
+def measure_default(table: Table, device: str) -> None:
+    """
+    What correcting the model and measuring errors adds to an update of the defaults.
+
+    :param table: gets the rows
+    :param device: where it runs
+    """
+    model = MPG("MlpPolicy", make_vec_env(TASKS["path_tracking"], 16), seed=0, device=device)
+    fill(model)
+    model._step_compiler = StepCompiler()
+    units = model._units()
+    recorded = model._recorded_steps(units)
+
+    def fit() -> None:
+        for _ in range(UPDATES):
+            model._fit_model(recorded)
+
+    times = take_turns(
+        {
+            "update": lambda: model.train(2 * MEASURE_EVERY, BATCH),
+            "fit": fit,
+            "measurement": lambda: model._measure_errors(units),
+        },
+        device,
+        repeats=REPEATS // 2,
+    )
+    updates = [time / (2 * MEASURE_EVERY) for time in times["update"]]
+    fits = [time / UPDATES for time in times["fit"]]
+    measurements = [time / MEASURE_EVERY for time in times["measurement"]]
+    added = [fitting + measuring for fitting, measuring in zip(fits, measurements, strict=True)]
+    rest = [update - both for update, both in zip(updates, added, strict=True)]
+    table.add_ratio("default settings: fitting and measuring / rest of an update", added, rest, "0.25")
+    for name, values in {"update": updates, "fitting": fits, "measuring": measurements}.items():
+        table.add(f"... {name}", [1e3 * time for time in values], "ms")
+
+
 def measure_simulator(table: Table) -> None:
     """
     :param table: gets the rows
@@ -347,6 +384,7 @@ def main() -> None:
     model = new_model(device)
     measure_gradient(table, model, device)
     measure_update(table, model, device)
+    measure_default(table, device)
     if device == "cpu":
         measure_simulator(table)
 

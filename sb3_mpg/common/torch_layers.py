@@ -17,6 +17,8 @@ def with_waves(inputs: th.Tensor, frequencies: Sequence[float] = FREQUENCIES) ->
     :param frequencies: :math:`K` factors
     :return: the inputs, and the sine and cosine of each times each factor, ``(B, n (1 + 2 K))``
     """
+    if not frequencies:
+        return inputs
     return th.cat([inputs, *(wave(factor * inputs) for factor in frequencies for wave in (th.sin, th.cos))], dim=1)
 
 

@@ -102,7 +102,8 @@ class MPG(OffPolicyModelAlgorithm):
     :param differentiate: which actions of the model rollout carry the gradient: ``"first_action"`` is the unified policy
         gradient (eq. 6), ``"all_actions"`` the model policy gradient (eq. 5 of the first version)
     :param value_target: what the critics regress on: ``"clipped_double_q"`` (MPG-v2), ``"n_step_simulator"`` (MPG-v1),
-        ``"n_step_replay"``, or a ``ValueTarget``
+        ``"n_step_replay"``, or a ``ValueTarget``. With measured weights, the least of the critics counts as much as horizon 0
+        does, and otherwise their mean (see ``target_values_of``)
     :param value_target_kwargs: arguments of the named value target
     :param batch_reuse: in how many updates a batch and its targets are used; as many batches take turns
     :param policy_delay: Policy and target networks will only be updated once every policy_delay updates

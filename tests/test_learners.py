@@ -497,8 +497,8 @@ class Script:
             time.sleep(0.05)
         assert self.pids() == []
         assert shared_files(self.process.pid) == []
-        # The resource tracker says so when a semaphore or a segment is left; it removes those of a process that was killed
-        assert self.process.returncode == -signal.SIGKILL or "leaked" not in errors
+        # The resource tracker says so when a semaphore or a segment is left
+        assert "leaked" not in errors
         return errors
 
 

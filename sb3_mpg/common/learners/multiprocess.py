@@ -1,5 +1,6 @@
 """Learners that are processes on the same machine."""
 
+import threading
 import time
 import traceback
 import warnings
@@ -87,6 +88,18 @@ def flat_gradients(result: GradientResult) -> list[th.Tensor]:
     return [*result.critic, *(result.actor or [])]
 
 
+def _avoid_semaphores() -> None:
+    """
+    torch's compiler shows its progress by tqdm, whose lock is a semaphore of the operating system unless it is given
+    another one. Nobody would remove it if this process were killed.
+    """
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return  # torch does without it, too
+    tqdm.set_lock(threading.RLock())
+
+
 def run_learner(
     connection: Connection, payload: SharedBytes, replay: tuple, parameters: SharedParameters, slots: list[SharedTensors]
 ) -> None:
@@ -99,6 +112,7 @@ def run_learner(
     :param parameters: what the optimizer publishes
     :param slots: where the gradients go
     """
+    _avoid_semaphores()
     try:
         algorithm, units, buffer = payload.load()
         algorithm.replay_buffer = SharedReplayReader(buffer, *replay)

@@ -84,6 +84,7 @@ class ResidualModel(TrainableModel):
     high: th.Tensor
     linear: th.Tensor
     quadratic: th.Tensor
+    n_fits: th.Tensor
     gains: th.Tensor
 
     def __init__(

@@ -33,7 +33,7 @@ train: $(STAMP) ## train MPG on path tracking (ALGO= ENV= STEPS=), print its eva
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/evaluate.py --algo $(ALGO) --env $(ENV) -f logs
 
 test: $(STAMP) ## run the tests (all but those marked expensive)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(N_WORKERS) --durations=15
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(N_WORKERS) --dist worksteal --durations=15
 
 test-oldest: ## run the tests with the oldest versions of SB3, RL Zoo, Gymnasium and MuJoCo that setup.py allows
 	@$(PYTHON) -m venv .venv-oldest

@@ -7,6 +7,7 @@ from pathlib import Path
 import gymnasium as gym
 import pytest
 import yaml
+from gymnasium import spaces
 from stable_baselines3 import SAC, TD3
 from stable_baselines3.common.env_util import make_vec_env
 from torch import nn
@@ -92,6 +93,17 @@ def test_settings_are_those_of_the_benchmarks(env_id, monkeypatch):
         else:
             wrappers = entry["env_wrapper"] or [{"sb3_mpg.zoo.ScaleReward": {"factor": 1.0}}]
             assert wrappers == [{"sb3_mpg.zoo.ScaleReward": {"factor": task.reward_scale}}], name
+
+
+def test_the_papers_networks_see_no_waves():
+    for name in ("mpg_v1", "mpg_v2", "nadp", "ndpg"):
+        for key, entry in ENTRIES[name].items():
+            space = spaces.Box(-1, 1, (6 if key != "InvertedPendulumConti-v0" else 4,))
+            assert not ObservationScaler(space, **policy_kwargs_of(entry)["features_extractor_kwargs"]).frequencies, (
+                name,
+                key,
+            )
+    assert "policy_kwargs" not in ENTRIES["mpg"]["default"]
 
 
 @pytest.mark.parametrize("name", ["td3", "sac", "tqc", "crossq"])

@@ -14,7 +14,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from learning_report import first_above
-from trust import RESULTS
+from trust import METHODS, RESULTS, WITHOUT_MODEL
 
 FIGURES = Path(__file__).parent / "figures"
 GOALS = {"path_tracking": (-10.0, -5.0), "pendulum": (-0.1, -0.01)}
@@ -106,16 +106,19 @@ def draw(runs: Runs, bounds: dict[str, float]) -> None:
             1, len(models), figsize=(4.5 * len(models), 4.5), sharey=True, layout="constrained", squeeze=False
         )
         for model, axes in zip(models, panels[0], strict=True):
+            of_panel = [key for key in runs if key[0] == task and key[1] in (model, "no_model")]
+            longest = {key[2]: max(other[3] for other in of_panel if other[2] == key[2]) for key in of_panel}
             for (of_task, of_model, method, length), seeds in runs.items():
                 if of_task != task or of_model not in (model, "no_model"):
                     continue
                 n_rows = min(len(curve) for curve in seeds.values())
                 costs = -np.stack([curve[:n_rows, 1] for curve in seeds.values()])
                 steps = next(iter(seeds.values()))[:n_rows, 0]
-                (line,) = axes.plot(
-                    steps, np.median(costs, axis=0), label=f"{method.replace('_', ' ')}, {length} ({len(seeds)})"
-                )
-                axes.fill_between(steps, costs.min(axis=0), costs.max(axis=0), color=line.get_color(), alpha=0.2)
+                label = f"{method.replace('_', ' ')}, {length} ({len(seeds)})"
+                color = f"C{[*METHODS, *WITHOUT_MODEL].index(method)}"
+                style = "-" if length == longest[method] else "--"
+                axes.plot(steps, np.median(costs, axis=0), label=label, color=color, ls=style)
+                axes.fill_between(steps, costs.min(axis=0), costs.max(axis=0), color=color, alpha=0.2)
             if task in bounds:
                 axes.axhline(-bounds[task], color="black", lw=1.0, ls="--", label="bound")
             for goal in GOALS[task]:

@@ -107,7 +107,8 @@ def test_many_environments_and_callbacks(vec_env_cls, tmp_path):
 
 def test_horizon_zero_is_the_actor_loss_of_td3():
     env = LinearEnv()
-    model = MPG("MlpPolicy", env, horizons=(0,), weighting="constant", **SMALL)
+    policy_kwargs = {"net_arch": [16], "features_extractor_kwargs": {"frequencies": []}}
+    model = MPG("MlpPolicy", env, horizons=(0,), weighting="constant", **{**SMALL, "policy_kwargs": policy_kwargs})
     td3 = TD3("MlpPolicy", env, policy_kwargs={"net_arch": [16], "activation_fn": th.nn.ELU}, seed=3)
     model.actor.load_state_dict(td3.actor.state_dict(), strict=False)
     model.critic.load_state_dict(td3.critic.state_dict(), strict=False)

@@ -111,7 +111,7 @@ class Wrong(PriorModel):
 
 def weight_of_model(**kwargs):
     """Its mean over the second half of the measurements: a single one is noisy."""
-    model = MPG("MlpPolicy", LinearEnv(), horizons=(0, 10), **SMALL, **kwargs).learn(400)
+    model = MPG("MlpPolicy", LinearEnv(), horizons=(0, 10), **SMALL, **kwargs).learn(300)
     measurements = model._measurements
     return np.mean([measurement.weights[1] for measurement in measurements[len(measurements) // 2 :]])
 

@@ -108,9 +108,8 @@ def draw(runs: Runs, bounds: dict[str, float]) -> None:
         for model, axes in zip(models, panels[0], strict=True):
             of_panel = [key for key in runs if key[0] == task and key[1] in (model, "no_model")]
             longest = {key[2]: max(other[3] for other in of_panel if other[2] == key[2]) for key in of_panel}
-            for (of_task, of_model, method, length), seeds in runs.items():
-                if of_task != task or of_model not in (model, "no_model"):
-                    continue
+            for key in of_panel:
+                seeds, method, length = runs[key], key[2], key[3]
                 n_rows = min(len(curve) for curve in seeds.values())
                 costs = -np.stack([curve[:n_rows, 1] for curve in seeds.values()])
                 steps = next(iter(seeds.values()))[:n_rows, 0]

@@ -11,6 +11,15 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 FREQUENCIES = (1.0, 2.0, 3.0)
 
 
+def n_with_waves(n_inputs: int, frequencies: Sequence[float] = FREQUENCIES) -> int:
+    """
+    :param n_inputs: number of inputs
+    :param frequencies: see :func:`with_waves`
+    :return: how many :func:`with_waves` makes of them
+    """
+    return n_inputs * (1 + 2 * len(frequencies))
+
+
 def with_waves(inputs: th.Tensor, frequencies: Sequence[float] = FREQUENCIES) -> th.Tensor:
     """
     :param inputs: ``(B, n)``
@@ -55,7 +64,7 @@ class ObservationScaler(BaseFeaturesExtractor):
             frequencies = FREQUENCIES if self.auto else ()
         self.frequencies = tuple(frequencies)
         n_elements = int(np.prod(observation_space.shape))
-        super().__init__(observation_space, n_elements * (1 + 2 * len(self.frequencies)))
+        super().__init__(observation_space, n_with_waves(n_elements, self.frequencies))
         if isinstance(scale, str):
             if scale != "auto":
                 raise ValueError(f"`scale` of the observations must be 'auto' or one factor for each element, got {scale!r}.")

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from sb3_mpg.common.models.base import PriorModel
 from sb3_mpg.common.models.trainable import TrainableModel, Transitions
-from sb3_mpg.common.torch_layers import FREQUENCIES, with_waves
+from sb3_mpg.common.torch_layers import n_with_waves, with_waves
 
 # A dimension that the prior model predicts to less than this share of its change needs no finer correction
 SMALLEST_TARGET_SCALE = 1e-3
@@ -105,7 +105,7 @@ class ResidualModel(TrainableModel):
         self.n_states, self.n_members = n_states, n_members
         n_inputs = n_states + n_actions
         layers: list[nn.Module] = []
-        for n_in, n_out in pairwise([n_inputs * (1 + 2 * len(FREQUENCIES)), *net_arch]):
+        for n_in, n_out in pairwise([n_with_waves(n_inputs), *net_arch]):
             layers += [EnsembleLinear(n_members, n_in, n_out), nn.ELU()]
         head = EnsembleLinear(n_members, net_arch[-1], n_states + 1)
         nn.init.zeros_(head.weight)
@@ -204,9 +204,6 @@ class ResidualModel(TrainableModel):
     def _bounded(self, states: th.Tensor) -> th.Tensor:
         return th.minimum(th.maximum(states, self.low), self.high)
 
-    def _solved_for_states(self, scaled: th.Tensor) -> th.Tensor:
-        return self.linear[0] + scaled @ self.linear[1:]
-
     def _squares(self, scaled: th.Tensor, next_states: th.Tensor) -> th.Tensor:
         """
         :param scaled: of :meth:`_scaled`, ``(B, S + A)``
@@ -217,27 +214,36 @@ class ResidualModel(TrainableModel):
         values = th.cat([scaled, next_scaled], dim=1)
         return th.cat([values, values.square()], dim=1)
 
-    def _solved_for_rewards(self, scaled: th.Tensor, next_states: th.Tensor) -> th.Tensor:
-        return self.quadratic[0] + self._squares(scaled, next_states) @ self.quadratic[1:]
+    def _corrected_reward(
+        self, states: th.Tensor, actions: th.Tensor, next_states: th.Tensor, scaled: th.Tensor, learned: th.Tensor
+    ) -> th.Tensor:
+        """
+        :param states: ``(B, S)``
+        :param actions: ``(B, A)``
+        :param next_states: ``(B, S)``
+        :param scaled: of :meth:`_scaled`, ``(B, S + A)``
+        :param learned: what the networks say, in the units of the environment, ``(B, S + 1)``
+        :return: ``(B, 1)``
+        """
+        changes = learned[:, self.n_states :] + _affine(self.quadratic, self._squares(scaled, next_states))
+        return self.prior.reward(states, actions, next_states) + self._gains_of_rows(states.shape[0]) * changes
 
     def step(self, states: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         scaled = self._scaled(states, actions)
         gains = self._gains_of_rows(states.shape[0])
         learned = self._ensemble(self.correction, scaled) * self.target_scale
-        changes = gains * (learned[:, : self.n_states] + self._solved_for_states(scaled))
+        changes = gains * (learned[:, : self.n_states] + _affine(self.linear, scaled))
         next_states = self.state_add(self.prior.transition(states, actions), changes)
         next_states = th.where(gains > 0, self._bounded(next_states), next_states)
-        changes = gains * (learned[:, self.n_states :] + self._solved_for_rewards(scaled, next_states))
-        return next_states, self.prior.reward(states, actions, next_states) + changes
+        return next_states, self._corrected_reward(states, actions, next_states, scaled, learned)
 
     def transition(self, states: th.Tensor, actions: th.Tensor) -> th.Tensor:
         return self.step(states, actions)[0]
 
     def reward(self, states: th.Tensor, actions: th.Tensor, next_states: th.Tensor) -> th.Tensor:
         scaled = self._scaled(states, actions)
-        learned = (self._ensemble(self.correction, scaled) * self.target_scale)[:, self.n_states :]
-        changes = self._gains_of_rows(states.shape[0]) * (learned + self._solved_for_rewards(scaled, next_states))
-        return self.prior.reward(states, actions, next_states) + changes
+        learned = self._ensemble(self.correction, scaled) * self.target_scale
+        return self._corrected_reward(states, actions, next_states, scaled, learned)
 
     def _missed_by_prior(self, transitions: Transitions) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         """
@@ -261,8 +267,16 @@ class ResidualModel(TrainableModel):
         :return: what the networks see, ``(B, S + A)``, and what is left for them, in units of its scale, ``(B, S + 1)``
         """
         scaled, next_states, missed = self._missed_by_prior(transitions)
-        solved = th.cat([self._solved_for_states(scaled), self._solved_for_rewards(scaled, next_states)], dim=1)
-        return scaled, (missed - solved) / self.target_scale
+        return scaled, self._left(scaled, next_states, missed) / self.target_scale
+
+    def _left(self, scaled: th.Tensor, next_states: th.Tensor, missed: th.Tensor) -> th.Tensor:
+        """
+        See :meth:`_missed_by_prior` for the parameters.
+
+        :return: what is missed by the prior model and by what was solved for, ``(B, S + 1)``
+        """
+        solved = [_affine(self.linear, scaled), _affine(self.quadratic, self._squares(scaled, next_states))]
+        return missed - th.cat(solved, dim=1)
 
     @th.no_grad()
     def adapt_to(self, transitions: Transitions) -> None:
@@ -277,8 +291,7 @@ class ResidualModel(TrainableModel):
         scaled, next_states, missed = self._missed_by_prior(transitions)
         self.linear.copy_(_least_squares(scaled, missed[:, : self.n_states]))
         self.quadratic.copy_(_least_squares(self._squares(scaled, next_states), missed[:, self.n_states :]))
-        self.target_scale.fill_(1.0)
-        left = self._inputs_and_targets(transitions)[1]
+        left = self._left(scaled, next_states, missed)
         changes = th.cat([self.state_difference(next_states, states), transitions.rewards], dim=1)
         smallest = SMALLEST_TARGET_SCALE * changes.square().mean(dim=0).sqrt() + 1e-8
         self.target_scale.copy_(th.maximum(left.square().mean(dim=0).sqrt(), smallest))
@@ -324,6 +337,15 @@ class ResidualModel(TrainableModel):
     def load_learned_state(self, state: dict[str, Any]) -> None:
         self.load_state_dict(state["model"], strict=False)
         self.optimizer.load_state_dict(state["optimizer"])
+
+
+def _affine(factors: th.Tensor, inputs: th.Tensor) -> th.Tensor:
+    """
+    :param factors: of :func:`_least_squares`, ``(1 + n_inputs, n_outputs)``
+    :param inputs: ``(B, n_inputs)``
+    :return: ``(B, n_outputs)``
+    """
+    return factors[0] + inputs @ factors[1:]
 
 
 def _least_squares(inputs: th.Tensor, targets: th.Tensor) -> th.Tensor:

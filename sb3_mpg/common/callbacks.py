@@ -4,7 +4,6 @@ import copy
 import inspect
 import io
 import os
-import traceback
 import warnings
 from collections import deque
 from multiprocessing.connection import Connection, wait
@@ -24,7 +23,7 @@ from stable_baselines3.common.vec_env import (
     sync_envs_normalization,
 )
 
-from sb3_mpg.common.processes import SharedBytes, Worker, pack_exception, process_context, raise_packed
+from sb3_mpg.common.processes import SharedBytes, Worker, process_context, raise_packed
 
 
 class Snapshot(NamedTuple):
@@ -97,30 +96,25 @@ def run_evaluator(connection: Connection, payload: SharedBytes) -> None:
     :param connection: to the callback
     :param payload: policy, environment and settings, pickled
     """
-    try:
-        policy, env_parts, settings = payload.load()
-        env = put_env_together(*env_parts)
-        connection.send("ready")
-        while True:
-            message: bytes | None = connection.recv()
-            if message is None:
-                return
-            state_dict, statistics = cloudpickle.loads(message)
-            policy.load_state_dict(state_dict)
-            for normalization, values in zip(normalizations(env), statistics, strict=True):
-                vars(normalization).update(values)
-            successes: list[bool] = []
+    policy, env_parts, settings = payload.load()
+    env = put_env_together(*env_parts)
+    connection.send("ready")
+    while True:
+        message: bytes | None = connection.recv()
+        if message is None:
+            return
+        state_dict, statistics = cloudpickle.loads(message)
+        policy.load_state_dict(state_dict)
+        for normalization, values in zip(normalizations(env), statistics, strict=True):
+            vars(normalization).update(values)
+        successes: list[bool] = []
 
-            def note_success(locals_: dict[str, Any], globals_: dict[str, Any], successes: list[bool] = successes) -> None:
-                if locals_["done"] and locals_["info"].get("is_success") is not None:
-                    successes.append(locals_["info"]["is_success"])
+        def note_success(locals_: dict[str, Any], globals_: dict[str, Any], successes: list[bool] = successes) -> None:
+            if locals_["done"] and locals_["info"].get("is_success") is not None:
+                successes.append(locals_["info"]["is_success"])
 
-            rewards, lengths = evaluate_policy(policy, env, return_episode_rewards=True, callback=note_success, **settings)
-            connection.send(Evaluation(rewards, lengths, successes))  # type: ignore[arg-type]
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        raise
-    except Exception as error:
-        connection.send(pack_exception(error, traceback.format_exc()))
+        rewards, lengths = evaluate_policy(policy, env, return_episode_rewards=True, callback=note_success, **settings)
+        connection.send(Evaluation(rewards, lengths, successes))  # type: ignore[arg-type]
 
 
 class AsyncEvalCallback(EvalCallback):

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import BaseContext
@@ -111,7 +112,7 @@ def _exit_with_parent() -> None:
 
 def _run(target: Callable[..., None], connection: Connection, args: tuple[Any, ...]) -> None:
     """
-    What a worker process runs.
+    What a worker process runs. An exception is sent to the main process, for :func:`raise_packed`.
 
     :param target: takes the connection and the arguments
     :param connection: to the main process
@@ -121,10 +122,16 @@ def _run(target: Callable[..., None], connection: Connection, args: tuple[Any, .
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     th.set_num_threads(1)
+    hung_up = (EOFError, BrokenPipeError, ConnectionResetError)
     try:
-        target(connection, *args)
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        # The main process hung up
+        try:
+            target(connection, *args)
+        except hung_up:
+            raise
+        except Exception as error:
+            connection.send(pack_exception(error, traceback.format_exc()))
+    except hung_up:
+        # The main process did
         sys.exit(1)
 
 

@@ -2,7 +2,6 @@
 
 import threading
 import time
-import traceback
 import warnings
 from collections import deque
 from collections.abc import Iterator
@@ -29,7 +28,6 @@ from sb3_mpg.common.processes import (
     SharedBytes,
     Worker,
     exit_without_main_guard,
-    pack_exception,
     process_context,
     raise_packed,
 )
@@ -113,32 +111,27 @@ def run_learner(
     :param slots: where the gradients go
     """
     _avoid_semaphores()
-    try:
-        algorithm, units, buffer = payload.load()
-        algorithm.replay_buffer = SharedReplayReader(buffer, *replay)
-        algorithm.setup_replica()
-        tensors = algorithm.published_tensors() + units.statistics()
-        slot_views = [slot.views() for slot in slots]
-        connection.send("ready")
-        while True:
-            start = time.perf_counter()
-            task: Task | None = connection.recv()
-            if task is None:
-                return
-            started = time.perf_counter()
-            vars(algorithm).update(task.attributes)
-            version = parameters.fetch(tensors)
-            result = algorithm.gradients_of_update(task.n_updates, task.batch_size, units)
-            gradients = flat_gradients(result)
-            with th.no_grad():
-                th._foreach_copy_(slot_views[task.slot][: len(gradients)], gradients)
-            times = started - start, time.perf_counter() - started
-            has_actor = result.actor is not None
-            connection.send(Outcome(task.n_updates, version, task.slot, has_actor, result.logs, *times))
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        raise
-    except Exception as error:
-        connection.send(pack_exception(error, traceback.format_exc()))
+    algorithm, units, buffer = payload.load()
+    algorithm.replay_buffer = SharedReplayReader(buffer, *replay)
+    algorithm.setup_replica()
+    tensors = algorithm.published_tensors() + units.statistics()
+    slot_views = [slot.views() for slot in slots]
+    connection.send("ready")
+    while True:
+        start = time.perf_counter()
+        task: Task | None = connection.recv()
+        if task is None:
+            return
+        started = time.perf_counter()
+        vars(algorithm).update(task.attributes)
+        version = parameters.fetch(tensors)
+        result = algorithm.gradients_of_update(task.n_updates, task.batch_size, units)
+        gradients = flat_gradients(result)
+        with th.no_grad():
+            th._foreach_copy_(slot_views[task.slot][: len(gradients)], gradients)
+        times = started - start, time.perf_counter() - started
+        has_actor = result.actor is not None
+        connection.send(Outcome(task.n_updates, version, task.slot, has_actor, result.logs, *times))
 
 
 class _Learner:

@@ -13,7 +13,7 @@ def gradient(model, observations, weights):
     """With the noise of the model, the same one at each call."""
     th.manual_seed(3)
     model.rollout_model.train()
-    return th.cat([g.flatten() for g in model._mixed_policy_gradient(observations, model._units(), weights)[2]])
+    return th.cat([g.flatten() for g in model._mixed_policy_gradient(observations, model._units(), weights).gradients])
 
 
 @pytest.mark.parametrize("env", [LinearEnv(), "PathTracking-v0", "InvertedPendulumConti-v0"], ids=["lq", "path", "pendulum"])

@@ -4,7 +4,7 @@ import torch as th
 from lq import LinearActor, LinearModel, analytic_gradient, quadratic_q, random_problem
 
 from sb3_mpg import PriorModel
-from sb3_mpg.common.model_rollout import first_non_finite_step, mixed_policy_loss, model_rollout
+from sb3_mpg.common.model_rollout import first_non_finite_step, balance_states, mixed_policy_gradient, model_rollout
 from sb3_mpg.common.units import Units
 
 IDENTITY = Units(-th.ones(1, dtype=th.float64), th.ones(1, dtype=th.float64))
@@ -15,7 +15,7 @@ def tensors(*arrays):
 
 
 def rollout_gradient(states, actor, q_function, model, horizon, gamma, differentiate="first_action", units=IDENTITY):
-    returns = model_rollout(states, actor, q_function, model, units, [horizon], gamma, differentiate)
+    returns = model_rollout(states, actor, q_function, model, units, [horizon], gamma, differentiate)[horizon]
     return th.autograd.grad(returns.mean(), actor.k)[0]
 
 
@@ -49,7 +49,8 @@ def test_model_gradient_equals_finite_differences(problem, horizon):
             moved = k.copy()
             moved[index] += sign * 1e-6
             actor = LinearActor(th.as_tensor(moved))
-            values.append(model_rollout(states, actor, q_function, model, IDENTITY, [horizon], 0.97).mean().item())
+            returns = model_rollout(states, actor, q_function, model, IDENTITY, [horizon], 0.97)[horizon]
+            values.append(returns.mean().item())
         expected[index] = (values[0] - values[1]) / 2e-6
     np.testing.assert_allclose(gradient.numpy(), expected, rtol=1e-5, atol=1e-7)
 
@@ -99,10 +100,11 @@ def test_one_rollout_gives_every_horizon(problem):
     states = th.as_tensor(np.random.default_rng(2).normal(size=(4, 3)))
     actor = LinearActor(th.as_tensor(k))
     together = model_rollout(states, actor, q_function, model, IDENTITY, [5, 0, 3], 0.9)
-    assert together.shape == (3, 4, 1)
-    for index, horizon in enumerate([5, 0, 3]):
+    assert set(together) == {0, 3, 5}
+    for horizon, returns in together.items():
+        assert returns.shape == (4, 1)
         alone = model_rollout(states, actor, q_function, model, IDENTITY, [horizon], 0.9)
-        th.testing.assert_close(together[index], alone[0])
+        th.testing.assert_close(returns, alone[horizon])
 
 
 class CountingModel(LinearModel):
@@ -118,12 +120,59 @@ def test_negligible_horizons_cost_nothing(problem):
     model = CountingModel(*tensors(a, b, q, r))
     states = th.as_tensor(np.random.default_rng(2).normal(size=(4, 3)))
     actor = LinearActor(th.as_tensor(k))
-    _, returns = mixed_policy_loss(states, actor, q_function, model, IDENTITY, {0: 1.0, 5: 0.9e-6, 25: 1e-9}, 0.9)
+    weights = {0: 1.0, 5: 0.9e-6, 25: 1e-9}
+    _, _, _, returns = mixed_policy_gradient(states, actor, q_function, model, IDENTITY, weights, 0.9)
     assert model.calls == 0
     assert set(returns) == {0}
-    loss, returns = mixed_policy_loss(states, actor, q_function, model, IDENTITY, {0: 0.25, 5: 0.75}, 0.9)
+    weights = {0: 0.25, 5: 0.75}
+    loss, _, actions, returns = mixed_policy_gradient(states, actor, q_function, model, IDENTITY, weights, 0.9)
     assert model.calls == 5
-    th.testing.assert_close(loss, -(0.25 * returns[0] + 0.75 * returns[5]))
+    th.testing.assert_close(loss, -(0.25 * returns[0] + 0.75 * returns[5]).mean())
+    th.testing.assert_close(actions, (states @ th.as_tensor(k).T))
+
+
+def test_mixed_gradient_is_the_weighted_sum(problem):
+    (_, _, _, _, k, _), model, q_function = problem
+    states = th.as_tensor(np.random.default_rng(2).normal(size=(8, 3)))
+    actor = LinearActor(th.as_tensor(k))
+    mixed = mixed_policy_gradient(states, actor, q_function, model, IDENTITY, {0: 0.25, 5: 0.75}, 0.9).gradients
+    alone = [rollout_gradient(states, actor, q_function, model, horizon, 0.9) for horizon in (0, 5)]
+    th.testing.assert_close(mixed[0], -(0.25 * alone[0] + 0.75 * alone[1]))
+
+
+def test_balanced_gradient_equals_the_one_written_by_hand(problem):
+    """Of each horizon, m g(s) / (|g(s)| + 0.3 m), m the median of |g(s)|; then the weighted mean of d(a . g)/dK."""
+    (a, b, q, r, k, critic), model, q_function = problem
+    states = np.random.default_rng(2).normal(size=(9, 3)) * np.array([1e-3, 1, 1, 1, 1, 1, 1, 1, 1e3])[:, None]
+    expected = np.zeros_like(k)
+    for horizon, weight in {0: 0.25, 5: 0.75}.items():
+        # The derivative with respect to K is the outer product of that with respect to the action and of the state
+        outer = [analytic_gradient(s, a, b, q, r, k, critic, horizon, 0.9) for s in states]
+        by_action = np.stack([gradient @ s / (s @ s) for gradient, s in zip(outer, states, strict=True)])
+        norms = np.linalg.norm(by_action, axis=1)
+        median = np.sort(norms)[4]
+        balanced = by_action * (median / (norms + 0.3 * median))[:, None]
+        expected -= weight * np.mean([np.outer(g, s) for g, s in zip(balanced, states, strict=True)], axis=0)
+    actor = LinearActor(th.as_tensor(k))
+    weights = {0: 0.25, 5: 0.75}
+    gradient = mixed_policy_gradient(
+        th.as_tensor(states), actor, q_function, model, IDENTITY, weights, 0.9, balanced=True
+    ).gradients[0]
+    np.testing.assert_allclose(gradient.numpy(), expected, rtol=1e-9)
+
+
+def test_balance_of_states_at_its_limits():
+    assert balance_states(th.zeros(4, 2)).eq(0).all()
+    # A state that is fine already stays so, and one of a rollout that diverged counts little more than the others
+    gradients = th.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, -1.0], [1e12, 0.0], [-2.0, 0.0]])
+    balanced = balance_states(gradients)
+    assert balanced[0].eq(0).all()
+    assert balanced.norm(dim=1)[1:].min() > 0.75
+    assert balanced.norm(dim=1).max() <= 1.0
+    assert balanced[4, 0] < 0
+    # What is not a number is not hidden: the update is skipped
+    assert not th.isfinite(balance_states(th.tensor([[1.0], [float("nan")], [2.0]]))).all()
+    assert not th.isfinite(balance_states(th.tensor([[1.0], [float("inf")], [2.0]]))).all()
 
 
 class TerminalModel(LinearModel):
@@ -169,7 +218,7 @@ def test_terminal_states_are_masked(differentiate):
     actor = LinearActor(th.as_tensor(k))
     states = th.as_tensor(np.random.default_rng(0).uniform(-0.9, 0.9, size=(32, 3)))
     gamma, horizon = 0.9, 6
-    returns = model_rollout(states, actor, q_function, model, IDENTITY, [horizon], gamma, differentiate)[0]
+    returns = model_rollout(states, actor, q_function, model, IDENTITY, [horizon], gamma, differentiate)[horizon]
 
     n_ended = 0
     for s, value in zip(states.numpy(), returns[:, 0].tolist(), strict=True):
@@ -232,7 +281,7 @@ def test_units_are_those_of_the_environment():
     th.testing.assert_close(seen[1][1], actions)
     rewards = 0.5 * (-100.0 * (observations + actions)[:, :1] / 10.0).clamp(-3, 3)
     values = (((observations + actions)[:, :1] - 1) / 2).clamp(-1.5, 1.5)
-    th.testing.assert_close(returns[0], rewards + 0.9 * values)
+    th.testing.assert_close(returns[1], rewards + 0.9 * values)
 
 
 def test_first_non_finite_step_names_the_step():

@@ -13,7 +13,9 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNorm
 
 import sb3_mpg_envs  # noqa: F401
 from sb3_mpg import MPG, NStepADP, NStepDPG, PriorModel
+from sb3_mpg.common.model_rollout import model_rollout
 from sb3_mpg.common.torch_layers import ObservationScaler
+from sb3_mpg.common.utils import gradient_of
 from sb3_mpg.common.value_targets import SimulatorTarget
 from sb3_mpg_envs.path_tracking.dynamics import VehicleParameters
 
@@ -130,6 +132,47 @@ def test_policy_gradient_is_that_of_the_update():
     assert min(weights.values()) > 0.01
     expected = sum(w * model.policy_gradient(batch.observations, horizon) for horizon, w in weights.items())
     th.testing.assert_close(-th.cat([gradient.flatten() for gradient in result.actor]), expected, rtol=1e-4, atol=1e-7)
+
+
+def test_critics_learn_from_the_rollouts_too():
+    """With measured weights, sum_n w_n^2 (Q(s, pi(s)) - X_n(s))^2 is added where the policy is due, outliers limited."""
+    model = MPG("MlpPolicy", LinearEnv(), horizons=(0, 2, 6), policy_delay=2, **SMALL).learn(50)
+    model.rollout_model.eval()
+    model.weighting_rule._errors = [np.array([0.6, 0.3, 0.1])]
+    units = model._units()
+    batch = model._sample_batch(1, 32, units)
+
+    def loss_by_hand(with_rollouts):
+        actions = model.actor(batch.observations).detach()
+        loss = 0.0
+        for index in (0, 1):
+            q_function = model._q_function(index)
+            loss += (q_function(batch.observations, batch.actions) - batch.target_q_values).square().mean()
+            values = q_function(batch.observations, actions)
+            weights = np.array([1 / 0.6, 1 / 0.3, 1 / 0.1])
+            for horizon, weight in zip((2, 6), (weights / weights.sum())[1:], strict=True):
+                if with_rollouts:
+                    first = model._q_function(0)
+                    returns = model_rollout(
+                        batch.observations, model.actor, first, model.rollout_model, units, [horizon], model.gamma
+                    )[horizon]
+                    errors = (returns - values).detach()
+                    limit = 3 * errors.abs().sort(dim=0).values[15]
+                    loss += weight**2 * (values - (values.detach() + errors.clamp(-limit, limit))).square().mean()
+        return th.cat([gradient.flatten() for gradient in gradient_of(loss, model.critic)])
+
+    for n_updates, is_due in ((2, True), (3, False)):
+        gradient = th.cat([gradient.flatten() for gradient in model.compute_gradients(batch, n_updates, units).critic])
+        th.testing.assert_close(gradient, loss_by_hand(is_due), rtol=1e-4, atol=1e-7)
+
+    # One rollout that diverges moves the critics no further than a limit allows
+    result = model._mixed_policy_gradient(batch.observations, units, model.weighting_rule(2))
+    network_inputs = units.normalize_observations(batch.observations)
+    sound = model._rollout_value_loss(network_inputs, result, model.weighting_rule(2))
+    for returns in result.returns.values():
+        returns[3] = -1e12
+    diverged = model._rollout_value_loss(network_inputs, result, model.weighting_rule(2))
+    assert sound < diverged < 10 * sound
 
 
 class ShapedEnv(LinearEnv):

@@ -5,13 +5,13 @@ The unified policy gradient (eq. 6) is :math:`\nabla_\theta \pi(s) \, \nabla_a X
 model and critic. So the errors are those of the action gradients :math:`g_n(s) = \nabla_a X_n(s, a)|_{a = \pi(s)}`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch as th
 
-from sb3_mpg.common.model_rollout import QFunction, RolloutState, advance, horizon_returns
+from sb3_mpg.common.model_rollout import Advance, QFunction, advance, model_rollout
 from sb3_mpg.common.models.base import PriorModel
 from sb3_mpg.common.units import Units
 
@@ -41,7 +41,7 @@ def action_gradients(
     units: Units,
     horizons: Sequence[int],
     gamma: float,
-    advance: Callable[..., tuple[RolloutState, th.Tensor]] = advance,
+    advance: Advance = advance,
 ) -> th.Tensor:
     r"""
     Several estimates of :math:`\nabla_a X_n(s, a)` at the same states: the rows of the batch are repeated once for each
@@ -67,7 +67,7 @@ def action_gradients(
     with th.no_grad():
         actions = actor(units.normalize_observations(repeated))
     actions.requires_grad_()
-    returns = horizon_returns(
+    returns = model_rollout(
         repeated, actor, q_function, model, units, horizons, gamma, "first_action", advance, first_actions=actions
     )
     gradients = []

@@ -15,9 +15,13 @@ from torch.func import functional_call
 from sb3_mpg.common.models.base import PriorModel
 from sb3_mpg.common.type_aliases import Differentiate
 from sb3_mpg.common.units import Units
+from sb3_mpg.common.utils import gradient_of
 
 #: Horizons that weigh less than this are left out of the rollout.
 NEGLIGIBLE_WEIGHT = 1e-6
+
+#: The share of the median below which gradients count for less: :math:`c` in :func:`balance_states`.
+STATE_BALANCE = 0.3
 
 #: (normalised observations (B, *obs_shape), actions in [-1, 1] (B, A)) -> values (B, 1)
 QFunction = Callable[[th.Tensor, th.Tensor], th.Tensor]
@@ -39,6 +43,10 @@ class RolloutState(NamedTuple):
     actions: th.Tensor
     alive: th.Tensor
     start: th.Tensor
+
+
+#: Steps a model as :func:`advance` does
+Advance = Callable[..., tuple[RolloutState, th.Tensor]]
 
 
 def advance(
@@ -118,9 +126,9 @@ class StepCompiler:
         self.chunk = chunk
         self.backend = backend
         # Compiled at the first call, because that is where failures are dealt with
-        self._advance: Callable[..., tuple[RolloutState, th.Tensor]] | None = None
+        self._advance: Advance | None = None
 
-    def _compile(self) -> Callable[..., tuple[RolloutState, th.Tensor]]:
+    def _compile(self) -> Advance:
         options: dict[str, Any] | None = None
         if self.backend == "inductor":
             # The guards have checked the sizes already; and to build and load a library for each set of vector instructions,
@@ -168,7 +176,7 @@ def quiet_compiler() -> Iterator[None]:
         yield
 
 
-def horizon_returns(
+def model_rollout(
     observations: th.Tensor,
     actor: th.nn.Module,
     q_function: QFunction,
@@ -177,12 +185,31 @@ def horizon_returns(
     horizons: Sequence[int],
     gamma: float,
     differentiate: Differentiate = "first_action",
-    advance: Callable[..., tuple[RolloutState, th.Tensor]] = advance,
+    advance: Advance = advance,
     first_actions: th.Tensor | None = None,
 ) -> dict[int, th.Tensor]:
-    """
-    As :func:`model_rollout`, which see for the parameters.
+    r"""
+    Discounted model returns of all horizons, with the critic at the end of each:
 
+    .. math::
+        X_n(s_t) = \sum_{l=t}^{t+n-1} \gamma^{l-t} \hat r_l + \gamma^n Q(\hat s_{t+n}, \pi(\hat s_{t+n})), \quad
+        \hat s_{l+1} = f(\hat s_l, \pi(\hat s_l)), \; \hat s_t = s_t.
+
+    The model is stepped ``max(horizons)`` times, whatever the number of horizons. Behind a terminal state there is
+    neither reward nor value.
+
+    :param observations: raw observations, ``(B, *obs_shape)``
+    :param actor: maps normalised observations to actions in [-1, 1], ``(B, A)``
+    :param q_function: the critic, in the units of the networks
+    :param model: the model
+    :param units: between the environment, which the model speaks for, and the networks
+    :param horizons: numbers of model steps, each 0 or more; 0 is :math:`Q(s_t, \pi(s_t))` itself
+    :param gamma: discount factor
+    :param differentiate: ``"first_action"``: the parameters of the actor get their gradient through the first action
+        alone, later ones come from a frozen copy (eq. 6); ``"all_actions"``: through every action, the critic's at the
+        end included (eq. 5)
+    :param advance: steps the model; :func:`advance` or a :class:`StepCompiler`
+    :param first_actions: in [-1, 1], ``(B, A)``; by default the actor's
     :return: returns of each horizon, ``(B, 1)``: tensors of their own, so that the gradient of one has nothing to do with
         another, which may have overflowed
     """
@@ -209,51 +236,40 @@ def horizon_returns(
     return returns
 
 
-def model_rollout(
-    observations: th.Tensor,
-    actor: th.nn.Module,
-    q_function: QFunction,
-    model: PriorModel,
-    units: Units,
-    horizons: Sequence[int],
-    gamma: float,
-    differentiate: Differentiate = "first_action",
-    advance: Callable[..., tuple[RolloutState, th.Tensor]] = advance,
-    first_actions: th.Tensor | None = None,
-) -> th.Tensor:
+def balance_states(gradients: th.Tensor) -> th.Tensor:
     r"""
-    Discounted model returns of all horizons, with the critic at the end of each:
+    Let states count alike, whatever the size of their gradients:
 
-    .. math::
-        X_n(s_t) = \sum_{l=t}^{t+n-1} \gamma^{l-t} \hat r_l + \gamma^n Q(\hat s_{t+n}, \pi(\hat s_{t+n})), \quad
-        \hat s_{l+1} = f(\hat s_l, \pi(\hat s_l)), \; \hat s_t = s_t.
+    .. math:: \hat g(s) = \frac{m \, g(s)}{|g(s)| + c \, m}, \quad m = \mathrm{median}_s |g(s)|,
 
-    The model is stepped ``max(horizons)`` times, whatever the number of horizons. Behind a terminal state there is
-    neither reward nor value.
+    with ``STATE_BALANCE`` for :math:`c`. A policy that is optimal is so in every state, whatever the weights of the states.
+    But where some are far from what is wanted, as a pendulum that has fallen, their values and gradients are larger by orders
+    of magnitude, and in a mean over states nothing is heard of all others. Nor do a few rollouts that diverge rule it.
 
-    :param observations: raw observations, ``(B, *obs_shape)``
-    :param actor: maps normalised observations to actions in [-1, 1], ``(B, A)``
-    :param q_function: the critic, in the units of the networks
-    :param model: the model
-    :param units: between the environment, which the model speaks for, and the networks
-    :param horizons: numbers of model steps, each 0 or more; 0 is :math:`Q(s_t, \pi(s_t))` itself
-    :param gamma: discount factor
-    :param differentiate: ``"first_action"``: the parameters of the actor get their gradient through the first action
-        alone, later ones come from a frozen copy (eq. 6); ``"all_actions"``: through every action, the critic's at the
-        end included (eq. 5)
-    :param advance: steps the model; :func:`advance` or a :class:`StepCompiler`
-    :param first_actions: in [-1, 1], ``(B, A)``; by default the actor's
-    :return: returns, ``(n_horizons, B, 1)``, in the order of ``horizons``
+    :param gradients: action gradients, ``(B, A)``
+    :return: the same directions, lengths of the order of :math:`m`, ``(B, A)``
     """
-    returns = horizon_returns(
-        observations, actor, q_function, model, units, horizons, gamma, differentiate, advance, first_actions
-    )
-    stacked = th.stack([returns[horizon] for horizon in horizons])
-    assert stacked.shape == (len(horizons), observations.shape[0], 1), stacked.shape
-    return stacked
+    norms = gradients.norm(dim=1, keepdim=True)
+    median = norms.median()
+    # Where all of them vanish, so does the result
+    return gradients * (median / (norms + STATE_BALANCE * median).clamp(min=th.finfo(norms.dtype).tiny))
 
 
-def mixed_policy_loss(
+class PolicyGradient(NamedTuple):
+    """
+    :param loss: the actor loss (eq. 9), a scalar
+    :param gradients: of the loss, or of what replaces it, one tensor for each trainable parameter of the actor
+    :param actions: of the policy, in [-1, 1], ``(B, A)``
+    :param returns: of each horizon that counts, ``(B, 1)``
+    """
+
+    loss: th.Tensor
+    gradients: list[th.Tensor]
+    actions: th.Tensor
+    returns: dict[int, th.Tensor]
+
+
+def mixed_policy_gradient(
     observations: th.Tensor,
     actor: th.nn.Module,
     q_function: QFunction,
@@ -262,23 +278,39 @@ def mixed_policy_loss(
     weights: dict[int, float],
     gamma: float,
     differentiate: Differentiate = "first_action",
-    advance: Callable[..., tuple[RolloutState, th.Tensor]] = advance,
-) -> tuple[th.Tensor, dict[int, th.Tensor]]:
+    advance: Advance = advance,
+    balanced: bool = False,
+) -> PolicyGradient:
     r"""
-    The loss whose gradient is the mixed policy gradient (eq. 9; the general form of appendix C-A):
-    :math:`-E[\sum_i w_i X_i(s)]`. Horizons of weight below ``NEGLIGIBLE_WEIGHT`` cost nothing.
+    The gradient of the loss of the mixed policy gradient (eq. 9; the general form of appendix C-A):
+    :math:`-E_s[\sum_i w_i X_i(s)]`. Horizons of weight below ``NEGLIGIBLE_WEIGHT`` cost nothing.
 
-    :param weights: weight of each horizon
-    :return: the loss, a scalar, and the mean return of each horizon that was computed;
-        see :func:`model_rollout` for the other parameters
+    :param weights: weight of each horizon; see :func:`model_rollout` for the other parameters
+    :param balanced: whether the action gradients of each horizon are balanced between the states before they are mixed (see
+        :func:`balance_states`); the first action is then the only one that can be differentiated
+    :return: loss, gradient, and what they were computed from
     """
     used = {horizon: weight for horizon, weight in weights.items() if abs(weight) >= NEGLIGIBLE_WEIGHT}
     horizons = sorted(used)
-    returns = model_rollout(observations, actor, q_function, model, units, horizons, gamma, differentiate, advance)
-    mean_returns = returns.mean(dim=(1, 2))  # (n_horizons,)
-    loss = -sum(used[horizon] * mean_returns[index] for index, horizon in enumerate(horizons))
+    actions = actor(units.normalize_observations(observations))
+    first_actions = actions.detach().requires_grad_() if balanced else actions
+    returns = model_rollout(
+        observations, actor, q_function, model, units, horizons, gamma, differentiate, advance, first_actions
+    )
+    loss = -sum(used[horizon] * returns[horizon].mean() for horizon in horizons)
     assert isinstance(loss, th.Tensor)
-    return loss, dict(zip(horizons, mean_returns.detach(), strict=True))
+    if balanced:
+        assert differentiate == "first_action", differentiate
+        ascent = th.zeros_like(actions)
+        for horizon in horizons:
+            keep = horizon != horizons[-1]
+            (gradients,) = th.autograd.grad(returns[horizon].sum(), first_actions, retain_graph=keep)
+            ascent += used[horizon] * balance_states(gradients)
+        gradients = gradient_of(-(actions * ascent).sum(dim=1).mean(), actor)
+    else:
+        gradients = gradient_of(loss, actor)
+    detached = {horizon: values.detach() for horizon, values in returns.items()}
+    return PolicyGradient(loss.detach(), gradients, actions.detach(), detached)
 
 
 def first_non_finite_step(

@@ -22,10 +22,13 @@ from torch.nn import functional as F
 
 from sb3_mpg.common.model_rollout import (
     NEGLIGIBLE_WEIGHT,
+    Advance,
+    PolicyGradient,
     QFunction,
     StepCompiler,
+    advance,
     first_non_finite_step,
-    mixed_policy_loss,
+    mixed_policy_gradient,
     quiet_compiler,
 )
 from sb3_mpg.common.error_estimates import GradientErrors, action_gradients, gradient_errors
@@ -54,6 +57,8 @@ COMPILE_FROM_MODEL_STEPS = 50_000
 # The errors of the gradients are measured at so many states, once in so many updates
 N_MEASURED_STATES = 128
 MEASURE_EVERY = 20
+# How far a return of a rollout may be from the value of the critic to be learned from, in medians over states
+LARGEST_VALUE_ERROR = 3.0
 # The report is about that many of the steps recorded last
 N_REPORTED_STEPS = 5000
 
@@ -318,7 +323,7 @@ class MPG(OffPolicyModelAlgorithm):
         was_training = self.rollout_model.training
         self.rollout_model.eval()
         try:
-            loss, _ = mixed_policy_loss(
+            gradients = mixed_policy_gradient(
                 self._to_tensor(observations),
                 self.actor,
                 self._q_function(0),
@@ -327,8 +332,7 @@ class MPG(OffPolicyModelAlgorithm):
                 {horizon: 1.0},
                 self.gamma,
                 differentiate,
-            )
-            gradients = gradient_of(loss, self.actor)
+            ).gradients
         finally:
             self.rollout_model.train(was_training)
         return -th.cat([gradient.flatten() for gradient in gradients])
@@ -387,18 +391,16 @@ class MPG(OffPolicyModelAlgorithm):
         pessimism = rule(n_updates).get(0, 0.0) if rule.needs_errors else 1.0
         return target_values_of(self.critic_target, pessimism)
 
-    def _mixed_policy_gradient(
-        self, observations: th.Tensor, units: Units, weights: dict[int, float]
-    ) -> tuple[th.Tensor, dict[int, th.Tensor], list[th.Tensor]]:
+    def _mixed_policy_gradient(self, observations: th.Tensor, units: Units, weights: dict[int, float]) -> PolicyGradient:
         """
         :param observations: raw observations, ``(B, *obs_shape)``
         :param units: conversions between environment and networks
         :param weights: weight of each horizon
-        :return: the actor loss (eq. 9), the mean return of each horizon that counts, and the gradient of the loss
+        :return: the mixed policy gradient; where errors are measured, balanced between the states
         """
-
-        def loss_and_gradient(*advance: StepCompiler) -> tuple[th.Tensor, dict[int, th.Tensor], list[th.Tensor]]:
-            loss, mean_returns = mixed_policy_loss(
+        balanced = self.weighting_rule.needs_errors and self.differentiate == "first_action"
+        return self._compiled(
+            lambda advance: mixed_policy_gradient(
                 observations,
                 self.actor,
                 self._q_function(0),
@@ -407,30 +409,29 @@ class MPG(OffPolicyModelAlgorithm):
                 weights,
                 self.gamma,
                 self.differentiate,
-                *advance,
+                advance,
+                balanced,
             )
-            return loss, mean_returns, gradient_of(loss, self.actor)
-
-        return self._compiled(loss_and_gradient)
+        )
 
     def _model_name(self) -> str:
         model = self.rollout_model
         return type(model.prior if isinstance(model, ResidualModel) else model).__name__
 
-    def _compiled(self, function: Callable[..., Result]) -> Result:
+    def _compiled(self, function: Callable[[Advance], Result]) -> Result:
         """
-        :param function: runs model rollouts, with what is passed to it for stepping, if anything is
+        :param function: runs model rollouts, with what is passed to it for stepping
         :return: its result, with compiled steps where they are wanted and possible
         """
         if self._step_compiler is None:
-            return function()
+            return function(advance)
         try:
             with quiet_compiler():
                 return function(self._step_compiler)
         except Exception as error:
             # Whatever the compiler trips over, training goes on; an error of the model itself comes again below
             self._step_compiler = None
-            result = function()
+            result = function(advance)
             reason = " ".join(str(error).split())[:300]
             warnings.warn(
                 f"{self._model_name()} and the policy could not be compiled and run as they are, more "
@@ -483,7 +484,7 @@ class MPG(OffPolicyModelAlgorithm):
         compares = isinstance(model, ResidualModel) and not self.residual
         with model.compared_with_prior() if compares else nullcontext():  # type: ignore[operator]
             gradients = self._compiled(
-                lambda *advance: action_gradients(
+                lambda advance: action_gradients(
                     observations,
                     self.actor,
                     q_functions,
@@ -491,7 +492,7 @@ class MPG(OffPolicyModelAlgorithm):
                     units,
                     self.weighting_rule.horizons,
                     self.gamma,
-                    *advance,
+                    advance,
                 )
             )
         return gradient_errors(gradients.cpu().numpy(), self.weighting_rule.horizons, with_judge=compares)
@@ -545,25 +546,51 @@ class MPG(OffPolicyModelAlgorithm):
         network_inputs = units.normalize_observations(batch.observations)
         logs: dict[str, Any] = {}
 
+        # Delayed policy updates
+        policy_gradient, weights = None, {}
+        if n_updates % self.policy_delay == 0:
+            weights = self.weighting_rule(n_updates)
+            policy_gradient = self._mixed_policy_gradient(batch.observations, units, weights)
+            logs["train/actor_loss"] = policy_gradient.loss.item()
+            logs.update({f"horizons/weight_{horizon}": weight for horizon, weight in weights.items()})
+            logs.update({f"horizons/return_{horizon}": x.mean().item() for horizon, x in policy_gradient.returns.items()})
+
         # Get current Q-values estimates for each critic network
         current_q_values = self.critic(network_inputs, batch.actions)
         # Compute critic loss
         critic_loss = sum(F.mse_loss(current_q, batch.target_q_values) for current_q in current_q_values)
         assert isinstance(critic_loss, th.Tensor)
-        critic_gradients = gradient_of(critic_loss, self.critic)
         logs["train/critic_loss"] = critic_loss.item()
+        if policy_gradient is not None and self.weighting_rule.needs_errors:
+            critic_loss = critic_loss + self._rollout_value_loss(network_inputs, policy_gradient, weights)
+        critic_gradients = gradient_of(critic_loss, self.critic)
 
-        # Delayed policy updates
-        actor_gradients = None
-        if n_updates % self.policy_delay == 0:
-            assert self.rollout_model is not None
-            weights = self.weighting_rule(n_updates)
-            actor_loss, mean_returns, actor_gradients = self._mixed_policy_gradient(batch.observations, units, weights)
-            logs["train/actor_loss"] = actor_loss.item()
-            logs.update({f"horizons/weight_{horizon}": weight for horizon, weight in weights.items()})
-            logs.update({f"horizons/return_{horizon}": value.item() for horizon, value in mean_returns.items()})
+        return GradientResult(critic_gradients, None if policy_gradient is None else policy_gradient.gradients, logs)
 
-        return GradientResult(critic_gradients, actor_gradients, logs)
+    def _rollout_value_loss(
+        self, network_inputs: th.Tensor, policy_gradient: PolicyGradient, weights: dict[int, float]
+    ) -> th.Tensor | float:
+        r"""
+        The rollouts that the policy was improved with end in values of its actions, many steps of bootstrapping at once: the
+        critics regress on them, too, as far as the model is trusted,
+        :math:`\sum_n w_n^2 E_s[(Q(s, \pi(s)) - X_n(s))^2]`. Recorded steps alone carry what a critic learns about the far
+        end of a slow motion one step further in each time constant of the target networks.
+
+        :param network_inputs: normalised observations, ``(B, *obs_shape)``
+        :param policy_gradient: what was computed at them
+        :param weights: weight of each horizon
+        :return: a scalar
+        """
+        loss: th.Tensor | float = 0.0
+        for horizon, returns in policy_gradient.returns.items():
+            if horizon > 0:
+                for values in self.critic(network_inputs, policy_gradient.actions):
+                    # A few rollouts that diverge must not be all that is fitted
+                    errors = (returns - values).detach()
+                    limit = LARGEST_VALUE_ERROR * errors.abs().median()
+                    targets = values.detach() + errors.clamp(-limit, limit)
+                    loss = loss + weights[horizon] ** 2 * F.mse_loss(values, targets)
+        return loss
 
     def apply_gradients(self, result: GradientResult) -> bool:
         """

@@ -141,7 +141,7 @@ def test_mixed_gradient_is_the_weighted_sum(problem):
 
 
 def test_balanced_gradient_equals_the_one_written_by_hand(problem):
-    """Of each horizon, m g(s) / (|g(s)| + 0.3 m), m the median of |g(s)|; then the weighted mean of d(a . g)/dK."""
+    """Of each horizon, m g(s) / (0.2 m + 0.8 (|g(s)| + 0.3 m)), m the median of |g(s)|; then the mean of d(a . g)/dK."""
     (a, b, q, r, k, critic), model, q_function = problem
     states = np.random.default_rng(2).normal(size=(9, 3)) * np.array([1e-3, 1, 1, 1, 1, 1, 1, 1, 1e3])[:, None]
     expected = np.zeros_like(k)
@@ -151,28 +151,29 @@ def test_balanced_gradient_equals_the_one_written_by_hand(problem):
         by_action = np.stack([gradient @ s / (s @ s) for gradient, s in zip(outer, states, strict=True)])
         norms = np.linalg.norm(by_action, axis=1)
         median = np.sort(norms)[4]
-        balanced = by_action * (median / (norms + 0.3 * median))[:, None]
+        balanced = by_action * (median / (0.2 * median + 0.8 * (norms + 0.3 * median)))[:, None]
         expected -= weight * np.mean([np.outer(g, s) for g, s in zip(balanced, states, strict=True)], axis=0)
     actor = LinearActor(th.as_tensor(k))
     weights = {0: 0.25, 5: 0.75}
     gradient = mixed_policy_gradient(
-        th.as_tensor(states), actor, q_function, model, IDENTITY, weights, 0.9, balanced=True
+        th.as_tensor(states), actor, q_function, model, IDENTITY, weights, 0.9, balance=0.8
     ).gradients[0]
     np.testing.assert_allclose(gradient.numpy(), expected, rtol=1e-9)
 
 
 def test_balance_of_states_at_its_limits():
-    assert balance_states(th.zeros(4, 2)).eq(0).all()
+    assert balance_states(th.zeros(4, 2), 1.0).eq(0).all()
     # A state that is fine already stays so, and one of a rollout that diverged counts little more than the others
     gradients = th.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, -1.0], [1e12, 0.0], [-2.0, 0.0]])
-    balanced = balance_states(gradients)
+    balanced = balance_states(gradients, 1.0)
+    th.testing.assert_close(balance_states(gradients, 0.0), gradients)
     assert balanced[0].eq(0).all()
     assert balanced.norm(dim=1)[1:].min() > 0.75
     assert balanced.norm(dim=1).max() <= 1.0
     assert balanced[4, 0] < 0
     # What is not a number is not hidden: the update is skipped
-    assert not th.isfinite(balance_states(th.tensor([[1.0], [float("nan")], [2.0]]))).all()
-    assert not th.isfinite(balance_states(th.tensor([[1.0], [float("inf")], [2.0]]))).all()
+    assert not th.isfinite(balance_states(th.tensor([[1.0], [float("nan")], [2.0]]), 1.0)).all()
+    assert not th.isfinite(balance_states(th.tensor([[1.0], [float("inf")], [2.0]]), 1.0)).all()
 
 
 class TerminalModel(LinearModel):

@@ -15,6 +15,9 @@ from sb3_mpg.common.model_rollout import Advance, QFunction, advance, model_roll
 from sb3_mpg.common.models.base import PriorModel
 from sb3_mpg.common.units import Units
 
+# How large the error of a judged model must be, over the square of the gradient, for it to be left out
+USELESS_ERROR = 3.0
+
 
 class GradientErrors(NamedTuple):
     """
@@ -25,12 +28,14 @@ class GradientErrors(NamedTuple):
     :param errors: one for each horizon, ``(n_horizons,)``
     :param standard_errors: of these medians, ``(n_horizons,)``
     :param gradient_norm: median of the squared norm of the gradient of the best horizon
+    :param is_useless: whether a horizon is known to do more harm than good, ``(n_horizons,)``
     """
 
     horizons: tuple[int, ...]
     errors: np.ndarray
     standard_errors: np.ndarray
     gradient_norm: float
+    is_useless: np.ndarray
 
 
 def action_gradients(
@@ -101,7 +106,9 @@ def gradient_errors(gradients: np.ndarray, horizons: Sequence[int], with_judge: 
     :math:`e_0 = \max(\mathrm{median}_s |g_0^1 - g_0^2|^2 / 2, \; \mathrm{median}_s |\bar g_0 - \bar g_n|^2 - e_n)`.
 
     With a judge, the second member is better than the first, which alone is used: all of their difference is the error of
-    the first, and the critics are judged by the second.
+    the first, and the critics are judged by the second. What that tells of the model is a bias, which no number of updates
+    averages out, as they do the noise of the critics. A horizon is of no use when its error is ``USELESS_ERROR`` times the
+    square of the gradient itself: noise alone gives 2 where the gradient vanishes, and the opposite direction gives 4.
 
     :param gradients: of :func:`action_gradients`, ``(n_horizons, 2, B, A)``
     :param horizons: numbers of model steps, ascending
@@ -126,4 +133,5 @@ def gradient_errors(gradients: np.ndarray, horizons: Sequence[int], with_judge: 
             if distance > errors[critic]:
                 errors[critic], standard_errors[critic] = distance, distance_error
         gradient_norm, _ = _median((references[best] ** 2).sum(-1))
-    return GradientErrors(tuple(horizons), errors, standard_errors, gradient_norm)
+    is_useless = np.array([with_judge and horizon > 0 for horizon in horizons]) & (errors > USELESS_ERROR * gradient_norm)
+    return GradientErrors(tuple(horizons), errors, standard_errors, gradient_norm, is_useless)

@@ -236,23 +236,27 @@ def model_rollout(
     return returns
 
 
-def balance_states(gradients: th.Tensor) -> th.Tensor:
+def balance_states(gradients: th.Tensor, share: float) -> th.Tensor:
     r"""
     Let states count alike, whatever the size of their gradients:
 
-    .. math:: \hat g(s) = \frac{m \, g(s)}{|g(s)| + c \, m}, \quad m = \mathrm{median}_s |g(s)|,
+    .. math::
+        \hat g(s) = \frac{m \, g(s)}{(1 - \kappa) \, m + \kappa \, (|g(s)| + c \, m)}, \quad m = \mathrm{median}_s |g(s)|,
 
     with ``STATE_BALANCE`` for :math:`c`. A policy that is optimal is so in every state, whatever the weights of the states.
     But where some are far from what is wanted, as a pendulum that has fallen, their values and gradients are larger by orders
     of magnitude, and in a mean over states nothing is heard of all others. Nor do a few rollouts that diverge rule it.
+    Of gradients that are mostly noise, on the other hand, this makes more noise, and their mean is better.
 
-    :param gradients: action gradients, ``(B, A)``
-    :return: the same directions, lengths of the order of :math:`m`, ``(B, A)``
+    :param gradients: action gradients :math:`g`, ``(B, A)``
+    :param share: :math:`\kappa`, from 0, which leaves them as they are, to 1
+    :return: the same directions, ``(B, A)``
     """
     norms = gradients.norm(dim=1, keepdim=True)
     median = norms.median()
+    denominators = (1 - share) * median + share * (norms + STATE_BALANCE * median)
     # Where all of them vanish, so does the result
-    return gradients * (median / (norms + STATE_BALANCE * median).clamp(min=th.finfo(norms.dtype).tiny))
+    return gradients * (median / denominators.clamp(min=th.finfo(norms.dtype).tiny))
 
 
 class PolicyGradient(NamedTuple):
@@ -279,33 +283,33 @@ def mixed_policy_gradient(
     gamma: float,
     differentiate: Differentiate = "first_action",
     advance: Advance = advance,
-    balanced: bool = False,
+    balance: float = 0.0,
 ) -> PolicyGradient:
     r"""
     The gradient of the loss of the mixed policy gradient (eq. 9; the general form of appendix C-A):
     :math:`-E_s[\sum_i w_i X_i(s)]`. Horizons of weight below ``NEGLIGIBLE_WEIGHT`` cost nothing.
 
     :param weights: weight of each horizon; see :func:`model_rollout` for the other parameters
-    :param balanced: whether the action gradients of each horizon are balanced between the states before they are mixed (see
-        :func:`balance_states`); the first action is then the only one that can be differentiated
+    :param balance: how much the action gradients of each horizon are balanced between the states before they are mixed, from
+        0 to 1 (see :func:`balance_states`); more than 0 needs ``differentiate="first_action"``
     :return: loss, gradient, and what they were computed from
     """
     used = {horizon: weight for horizon, weight in weights.items() if abs(weight) >= NEGLIGIBLE_WEIGHT}
     horizons = sorted(used)
     actions = actor(units.normalize_observations(observations))
-    first_actions = actions.detach().requires_grad_() if balanced else actions
+    first_actions = actions.detach().requires_grad_() if balance > 0 else actions
     returns = model_rollout(
         observations, actor, q_function, model, units, horizons, gamma, differentiate, advance, first_actions
     )
     loss = -sum(used[horizon] * returns[horizon].mean() for horizon in horizons)
     assert isinstance(loss, th.Tensor)
-    if balanced:
+    if balance > 0:
         assert differentiate == "first_action", differentiate
         ascent = th.zeros_like(actions)
         for horizon in horizons:
             keep = horizon != horizons[-1]
             (gradients,) = th.autograd.grad(returns[horizon].sum(), first_actions, retain_graph=keep)
-            ascent += used[horizon] * balance_states(gradients)
+            ascent += used[horizon] * balance_states(gradients, balance)
         gradients = gradient_of(-(actions * ascent).sum(dim=1).mean(), actor)
     else:
         gradients = gradient_of(loss, actor)

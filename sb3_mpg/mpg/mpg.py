@@ -396,9 +396,10 @@ class MPG(OffPolicyModelAlgorithm):
         :param observations: raw observations, ``(B, *obs_shape)``
         :param units: conversions between environment and networks
         :param weights: weight of each horizon
-        :return: the mixed policy gradient; where errors are measured, balanced between the states
+        :return: the mixed policy gradient; with measured weights, states are balanced as far as the model is trusted
         """
-        balanced = self.weighting_rule.needs_errors and self.differentiate == "first_action"
+        is_balanced = self.weighting_rule.needs_errors and self.differentiate == "first_action"
+        balance = 1 - weights.get(0, 0.0) if is_balanced else 0.0
         return self._compiled(
             lambda advance: mixed_policy_gradient(
                 observations,
@@ -410,7 +411,7 @@ class MPG(OffPolicyModelAlgorithm):
                 self.gamma,
                 self.differentiate,
                 advance,
-                balanced,
+                balance,
             )
         )
 
@@ -457,10 +458,10 @@ class MPG(OffPolicyModelAlgorithm):
             if validation_error is not None:
                 logs.setdefault("model/validation_error", []).append(validation_error)
             measured = self._measure_errors(units)
-            self.weighting_rule.observe(measured.errors)
+            self.weighting_rule.observe(np.where(measured.is_useless, np.inf, measured.errors))
             weights = self.weighting_rule.weights(self._n_updates)
             validation_error = float("nan") if validation_error is None else validation_error
-            self._measurements.append(Measurement(self._n_updates, *measured[1:], weights, validation_error))
+            self._measurements.append(Measurement(self._n_updates, *measured[1:4], weights, validation_error))
             if not np.isfinite(measured.errors).all():
                 warnings.warn(
                     f"The gradient of {self._model_name()} is not finite at most states; it weighs nothing until it is. "

@@ -57,11 +57,12 @@ class PathTrackingSimulator(BatchSimulator):
     def _allocate(self, num_agents: int) -> None:
         super()._allocate(num_agents)
         # Lateral position and yaw angle of the path where the vehicles are: each step would compute them again
-        self._path = np.full((2, num_agents), np.nan)
+        self._path = (np.full(num_agents, np.nan), np.full(num_agents, np.nan))
 
     def _write_states(self, states: np.ndarray, columns: Columns) -> None:
         super()._write_states(states, columns)
-        self._path[:, columns] = dynamics.path_reference(TrackingState(*states).x, "path", np)
+        y_ref, phi_ref = self._path
+        y_ref[columns], phi_ref[columns] = dynamics.path_reference(TrackingState(*states).x, "path", np)
 
     def prior_model(self) -> PathTrackingModel:
         terminates = self.early_reset and self.early_reset_terminates
@@ -102,10 +103,10 @@ class PathTrackingSimulator(BatchSimulator):
 
     def _transition(self, states: np.ndarray, controls: np.ndarray, columns: Columns) -> np.ndarray:
         steering, acceleration = controls
-        y_ref, phi_ref = self._path[:, columns]
-        next_state, self._path[:, columns] = dynamics.tracking_step(
+        y_ref, phi_ref = self._path
+        next_state, (y_ref[columns], phi_ref[columns]) = dynamics.tracking_step(
             TrackingState(*states),
-            (y_ref, phi_ref),
+            (y_ref[columns], phi_ref[columns]),
             steering,
             acceleration,
             self.vehicle,

@@ -24,6 +24,18 @@ MAX_RENDERED_AGENTS = 4
 RENDER_MODES = ["human", "rgb_array"]
 
 
+#: Which agents, as an index of the columns of arrays with one column per agent
+Columns = slice | np.ndarray
+
+
+def columns_of(indices: np.ndarray | None) -> Columns:
+    """
+    :param indices: which agents; ``None`` for all of them
+    :return: the index of their columns
+    """
+    return slice(None) if indices is None else indices
+
+
 class Renderer(Protocol):
     """Draws one agent."""
 
@@ -143,8 +155,8 @@ class BatchSimulator(ABC):
             raise ValueError(f"Expected observations of shape {expected_shape}, got {states.shape}")
         if not np.isfinite(states).all():
             raise ValueError("Cannot set a state from observations that are not finite")
-        self._write_states(self._canonical_states(states.T), indices)
-        return self._observations()
+        self._write_states(self._canonical_states(states.T), columns_of(indices))
+        return self._observations(self._states)
 
     def reset(self, indices: np.ndarray | None = None) -> np.ndarray:
         """
@@ -162,18 +174,23 @@ class BatchSimulator(ABC):
                 states[:, rejected] = self._start_states(len(rejected))
             else:
                 raise ValueError(f"start_width={self.start_width} starts (almost) all agents in the early-reset region")
-        self._write_states(states, indices)
-        return self._observations()
+        self._write_states(states, columns_of(indices))
+        return self._observations(self._states)
 
-    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    def step(
+        self, actions: np.ndarray, indices: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """
-        Step all agents once. Nobody is reset.
+        Step agents once. Nobody is reset.
 
-        :param actions: actions, ``(num_agents, A)``; clipped to [-1, 1]
-        :return: observations ``(num_agents, O)`` float32, rewards ``(num_agents,)`` float64,
-            terminated ``(num_agents,)`` bool, truncated ``(num_agents,)`` bool; the flags tell of early resets only
+        :param actions: actions of the agents that are stepped, ``(n, A)``; clipped to [-1, 1]
+        :param indices: which agents to step, each once; ``None`` steps all of them
+        :return: of the agents that were stepped: observations ``(n, O)`` float32, rewards ``(n,)`` float64,
+            terminated ``(n,)`` bool, truncated ``(n,)`` bool; the flags tell of early resets only
         """
-        expected_shape = (self.num_agents, self._controls.shape[0])
+        n_stepped = self.num_agents if indices is None else len(indices)
+        columns = columns_of(indices)
+        expected_shape = (n_stepped, self._controls.shape[0])
         actions = np.asarray(actions, dtype=np.float64)
         if actions.shape != expected_shape:
             raise ValueError(f"Expected actions of shape {expected_shape}, got {actions.shape}")
@@ -181,30 +198,32 @@ class BatchSimulator(ABC):
             raise ValueError("The actions are not finite")
         # Not np.clip: its overhead is several times that of the two functions
         actions = np.ascontiguousarray(actions.T)
-        self._controls = self._max_controls * np.minimum(np.maximum(actions, -1.0), 1.0)
+        controls = self._max_controls * np.minimum(np.maximum(actions, -1.0), 1.0)
 
-        states = self._states
-        self._states = self._transition(states, self._controls)
-        rewards = self._rewards(states, self._controls, self._states)
+        states = self._states[:, columns]
+        next_states = self._transition(states, controls, columns)
+        rewards = self._rewards(states, controls, next_states)
+        self._states[:, columns] = next_states
+        self._controls[:, columns] = controls
 
-        terminated = np.zeros(self.num_agents, dtype=bool)
-        truncated = np.zeros(self.num_agents, dtype=bool)
+        terminated = np.zeros(n_stepped, dtype=bool)
+        truncated = np.zeros(n_stepped, dtype=bool)
         if self.early_reset:
-            is_outside = self._is_outside(self._states)
+            is_outside = self._is_outside(next_states)
             if self.early_reset_terminates:
                 terminated = is_outside
                 rewards = rewards - self.early_reset_penalty * is_outside
             else:
                 truncated = is_outside
-        return self._observations(), rewards, terminated, truncated
+        return self._observations(next_states), rewards, terminated, truncated
 
-    def _write_states(self, states: np.ndarray, indices: np.ndarray | None) -> None:
-        columns = slice(None) if indices is None else indices
+    def _write_states(self, states: np.ndarray, columns: Columns) -> None:
         self._states[:, columns] = states
         self._controls[:, columns] = 0.0
 
-    def _observations(self) -> np.ndarray:
-        return np.ascontiguousarray(self._states.T, dtype=np.float32)
+    @staticmethod
+    def _observations(states: np.ndarray) -> np.ndarray:
+        return np.ascontiguousarray(states.T, dtype=np.float32)
 
     def _canonical_states(self, states: np.ndarray) -> np.ndarray:
         """
@@ -225,20 +244,21 @@ class BatchSimulator(ABC):
         """
 
     @abstractmethod
-    def _transition(self, states: np.ndarray, controls: np.ndarray) -> np.ndarray:
+    def _transition(self, states: np.ndarray, controls: np.ndarray, columns: Columns) -> np.ndarray:
         """
-        :param states: states, ``(S, num_agents)``
-        :param controls: controls in physical units, ``(A, num_agents)``
-        :return: next states in a new array, ``(S, num_agents)``
+        :param states: states, ``(S, n)``
+        :param controls: controls in physical units, ``(A, n)``
+        :param columns: which agents they belong to
+        :return: next states in a new array, ``(S, n)``
         """
 
     @abstractmethod
     def _rewards(self, states: np.ndarray, controls: np.ndarray, next_states: np.ndarray) -> np.ndarray:
         """
-        :param states: states before the step, ``(S, num_agents)``
-        :param controls: controls in physical units, ``(A, num_agents)``
-        :param next_states: states after the step, ``(S, num_agents)``
-        :return: rewards, ``(num_agents,)``
+        :param states: states before the step, ``(S, n)``
+        :param controls: controls in physical units, ``(A, n)``
+        :param next_states: states after the step, ``(S, n)``
+        :return: rewards, ``(n,)``
         """
 
     @abstractmethod

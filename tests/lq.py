@@ -147,9 +147,10 @@ class LinearSimulator:
         self.states = observations.astype(np.float64)
         return observations
 
-    def step(self, actions):
-        rewards = -((self.states**2).sum(1) + 0.1 * (actions**2).sum(1))
-        self.states = self.states @ self.env.a.T + actions @ self.env.b.T
-        is_outside = np.abs(self.states[:, 0]) > LIMIT
+    def step(self, actions, indices):
+        states = self.states[indices]
+        rewards = -((states**2).sum(1) + 0.1 * (actions**2).sum(1))
+        states = self.states[indices] = states @ self.env.a.T + actions @ self.env.b.T
+        is_outside = np.abs(states[:, 0]) > LIMIT
         ends = self.env.ends
-        return self.states.astype(np.float32), rewards, is_outside & (ends == "terminated"), is_outside & (ends == "truncated")
+        return states.astype(np.float32), rewards, is_outside & (ends == "terminated"), is_outside & (ends == "truncated")

@@ -300,6 +300,24 @@ def test_reset_and_set_state_of_some_agents(simulator_class):
 
 
 @pytest.mark.parametrize("simulator_class", SIMULATOR_CLASSES)
+def test_step_of_some_agents(simulator_class):
+    simulator, twin = simulator_class(4), simulator_class(4)
+    simulator.seed(0)
+    simulator.reset()
+    before = simulator.get_state()
+    twin.set_state(before)
+    actions = sample_actions(simulator.action_space, 8)
+    # Twice, and not in the order of the agents: what a simulator remembers of an agent must stay with it
+    some = np.array([3, 1])
+    for step_actions in (actions[:4], actions[4:]):
+        for result, expected in zip(simulator.step(step_actions[some], some), twin.step(step_actions), strict=True):
+            assert np.allclose(result, expected[some], rtol=0, atol=1e-6)
+    assert np.array_equal(simulator.get_state()[[0, 2]], before[[0, 2]])
+    assert not simulator.last_controls[[0, 2]].any()
+    assert np.array_equal(simulator.last_controls[some], twin.last_controls[some])
+
+
+@pytest.mark.parametrize("simulator_class", SIMULATOR_CLASSES)
 def test_wrong_input_is_refused(simulator_class):
     simulator = simulator_class(2)
     observations = simulator.reset()

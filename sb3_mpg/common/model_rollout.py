@@ -122,18 +122,26 @@ class StepCompiler:
     :param backend: of ``torch.compile``
     """
 
-    def __init__(self, chunk: int = 5, backend: str = "inductor"):
+    def __init__(self, chunk: int = 4, backend: str = "inductor"):
         self.chunk = chunk
         self.backend = backend
         # Compiled at the first call, because that is where failures are dealt with
         self._advance: Advance | None = None
 
-    def _compile(self) -> Advance:
+    def _compile(self, device: th.device) -> Advance:
         options: dict[str, Any] | None = None
         if self.backend == "inductor":
+            # One C++ file for each direction: with one for each kernel, the compiler spends most of its time on the headers,
+            # and the kernels are called from Python. Not on a GPU, where the kernels are not C++
+            one_file = device.type == "cpu"
             # The guards have checked the sizes already; and to build and load a library for each set of vector instructions,
             # only to see that the C++ compiler knows those of this processor, takes as long as all the rest
-            options = {"fallback_random": True, "size_asserts": False, "cpp.vec_isa_ok": True}
+            options = {
+                "fallback_random": True,
+                "size_asserts": False,
+                "cpp.vec_isa_ok": True,
+                "cpp_wrapper": one_file,
+            }
         # A code object of its own: torch counts recompilations for each, and gives up after a few. Several algorithms in
         # one process, as in a search for hyperparameters, must not use up each other's.
         function = FunctionType(advance.__code__.replace(), advance.__globals__, advance.__name__)
@@ -143,7 +151,7 @@ class StepCompiler:
     def __call__(self, rollout: RolloutState, n_steps: int, *args: Any) -> tuple[RolloutState, th.Tensor]:
         """As :func:`advance`."""
         if self._advance is None:
-            self._advance = self._compile()
+            self._advance = self._compile(rollout.states.device)
         gamma = args[-1]
         discount, total = 1.0, None
         chunk = min(self.chunk, n_steps)

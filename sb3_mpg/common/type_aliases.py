@@ -52,9 +52,10 @@ class Simulator(Protocol):
         :return: the observations of the new states, ``(num_agents, O)``
         """
 
-    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    def step(self, actions: np.ndarray, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """
-        :param actions: in the units of the environment, ``(num_agents, A)``
-        :return: observations ``(num_agents, O)``, rewards, terminated and truncated flags ``(num_agents,)``;
+        :param actions: in the units of the environment, ``(n, A)``
+        :param indices: which agents to step, ``(n,)``; the others stay where they are
+        :return: of the agents that were stepped: observations ``(n, O)``, rewards, terminated and truncated flags ``(n,)``;
             nothing is reset
         """

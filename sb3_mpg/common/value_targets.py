@@ -156,22 +156,22 @@ class SimulatorTarget(ValueTarget):
         last_obs = observations.cpu().numpy().copy()
         simulator = make_simulator(n_agents)
         simulator.set_state(last_obs)
-        env_actions = units.unscale_actions(replay_data.actions).cpu().numpy().copy()
+        actions = replay_data.actions
         all_rewards = np.zeros((self.n_steps, n_agents, 1))
         n_taken = np.zeros((n_agents, 1), dtype=np.int64)
         is_terminated = np.zeros(n_agents, dtype=bool)
         running = np.arange(n_agents)
         for step in range(self.n_steps):
             if step > 0:
-                # Agents whose rollout ended need no new actions
-                network_inputs = units.normalize_observations(to_tensor(last_obs[running]))
-                env_actions[running] = units.unscale_actions(actor(network_inputs)).cpu().numpy()
-            new_obs, rewards, terminated, truncated = simulator.step(env_actions)
-            all_rewards[step, running, 0] = rewards[running]
-            last_obs[running] = new_obs[running]
+                actions = actor(units.normalize_observations(to_tensor(last_obs[running])))
+            env_actions = units.unscale_actions(actions).cpu().numpy()
+            # Agents whose rollout ended are stepped no more
+            new_obs, rewards, terminated, truncated = simulator.step(env_actions, running)
+            all_rewards[step, running, 0] = rewards
+            last_obs[running] = new_obs
             n_taken[running] += 1
-            is_terminated[running] = terminated[running]
-            running = running[~(terminated | truncated)[running]]
+            is_terminated[running] = terminated
+            running = running[~(terminated | truncated)]
             if len(running) == 0:
                 break
         step_discounts = to_tensor(gamma ** np.arange(self.n_steps)).reshape(-1, 1, 1)

@@ -72,7 +72,9 @@ class MPG(OffPolicyModelAlgorithm):
     Original implementation: https://github.com/idthanm/mpg
 
     Beyond the papers, and by default, the model is corrected by what is recorded (``residual``), and the gradients are
-    weighted by their measured errors (``weighting="measured"``) instead of by the clock. MPG-v2 of the papers is
+    weighted by their measured errors (``weighting="measured"``) instead of by the clock. As far as these weights trust the
+    model, states are balanced in the policy gradient (``balance_states``), and the critics regress on the returns of its
+    rollouts, too; without trust an update is that of the data-driven gradient. MPG-v2 of the papers is
     ``residual=False, weighting="rule_based", learning_starts=3000``, and MPG-v1 the same with
     ``value_target="n_step_simulator", batch_reuse=10``; the other defaults are those of Table VI. Differences from the
     papers: both gradients of an update are computed at the same parameters (as the papers' learners do, and unlike TD3,

@@ -10,7 +10,7 @@ from mujoco.rollout import Rollout
 from sb3_mpg_envs.inverted_pendulum import dynamics
 from sb3_mpg_envs.inverted_pendulum.dynamics import PAPER_PENDULUM, PendulumParameters, PendulumState
 from sb3_mpg_envs.inverted_pendulum.model import InvertedPendulumModel
-from sb3_mpg_envs.simulator import RENDER_MODES, BatchSimulator, Renderer
+from sb3_mpg_envs.simulator import RENDER_MODES, BatchSimulator, Columns, Renderer
 
 # Stands for "unbounded" where the task sets no limit: infinite bounds make the environment checkers complain
 UNBOUNDED = 1e6
@@ -94,21 +94,24 @@ class InvertedPendulumSimulator(BatchSimulator):
         half_width = self.start_width * dynamics.START_HALF_WIDTH
         return half_width * self.np_random.uniform(-1, 1, (4, n_starts))
 
-    def _transition(self, states: np.ndarray, controls: np.ndarray) -> np.ndarray:
-        self._initial_states[:, 1:] = states.T
-        self._held_controls[:, :, 0] = controls.T
+    def _transition(self, states: np.ndarray, controls: np.ndarray, columns: Columns) -> np.ndarray:
+        n_stepped = states.shape[1]
+        initial_states, trajectories = self._initial_states[:n_stepped], self._trajectories[:n_stepped]
+        held_controls = self._held_controls[:n_stepped]
+        initial_states[:, 1:] = states.T
+        held_controls[:, :, 0] = controls.T
         # One call for all agents. The shapes are right by construction, and checking them would allocate new outputs
         self._rollout.rollout(
-            [self.mujoco_model] * self.num_agents,
+            [self.mujoco_model] * n_stepped,
             self._mujoco_data,
-            self._initial_states,
-            self._held_controls,
+            initial_states,
+            held_controls,
             control_spec=CONTROL_SPEC,
             skip_checks=True,
             nstep=dynamics.FRAME_SKIP,
-            state=self._trajectories,
+            state=trajectories,
         )
-        return np.ascontiguousarray(self._trajectories[:, -1, 1:].T)
+        return np.ascontiguousarray(trajectories[:, -1, 1:].T)
 
     def _rewards(self, states: np.ndarray, controls: np.ndarray, next_states: np.ndarray) -> np.ndarray:
         return dynamics.pendulum_reward(PendulumState(*next_states), dynamics.REWARD_WEIGHTS)

@@ -6,7 +6,7 @@ from gymnasium import spaces
 from sb3_mpg_envs.path_tracking import dynamics
 from sb3_mpg_envs.path_tracking.dynamics import PAPER_VEHICLE, TrackingState, VehicleParameters
 from sb3_mpg_envs.path_tracking.model import PathTrackingModel
-from sb3_mpg_envs.simulator import BatchSimulator, Renderer
+from sb3_mpg_envs.simulator import BatchSimulator, Columns, Renderer
 
 # Stands for "unbounded" where the task sets no limit: infinite bounds make the environment checkers complain
 UNBOUNDED = 1e6
@@ -59,11 +59,10 @@ class PathTrackingSimulator(BatchSimulator):
         # Lateral position and yaw angle of the path where the vehicles are: each step would compute them again
         self._path = (np.full(num_agents, np.nan), np.full(num_agents, np.nan))
 
-    def _write_states(self, states: np.ndarray, indices: np.ndarray | None) -> None:
-        super()._write_states(states, indices)
-        columns = slice(None) if indices is None else indices
-        for values, new_values in zip(self._path, dynamics.path_reference(TrackingState(*states).x, "path", np), strict=True):
-            values[columns] = new_values
+    def _write_states(self, states: np.ndarray, columns: Columns) -> None:
+        super()._write_states(states, columns)
+        y_ref, phi_ref = self._path
+        y_ref[columns], phi_ref[columns] = dynamics.path_reference(TrackingState(*states).x, "path", np)
 
     def prior_model(self) -> PathTrackingModel:
         terminates = self.early_reset and self.early_reset_terminates
@@ -102,11 +101,12 @@ class PathTrackingSimulator(BatchSimulator):
             )
         )
 
-    def _transition(self, states: np.ndarray, controls: np.ndarray) -> np.ndarray:
+    def _transition(self, states: np.ndarray, controls: np.ndarray, columns: Columns) -> np.ndarray:
         steering, acceleration = controls
-        next_state, self._path = dynamics.tracking_step(
+        y_ref, phi_ref = self._path
+        next_state, (y_ref[columns], phi_ref[columns]) = dynamics.tracking_step(
             TrackingState(*states),
-            self._path,
+            (y_ref[columns], phi_ref[columns]),
             steering,
             acceleration,
             self.vehicle,

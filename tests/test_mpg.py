@@ -134,31 +134,42 @@ def test_policy_gradient_is_that_of_the_update():
     th.testing.assert_close(-th.cat([gradient.flatten() for gradient in result.actor]), expected, rtol=1e-4, atol=1e-7)
 
 
-def test_critics_learn_from_the_rollouts_too():
-    """With measured weights, sum_n w_n^2 (Q(s, pi(s)) - X_n(s))^2 is added where the policy is due, outliers limited."""
+def test_critic_loss_with_measured_weights_equals_the_one_written_by_hand():
+    """
+    States are balanced by the size of their values as far as the model is trusted, and where the policy is due
+    sum_n w_n^2 (Q(s, pi(s)) - X_n(s))^2 is added, outliers limited.
+    """
     model = MPG("MlpPolicy", LinearEnv(), horizons=(0, 2, 6), policy_delay=2, **SMALL).learn(50)
     model.rollout_model.eval()
     model.weighting_rule._errors = [np.array([0.6, 0.3, 0.1])]
+    weights = dict(zip((0, 2, 6), np.array([1, 2, 6]) / 9, strict=True))
     units = model._units()
     batch = model._sample_batch(1, 32, units)
+
+    def median(x):
+        return x.sort(dim=0).values[15]
 
     def loss_by_hand(with_rollouts):
         actions = model.actor(batch.observations).detach()
         loss = 0.0
         for index in (0, 1):
             q_function = model._q_function(index)
-            loss += (q_function(batch.observations, batch.actions) - batch.target_q_values).square().mean()
+            values = q_function(batch.observations, batch.actions)
+            sizes = values.detach().abs()
+            m = median(sizes)
+            loss += (m / (m / 9 + 8 / 9 * (sizes + 0.3 * m)) * (values - batch.target_q_values) ** 2).mean()
             values = q_function(batch.observations, actions)
-            weights = np.array([1 / 0.6, 1 / 0.3, 1 / 0.1])
-            for horizon, weight in zip((2, 6), (weights / weights.sum())[1:], strict=True):
-                if with_rollouts:
-                    first = model._q_function(0)
-                    returns = model_rollout(
-                        batch.observations, model.actor, first, model.rollout_model, units, [horizon], model.gamma
-                    )[horizon]
-                    errors = (returns - values).detach()
-                    limit = 3 * errors.abs().sort(dim=0).values[15]
-                    loss += weight**2 * (values - (values.detach() + errors.clamp(-limit, limit))).square().mean()
+            sizes = values.detach().abs()
+            m = median(sizes)
+            for horizon in (2, 6) if with_rollouts else ():
+                returns = model_rollout(
+                    batch.observations, model.actor, model._q_function(0), model.rollout_model, units, [horizon], model.gamma
+                )[horizon]
+                errors = (returns - values).detach()
+                limit = 3 * median(errors.abs())
+                targets = values.detach() + errors.clamp(-limit, limit)
+                factors = m / (m / 9 + 8 / 9 * (sizes + 0.3 * m))
+                loss += weights[horizon] ** 2 * (factors * (values - targets) ** 2).mean()
         return th.cat([gradient.flatten() for gradient in gradient_of(loss, model.critic)])
 
     for n_updates, is_due in ((2, True), (3, False)):
@@ -166,13 +177,27 @@ def test_critics_learn_from_the_rollouts_too():
         th.testing.assert_close(gradient, loss_by_hand(is_due), rtol=1e-4, atol=1e-7)
 
     # One rollout that diverges moves the critics no further than a limit allows
-    result = model._mixed_policy_gradient(batch.observations, units, model.weighting_rule(2))
     network_inputs = units.normalize_observations(batch.observations)
-    sound = model._rollout_value_loss(network_inputs, result, model.weighting_rule(2))
-    for returns in result.returns.values():
+    policy_gradient = model._mixed_policy_gradient(batch.observations, units, weights)
+    sound = model._rollout_value_loss(network_inputs, policy_gradient, weights, 1.0)
+    for returns in policy_gradient.returns.values():
         returns[3] = -1e12
-    diverged = model._rollout_value_loss(network_inputs, result, model.weighting_rule(2))
-    assert sound < diverged < 10 * sound
+    assert sound < model._rollout_value_loss(network_inputs, policy_gradient, weights, 1.0) < 10 * sound
+
+
+def test_without_trust_in_the_model_an_update_is_the_data_driven_one():
+    measured = MPG("MlpPolicy", LinearEnv(), horizons=(0, 2), policy_delay=1, **SMALL).learn(50)
+    measured.weighting_rule._errors = [np.array([1e-30, 1e30])]
+    data_driven = MPG("MlpPolicy", LinearEnv(), horizons=(0,), weighting="constant", policy_delay=1, **SMALL).learn(50)
+    data_driven.set_parameters(measured.get_parameters())
+    data_driven.replay_buffer = measured.replay_buffer
+    units, results = measured._units(), []
+    for model in (measured, data_driven):
+        np.random.seed(0)
+        batch = model._sample_batch(1, 32, units)
+        results.append(model.compute_gradients(batch, 2, units))
+    for ours, expected in zip(results[0].critic + results[0].actor, results[1].critic + results[1].actor, strict=True):
+        assert th.equal(ours, expected)
 
 
 class ShapedEnv(LinearEnv):

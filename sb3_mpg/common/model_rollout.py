@@ -20,7 +20,7 @@ from sb3_mpg.common.utils import gradient_of
 #: Horizons that weigh less than this are left out of the rollout.
 NEGLIGIBLE_WEIGHT = 1e-6
 
-#: The share of the median below which gradients count for less: :math:`c` in :func:`balance_states`.
+#: The share of the median below which states count for less: :math:`c` in :func:`balance_states`.
 STATE_BALANCE = 0.3
 
 #: (normalised observations (B, *obs_shape), actions in [-1, 1] (B, A)) -> values (B, 1)
@@ -244,27 +244,27 @@ def model_rollout(
     return returns
 
 
-def balance_states(gradients: th.Tensor, share: float) -> th.Tensor:
+def balance_states(sizes: th.Tensor, share: float) -> th.Tensor:
     r"""
-    Let states count alike, whatever the size of their gradients:
+    Factors that let states count alike, whatever the size of what they contribute to a mean:
 
     .. math::
-        \hat g(s) = \frac{m \, g(s)}{(1 - \kappa) \, m + \kappa \, (|g(s)| + c \, m)}, \quad m = \mathrm{median}_s |g(s)|,
+        \frac{m}{(1 - \kappa) \, m + \kappa \, (x(s) + c \, m)}, \quad m = \mathrm{median}_s \, x(s),
 
-    with ``STATE_BALANCE`` for :math:`c`. A policy that is optimal is so in every state, whatever the weights of the states.
-    But where some are far from what is wanted, as a pendulum that has fallen, their values and gradients are larger by orders
-    of magnitude, and in a mean over states nothing is heard of all others. Nor do a few rollouts that diverge rule it.
-    Of gradients that are mostly noise, on the other hand, this makes more noise, and their mean is better.
+    with ``STATE_BALANCE`` for :math:`c`. A policy that is optimal is so in every state, and values that are right are so, too,
+    whatever the weights of the states. But where some are far from what is wanted, as a pendulum that has fallen, their
+    values and gradients are larger by orders of magnitude, and in a mean over states nothing is heard of all others. Nor
+    do a few rollouts that diverge rule it. Of what is mostly noise, on the other hand, this makes more noise, and the plain
+    mean is better.
 
-    :param gradients: action gradients :math:`g`, ``(B, A)``
-    :param share: :math:`\kappa`, from 0, which leaves them as they are, to 1
-    :return: the same directions, ``(B, A)``
+    :param sizes: :math:`x`, 0 or more, ``(B, 1)``
+    :param share: :math:`\kappa`, from 0, when all factors are 1, to 1
+    :return: ``(B, 1)``
     """
-    norms = gradients.norm(dim=1, keepdim=True)
-    median = norms.median()
-    denominators = (1 - share) * median + share * (norms + STATE_BALANCE * median)
-    # Where all of them vanish, so does the result
-    return gradients * (median / denominators.clamp(min=th.finfo(norms.dtype).tiny))
+    median = sizes.median()
+    denominators = (1 - share) * median + share * (sizes + STATE_BALANCE * median)
+    # Where all sizes are 0, so are the factors
+    return median / denominators.clamp(min=th.finfo(sizes.dtype).tiny)
 
 
 class PolicyGradient(NamedTuple):
@@ -317,7 +317,7 @@ def mixed_policy_gradient(
         for horizon in horizons:
             keep = horizon != horizons[-1]
             (gradients,) = th.autograd.grad(returns[horizon].sum(), first_actions, retain_graph=keep)
-            ascent += used[horizon] * balance_states(gradients, balance)
+            ascent += used[horizon] * gradients * balance_states(gradients.norm(dim=1, keepdim=True), balance)
         gradients = gradient_of(-(actions * ascent).sum(dim=1).mean(), actor)
     else:
         gradients = gradient_of(loss, actor)

@@ -27,6 +27,7 @@ from sb3_mpg.common.model_rollout import (
     QFunction,
     StepCompiler,
     advance,
+    balance_states,
     first_non_finite_step,
     mixed_policy_gradient,
     quiet_compiler,
@@ -384,24 +385,31 @@ class MPG(OffPolicyModelAlgorithm):
         assert target_q_values.shape == (batch_size, 1), target_q_values.shape
         return TrainingBatch(replay_data.observations, replay_data.actions, target_q_values)
 
+    def _trust_in_model(self, n_updates: int) -> float:
+        """
+        :param n_updates: number of the update
+        :return: the weight of all model steps, from 0 to 1; 0 where nothing is measured
+        """
+        rule = self.weighting_rule
+        return 1 - rule(n_updates).get(0, 0.0) if rule.needs_errors else 0.0
+
     def _target_values(self, n_updates: int) -> QFunction:
         """
         :param n_updates: number of the update
         :return: the values of the target critics; where errors are measured, as pessimistic as the critics are climbed
         """
-        rule = self.weighting_rule
-        pessimism = rule(n_updates).get(0, 0.0) if rule.needs_errors else 1.0
-        return target_values_of(self.critic_target, pessimism)
+        return target_values_of(self.critic_target, 1 - self._trust_in_model(n_updates))
 
-    def _mixed_policy_gradient(self, observations: th.Tensor, units: Units, weights: dict[int, float]) -> PolicyGradient:
+    def _mixed_policy_gradient(
+        self, observations: th.Tensor, units: Units, weights: dict[int, float], balance: float = 0.0
+    ) -> PolicyGradient:
         """
         :param observations: raw observations, ``(B, *obs_shape)``
         :param units: conversions between environment and networks
         :param weights: weight of each horizon
-        :return: the mixed policy gradient; with measured weights, states are balanced as far as the model is trusted
+        :param balance: how much states are balanced, from 0 to 1
+        :return: the mixed policy gradient
         """
-        is_balanced = self.weighting_rule.needs_errors and self.differentiate == "first_action"
-        balance = 1 - weights.get(0, 0.0) if is_balanced else 0.0
         return self._compiled(
             lambda advance: mixed_policy_gradient(
                 observations,
@@ -413,7 +421,8 @@ class MPG(OffPolicyModelAlgorithm):
                 self.gamma,
                 self.differentiate,
                 advance,
-                balance,
+                # Of later actions there is no gradient at each state
+                balance if self.differentiate == "first_action" else 0.0,
             )
         )
 
@@ -549,50 +558,56 @@ class MPG(OffPolicyModelAlgorithm):
         network_inputs = units.normalize_observations(batch.observations)
         logs: dict[str, Any] = {}
 
-        # Delayed policy updates
-        policy_gradient, weights = None, {}
-        if n_updates % self.policy_delay == 0:
-            weights = self.weighting_rule(n_updates)
-            policy_gradient = self._mixed_policy_gradient(batch.observations, units, weights)
-            logs["train/actor_loss"] = policy_gradient.loss.item()
-            logs.update({f"horizons/weight_{horizon}": weight for horizon, weight in weights.items()})
-            logs.update({f"horizons/return_{horizon}": x.mean().item() for horizon, x in policy_gradient.returns.items()})
+        trust = self._trust_in_model(n_updates)
 
         # Get current Q-values estimates for each critic network
         current_q_values = self.critic(network_inputs, batch.actions)
         # Compute critic loss
-        critic_loss = sum(F.mse_loss(current_q, batch.target_q_values) for current_q in current_q_values)
+        critic_loss = sum(_balanced_loss(current_q, batch.target_q_values, trust) for current_q in current_q_values)
         assert isinstance(critic_loss, th.Tensor)
         logs["train/critic_loss"] = critic_loss.item()
-        if policy_gradient is not None and self.weighting_rule.needs_errors:
-            critic_loss = critic_loss + self._rollout_value_loss(network_inputs, policy_gradient, weights)
+
+        # Delayed policy updates
+        actor_gradients = None
+        if n_updates % self.policy_delay == 0:
+            weights = self.weighting_rule(n_updates)
+            policy_gradient = self._mixed_policy_gradient(batch.observations, units, weights, trust)
+            actor_gradients = policy_gradient.gradients
+            logs["train/actor_loss"] = policy_gradient.loss.item()
+            logs.update({f"horizons/weight_{horizon}": weight for horizon, weight in weights.items()})
+            logs.update({f"horizons/return_{horizon}": x.mean().item() for horizon, x in policy_gradient.returns.items()})
+            if trust > 0:
+                rollout_loss = self._rollout_value_loss(network_inputs, policy_gradient, weights, trust)
+                logs["train/rollout_value_loss"] = rollout_loss.item()
+                critic_loss = critic_loss + rollout_loss
         critic_gradients = gradient_of(critic_loss, self.critic)
 
-        return GradientResult(critic_gradients, None if policy_gradient is None else policy_gradient.gradients, logs)
+        return GradientResult(critic_gradients, actor_gradients, logs)
 
     def _rollout_value_loss(
-        self, network_inputs: th.Tensor, policy_gradient: PolicyGradient, weights: dict[int, float]
-    ) -> th.Tensor | float:
+        self, network_inputs: th.Tensor, policy_gradient: PolicyGradient, weights: dict[int, float], trust: float
+    ) -> th.Tensor:
         r"""
         The rollouts that the policy was improved with end in values of its actions, many steps of bootstrapping at once: the
         critics regress on them, too, as far as the model is trusted,
-        :math:`\sum_n w_n^2 E_s[(Q(s, \pi(s)) - X_n(s))^2]`. Recorded steps alone carry what a critic learns about the far
-        end of a slow motion one step further in each time constant of the target networks.
+        :math:`\sum_n w_n^2 E_s[(Q(s, \pi(s)) - X_n(s))^2]`. From recorded steps alone what a critic knows of the far end of
+        a slow motion comes nearer by one step in each time constant of the target networks.
 
         :param network_inputs: normalised observations, ``(B, *obs_shape)``
         :param policy_gradient: what was computed at them
         :param weights: weight of each horizon
+        :param trust: how much states are balanced, from 0 to 1
         :return: a scalar
         """
-        loss: th.Tensor | float = 0.0
-        for horizon, returns in policy_gradient.returns.items():
-            if horizon > 0:
-                for values in self.critic(network_inputs, policy_gradient.actions):
+        loss = th.zeros((), device=self.device)
+        for values in self.critic(network_inputs, policy_gradient.actions):
+            for horizon, returns in policy_gradient.returns.items():
+                if horizon > 0:
                     # A few rollouts that diverge must not be all that is fitted
                     errors = (returns - values).detach()
                     limit = LARGEST_VALUE_ERROR * errors.abs().median()
                     targets = values.detach() + errors.clamp(-limit, limit)
-                    loss = loss + weights[horizon] ** 2 * F.mse_loss(values, targets)
+                    loss = loss + weights[horizon] ** 2 * _balanced_loss(values, targets, trust)
         return loss
 
     def apply_gradients(self, result: GradientResult) -> bool:
@@ -780,3 +795,16 @@ class MPG(OffPolicyModelAlgorithm):
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts = ["policy", "actor.optimizer", "critic.optimizer"]
         return state_dicts, []
+
+
+def _balanced_loss(values: th.Tensor, targets: th.Tensor, balance: float) -> th.Tensor:
+    """
+    :param values: of a critic, ``(B, 1)``
+    :param targets: what they should be, ``(B, 1)``
+    :param balance: how much states are balanced by the size of their values, from 0 to 1
+    :return: the mean squared error, a scalar
+    """
+    if balance == 0:
+        return F.mse_loss(values, targets)
+    # By the size of the estimates, not of the targets: what is noise in these must not weight them
+    return (balance_states(values.detach().abs(), balance) * (values - targets) ** 2).mean()

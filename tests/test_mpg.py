@@ -149,18 +149,19 @@ def test_critic_loss_with_measured_weights_equals_the_one_written_by_hand():
     def median(x):
         return x.sort(dim=0).values[15]
 
+    def balanced_loss(values, targets):
+        sizes = targets.abs()
+        m = median(sizes)
+        factors = 1 / (m / 9 + 8 / 9 * (sizes + 0.3 * m))
+        return (factors * (values - targets) ** 2).sum() / factors.sum()
+
     def loss_by_hand(with_rollouts):
         actions = model.actor(batch.observations).detach()
         loss = 0.0
         for index in (0, 1):
             q_function = model._q_function(index)
-            values = q_function(batch.observations, batch.actions)
-            sizes = values.detach().abs()
-            m = median(sizes)
-            loss += (m / (m / 9 + 8 / 9 * (sizes + 0.3 * m)) * (values - batch.target_q_values) ** 2).mean()
+            loss += balanced_loss(q_function(batch.observations, batch.actions), batch.target_q_values)
             values = q_function(batch.observations, actions)
-            sizes = values.detach().abs()
-            m = median(sizes)
             for horizon in (2, 6) if with_rollouts else ():
                 returns = model_rollout(
                     batch.observations, model.actor, model._q_function(0), model.rollout_model, units, [horizon], model.gamma
@@ -168,8 +169,7 @@ def test_critic_loss_with_measured_weights_equals_the_one_written_by_hand():
                 errors = (returns - values).detach()
                 limit = 3 * median(errors.abs())
                 targets = values.detach() + errors.clamp(-limit, limit)
-                factors = m / (m / 9 + 8 / 9 * (sizes + 0.3 * m))
-                loss += weights[horizon] ** 2 * (factors * (values - targets) ** 2).mean()
+                loss += weights[horizon] ** 2 * balanced_loss(values, targets)
         return th.cat([gradient.flatten() for gradient in gradient_of(loss, model.critic)])
 
     for n_updates, is_due in ((2, True), (3, False)):

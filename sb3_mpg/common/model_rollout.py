@@ -246,10 +246,10 @@ def model_rollout(
 
 def balance_states(sizes: th.Tensor, share: float) -> th.Tensor:
     r"""
-    Factors that let states count alike, whatever the size of what they contribute to a mean:
+    Weights that let states count alike, whatever the size of what they contribute to a mean:
 
     .. math::
-        \frac{m}{(1 - \kappa) \, m + \kappa \, (x(s) + c \, m)}, \quad m = \mathrm{median}_s \, x(s),
+        w(s) \propto \frac{1}{(1 - \kappa) \, m + \kappa \, (x(s) + c \, m)}, \quad m = \mathrm{median}_s \, x(s),
 
     with ``STATE_BALANCE`` for :math:`c`. A policy that is optimal is so in every state, and values that are right are so, too,
     whatever the weights of the states. But where some are far from what is wanted, as a pendulum that has fallen, their
@@ -258,13 +258,14 @@ def balance_states(sizes: th.Tensor, share: float) -> th.Tensor:
     mean is better.
 
     :param sizes: :math:`x`, 0 or more, ``(B, 1)``
-    :param share: :math:`\kappa`, from 0, when all factors are 1, to 1
-    :return: ``(B, 1)``
+    :param share: :math:`\kappa`, from 0, when all weights are 1, to 1
+    :return: weights whose mean is 1, ``(B, 1)``
     """
     median = sizes.median()
     denominators = (1 - share) * median + share * (sizes + STATE_BALANCE * median)
-    # Where all sizes are 0, so are the factors
-    return median / denominators.clamp(min=th.finfo(sizes.dtype).tiny)
+    denominators = denominators.clamp(min=th.finfo(sizes.dtype).tiny)
+    weights = denominators.min() / denominators
+    return weights / weights.mean()
 
 
 class PolicyGradient(NamedTuple):

@@ -806,5 +806,5 @@ def _balanced_loss(values: th.Tensor, targets: th.Tensor, balance: float) -> th.
     """
     if balance == 0:
         return F.mse_loss(values, targets)
-    # By the size of the estimates, not of the targets: what is noise in these must not weight them
-    return (balance_states(values.detach().abs(), balance) * (values - targets) ** 2).mean()
+    # By the size of the targets: a critic that takes large values for small ones would weight its largest errors most
+    return (balance_states(targets.abs(), balance) * (values - targets) ** 2).mean()

@@ -29,6 +29,7 @@ from sb3_mpg import MPG
 from sb3_mpg.common.torch_layers import ObservationScaler
 
 RESULTS = Path(__file__).parent / "results" / "trust"
+# Random steps before the first update of the methods without a model; the others have the default of MPG
 WARM_UP = 500
 N_STARTS = 50
 
@@ -79,7 +80,6 @@ def make(method: str, task_name: str, model_name: str | None, seed: int) -> Base
         "MlpPolicy",
         task.env_id,
         prior_model=MODELS[task_name][model_name](),
-        learning_starts=WARM_UP,
         seed=seed,
         device="cpu",
         **settings,

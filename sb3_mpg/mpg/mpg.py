@@ -155,7 +155,7 @@ class MPG(OffPolicyModelAlgorithm):
         env: GymEnv | str,
         learning_rate: float | Schedule = ACTOR_LEARNING_RATE,
         buffer_size: int = 500_000,
-        learning_starts: int = 500,
+        learning_starts: int = 250,
         batch_size: int = 256,
         tau: float = 0.005,
         gamma: float = 0.98,

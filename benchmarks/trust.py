@@ -54,8 +54,8 @@ def make(method: str, task_name: str, model_name: str | None, seed: int) -> Base
     """
     task = TASKS[task_name]
     if method in ("td3", "sac"):
-        # What MPG has: the same hidden layers, warm-up, discount. Observations have the authors' scales, learning rates are
-        # SB3's own. `data_driven` has everything that MPG has, the sines and cosines of the observations too
+        # What MPG has: the same hidden layers and discount. Observations have the authors' scales, learning rates are SB3's
+        # own. `data_driven` has everything that MPG has, sines and cosines too, but for the length of the warm-up
         policy_kwargs = {
             "net_arch": [256, 256],
             "activation_fn": th.nn.ELU,

@@ -124,3 +124,19 @@ def test_saved_models_do_not_know(tmp_path):
     assert loaded._step_compiler is None
     assert list(loaded.policy.state_dict()) == list(model.policy.state_dict())
     assert th.get_float32_matmul_precision() == precision
+
+
+def test_each_horizon_passes_back_through_the_steps_that_it_shares_with_longer_ones():
+    """Also where what was compiled for a single one lies in the compiler's cache."""
+    observations = th.randn(32, 2, generator=th.Generator().manual_seed(0))
+    model = MPG("MlpPolicy", LinearEnv(), horizons=(0, 2, 6), **SMALL).learn(50)
+    model.rollout_model.eval()
+    gradients = {}
+    for weights in ({0: 0.5, 6: 0.5}, {0: 0.2, 2: 0.3, 6: 0.5}):
+        for compiler in (None, StepCompiler(chunk=2)):
+            model._step_compiler = compiler
+            result = model._mixed_policy_gradient(observations, model._units(), weights, 0.8)
+            gradients[compiler is None] = th.cat([gradient.flatten() for gradient in result.gradients])
+        # Nothing fell back
+        assert model._step_compiler is compiler
+        th.testing.assert_close(gradients[False], gradients[True], rtol=1e-4, atol=1e-6)

@@ -137,7 +137,8 @@ def test_a_right_model_is_trusted():
 
 
 def test_a_wrong_model_is_trusted_once_it_is_corrected():
-    assert weight_of_model(prior_model=Wrong(), residual=False) < 1e-6
+    with pytest.warns(UserWarning, match="Wrong leads astray"):
+        assert weight_of_model(prior_model=Wrong(), residual=False) < 1e-6
     assert weight_of_model(prior_model=Wrong()) > 0.9
 
 

@@ -4,7 +4,7 @@ import torch as th
 from lq import LinearActor, LinearModel, analytic_gradient, quadratic_q, random_problem
 
 from sb3_mpg import PriorModel
-from sb3_mpg.common.model_rollout import first_non_finite_step, balance_states, mixed_policy_gradient, model_rollout
+from sb3_mpg.common.model_rollout import first_non_finite_step, mixed_policy_gradient, model_rollout
 from sb3_mpg.common.units import Units
 
 IDENTITY = Units(-th.ones(1, dtype=th.float64), th.ones(1, dtype=th.float64))
@@ -160,22 +160,6 @@ def test_balanced_gradient_equals_the_one_written_by_hand(problem):
         th.as_tensor(states), actor, q_function, model, IDENTITY, weights, 0.9, balance=0.8
     ).gradients[0]
     np.testing.assert_allclose(gradient.numpy(), expected, rtol=1e-9)
-
-
-def test_balance_of_states_at_its_limits():
-    sizes = th.tensor([[0.0], [1.0], [1.0], [1e12], [2.0]])
-    th.testing.assert_close(balance_states(sizes, 0.0), th.ones(5, 1))
-    for share in (0.5, 1.0):
-        assert balance_states(sizes, share).mean() == pytest.approx(1.0)
-    # A state that is fine already stays so, and one of a rollout that diverged counts little more than the others
-    contributions = sizes * balance_states(sizes, 1.0)
-    assert contributions[0] == 0
-    assert contributions.max() < 1.4 * contributions[1:].min()
-    th.testing.assert_close(balance_states(th.zeros(4, 1), 1.0), th.ones(4, 1))
-    # What is not a number is not hidden: the update is skipped
-    for bad in (float("nan"), float("inf")):
-        sizes = th.tensor([[1.0], [bad], [2.0]])
-        assert not th.isfinite(sizes * balance_states(sizes, 1.0)).all()
 
 
 class TerminalModel(LinearModel):

@@ -27,8 +27,8 @@ class GradientErrors(NamedTuple):
     :param horizons: numbers of model steps
     :param errors: one for each horizon, ``(n_horizons,)``
     :param standard_errors: of these medians, ``(n_horizons,)``
-    :param gradient_norm: median of the squared norm of the gradient of the best horizon
-    :param is_useless: whether a horizon is known to do more harm than good, ``(n_horizons,)``
+    :param gradient_norm: median of the squared norm of the gradient of the best horizon of a model
+    :param is_useless: whether the gradient of a horizon is further from what it should be than none at all, ``(n_horizons,)``
     """
 
     horizons: tuple[int, ...]
@@ -108,7 +108,8 @@ def gradient_errors(gradients: np.ndarray, horizons: Sequence[int], with_judge: 
     With a judge, the second member is better than the first, which alone is used: all of their difference is the error of
     the first, and the critics are judged by the second. What that tells of the model is a bias, which no number of updates
     averages out, as they do the noise of the critics. A horizon is of no use when its error is ``USELESS_ERROR`` times the
-    square of the gradient itself: noise alone gives 2 where the gradient vanishes, and the opposite direction gives 4.
+    square of the gradient itself, as it is of the opposite direction (4) or much too large: noise alone gives 2, where the
+    gradient vanishes.
 
     :param gradients: of :func:`action_gradients`, ``(n_horizons, 2, B, A)``
     :param horizons: numbers of model steps, ascending
@@ -133,5 +134,6 @@ def gradient_errors(gradients: np.ndarray, horizons: Sequence[int], with_judge: 
             if distance > errors[critic]:
                 errors[critic], standard_errors[critic] = distance, distance_error
         gradient_norm, _ = _median((references[best] ** 2).sum(-1))
-    is_useless = np.array([with_judge and horizon > 0 for horizon in horizons]) & (errors > USELESS_ERROR * gradient_norm)
+    is_judged = np.array([with_judge and horizon > 0 for horizon in horizons])
+    is_useless = is_judged & np.isfinite(errors) & (errors > USELESS_ERROR * gradient_norm)
     return GradientErrors(tuple(horizons), errors, standard_errors, gradient_norm, is_useless)

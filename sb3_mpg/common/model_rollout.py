@@ -10,8 +10,10 @@ from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch as th
+from torch._functorch import config as functorch_config
 from torch.func import functional_call
 
+from sb3_mpg.common.balance import balance_states
 from sb3_mpg.common.models.base import PriorModel
 from sb3_mpg.common.type_aliases import Differentiate
 from sb3_mpg.common.units import Units
@@ -19,9 +21,6 @@ from sb3_mpg.common.utils import gradient_of
 
 #: Horizons that weigh less than this are left out of the rollout.
 NEGLIGIBLE_WEIGHT = 1e-6
-
-#: The share of the median below which states count for less: :math:`c` in :func:`balance_states`.
-STATE_BALANCE = 0.3
 
 #: (normalised observations (B, *obs_shape), actions in [-1, 1] (B, A)) -> values (B, 1)
 QFunction = Callable[[th.Tensor, th.Tensor], th.Tensor]
@@ -176,9 +175,13 @@ class StepCompiler:
 
 
 @contextmanager
-def quiet_compiler() -> Iterator[None]:
-    """Keep torch's remarks about its own compiler from the user, who can do nothing about them."""
-    with warnings.catch_warnings():
+def compiling() -> Iterator[None]:
+    """
+    What compiled steps are run and differentiated in. Keeps torch's remarks about its own compiler from the user, who can do
+    nothing about them; and buffers that the backward pass would overwrite are kept, because each horizon passes back through
+    the steps that it shares with longer ones.
+    """
+    with warnings.catch_warnings(), functorch_config.patch(donated_buffer=False):
         warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
         warnings.filterwarnings("ignore", category=DeprecationWarning, message=r".*torch\.jit")
         yield
@@ -242,30 +245,6 @@ def model_rollout(
             values = th.where(rollout.alive, values, 0.0)
         returns[horizon] = rewards_so_far + gamma**horizon * values
     return returns
-
-
-def balance_states(sizes: th.Tensor, share: float) -> th.Tensor:
-    r"""
-    Weights that let states count alike, whatever the size of what they contribute to a mean:
-
-    .. math::
-        w(s) \propto \frac{1}{(1 - \kappa) \, m + \kappa \, (x(s) + c \, m)}, \quad m = \mathrm{median}_s \, x(s),
-
-    with ``STATE_BALANCE`` for :math:`c`. A policy that is optimal is so in every state, and values that are right are so, too,
-    whatever the weights of the states. But where some are far from what is wanted, as a pendulum that has fallen, their
-    values and gradients are larger by orders of magnitude, and in a mean over states nothing is heard of all others. Nor
-    do a few rollouts that diverge rule it. Of what is mostly noise, on the other hand, this makes more noise, and the plain
-    mean is better.
-
-    :param sizes: :math:`x`, 0 or more, ``(B, 1)``
-    :param share: :math:`\kappa`, from 0, when all weights are 1, to 1
-    :return: weights whose mean is 1, ``(B, 1)``
-    """
-    median = sizes.median()
-    denominators = (1 - share) * median + share * (sizes + STATE_BALANCE * median)
-    denominators = denominators.clamp(min=th.finfo(sizes.dtype).tiny)
-    weights = denominators.min() / denominators
-    return weights / weights.mean()
 
 
 class PolicyGradient(NamedTuple):

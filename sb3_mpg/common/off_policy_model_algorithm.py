@@ -27,7 +27,7 @@ from sb3_mpg.common.models.base import PriorModel
 from sb3_mpg.common.models.checker import validate_prior_model
 from sb3_mpg.common.models.loading import PriorModelLike, make_prior_model
 from sb3_mpg.common.models.residual import ResidualModel
-from sb3_mpg.common.models.trainable import TrainableModel
+from sb3_mpg.common.models.trainable import TrainableModel, Transitions
 from sb3_mpg.common.torch_layers import ObservationScaler
 from sb3_mpg.common.type_aliases import GradientResult, Simulator, TrainingBatch
 from sb3_mpg.common.units import Units
@@ -312,8 +312,16 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         :return: the error of a trainable model in steps that were held out, ``None`` while there is none
         """
         assert isinstance(self.rollout_model, TrainableModel)
-        held_out = recorded.sample(FIT_BATCH_SIZE, held_out=True)
+        held_out = self._held_out_steps(recorded)
         return None if held_out is None else self.rollout_model.validation_error(held_out)
+
+    @staticmethod
+    def _held_out_steps(recorded: RecordedSteps) -> Transitions | None:
+        """
+        :param recorded: the recorded steps
+        :return: some that the model is not fitted to, ``None`` while there is none
+        """
+        return recorded.sample(FIT_BATCH_SIZE, held_out=True)
 
     def _warn_of_wrappers(self) -> None:
         """The environment's own model and simulator know nothing of the wrappers around it."""

@@ -24,7 +24,8 @@ class Measurement(NamedTuple):
     :param n_updates: number of the update
     :param errors: squared error of the action gradient of each horizon, ``(n_horizons,)``
     :param standard_errors: of these, ``(n_horizons,)``
-    :param gradient_norm: median of the squared norm of the best action gradient
+    :param gradient_norm: median of the squared norm of the best action gradient of a model
+    :param is_useless: whether a horizon was left out, ``(n_horizons,)``
     :param weights: the weights that followed, ``(n_horizons,)``
     :param validation_error: of the learned correction, on steps that were held out; NaN while there is none
     """
@@ -33,6 +34,7 @@ class Measurement(NamedTuple):
     errors: np.ndarray
     standard_errors: np.ndarray
     gradient_norm: float
+    is_useless: np.ndarray
     weights: np.ndarray
     validation_error: float
 
@@ -119,12 +121,13 @@ class TrustReport:
                 weight = latest.weights[index]
                 what = "data-driven" if horizon == 0 else f"{horizon} model steps"
                 mark = "<- trusted most" if index == int(np.argmax(latest.weights)) else ""
+                mark = "left out: leads astray" if latest.is_useless[index] else mark
                 rows.append([what, f"{error:.3g}", f"{relative:.0%}", f"{weight:.1%}", mark])
             lines += [
                 f"Errors of the action gradients after {latest.n_updates} updates (medians over states)",
                 *format_table(rows),
             ]
-            lines.append("of gradient: in units of the norm of the gradient of the horizon that is trusted most.")
+            lines.append("of gradient: in units of the norm of the best gradient of a model.")
         for name, errors in self._models().items():
             n_steps = len(errors.returns)
             steps = sorted({step for step in (1, 5, 10, 25, n_steps) if step <= n_steps})

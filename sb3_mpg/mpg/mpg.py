@@ -18,8 +18,8 @@ from stable_baselines3.common.utils import (
     update_learning_rate,
 )
 from stable_baselines3.td3.policies import Actor
-from torch.nn import functional as F
 
+from sb3_mpg.common.balance import balanced_mse_loss, rollout_value_loss
 from sb3_mpg.common.model_rollout import (
     NEGLIGIBLE_WEIGHT,
     Advance,
@@ -27,11 +27,11 @@ from sb3_mpg.common.model_rollout import (
     QFunction,
     StepCompiler,
     advance,
-    balance_states,
+    compiling,
     first_non_finite_step,
     mixed_policy_gradient,
-    quiet_compiler,
 )
+from sb3_mpg.common.buffers import RecordedSteps
 from sb3_mpg.common.error_estimates import GradientErrors, action_gradients, gradient_errors
 from sb3_mpg.common.learners.base import InProcessLearner
 from sb3_mpg.common.models.base import PriorModel
@@ -58,8 +58,6 @@ COMPILE_FROM_MODEL_STEPS = 50_000
 # The errors of the gradients are measured at so many states, once in so many updates
 N_MEASURED_STATES = 128
 MEASURE_EVERY = 20
-# How far a return of a rollout may be from the value of the critic to be learned from, in medians over states
-LARGEST_VALUE_ERROR = 3.0
 # The report is about that many of the steps recorded last
 N_REPORTED_STEPS = 5000
 
@@ -74,8 +72,9 @@ class MPG(OffPolicyModelAlgorithm):
 
     Beyond the papers, and by default, the model is corrected by what is recorded (``residual``), and the gradients are
     weighted by their measured errors (``weighting="measured"``) instead of by the clock. As far as these weights trust the
-    model, states are balanced in the policy gradient (``balance_states``), and the critics regress on the returns of its
-    rollouts, too; without trust an update is that of the data-driven gradient. MPG-v2 of the papers is
+    model, states count alike in the losses of policy and critics, whatever the size of their gradients and values (see
+    ``sb3_mpg.common.balance``), and the critics regress on the returns of the policy's rollouts, too; without trust an update
+    is that of the data-driven gradient. MPG-v2 of the papers is
     ``residual=False, weighting="rule_based", learning_starts=3000``, and MPG-v1 the same with
     ``value_target="n_step_simulator", batch_reuse=10``; the other defaults are those of Table VI. Differences from the
     papers: both gradients of an update are computed at the same parameters (as the papers' learners do, and unlike TD3,
@@ -108,7 +107,8 @@ class MPG(OffPolicyModelAlgorithm):
         papers'), ``"constant"``, ``"geometric"``, or a ``WeightingRule``
     :param weighting_kwargs: arguments of the named weighting rule
     :param differentiate: which actions of the model rollout carry the gradient: ``"first_action"`` is the unified policy
-        gradient (eq. 6), ``"all_actions"`` the model policy gradient (eq. 5 of the first version)
+        gradient (eq. 6), ``"all_actions"`` the model policy gradient (eq. 5 of the first version), in which states are not
+        balanced
     :param value_target: what the critics regress on: ``"clipped_double_q"`` (MPG-v2), ``"n_step_simulator"`` (MPG-v1),
         ``"n_step_replay"``, or a ``ValueTarget``. With measured weights, the least of the critics counts as much as horizon 0
         does, and otherwise their mean (see ``target_values_of``)
@@ -438,7 +438,7 @@ class MPG(OffPolicyModelAlgorithm):
         if self._step_compiler is None:
             return function(advance)
         try:
-            with quiet_compiler():
+            with compiling():
                 return function(self._step_compiler)
         except Exception as error:
             # Whatever the compiler trips over, training goes on; an error of the model itself comes again below
@@ -468,11 +468,27 @@ class MPG(OffPolicyModelAlgorithm):
             validation_error = self._validation_error(recorded)
             if validation_error is not None:
                 logs.setdefault("model/validation_error", []).append(validation_error)
-            measured = self._measure_errors(units)
+            measured = self._measure_errors(recorded, units)
             self.weighting_rule.observe(np.where(measured.is_useless, np.inf, measured.errors))
             weights = self.weighting_rule.weights(self._n_updates)
             validation_error = float("nan") if validation_error is None else validation_error
-            self._measurements.append(Measurement(self._n_updates, *measured[1:4], weights, validation_error))
+            self._measurements.append(
+                Measurement(
+                    self._n_updates,
+                    measured.errors,
+                    measured.standard_errors,
+                    measured.gradient_norm,
+                    measured.is_useless,
+                    weights,
+                    validation_error,
+                )
+            )
+            if measured.is_useless.any():
+                warnings.warn(
+                    f"{self._model_name()} leads astray: its gradient is far from that of the model corrected by what was "
+                    "recorded. Until it is not, horizon 0 takes its place, if it is among the horizons. `residual=True` "
+                    "corrects the model, `check_prior_model` finds out what is wrong."
+                )
             if not np.isfinite(measured.errors).all():
                 warnings.warn(
                     f"The gradient of {self._model_name()} is not finite at most states; it weighs nothing until it is. "
@@ -482,8 +498,9 @@ class MPG(OffPolicyModelAlgorithm):
                 logs.setdefault(f"horizons/error_{horizon}", []).append(error)
                 logs.setdefault(f"horizons/error_{horizon}_se", []).append(standard_error)
 
-    def _measure_errors(self, units: Units) -> GradientErrors:
+    def _measure_errors(self, recorded: RecordedSteps, units: Units) -> GradientErrors:
         """
+        :param recorded: the recorded steps
         :param units: conversions between environment and networks
         :return: the errors of the action gradients of all horizons at states of the replay buffer
         """
@@ -507,7 +524,14 @@ class MPG(OffPolicyModelAlgorithm):
                     advance,
                 )
             )
-        return gradient_errors(gradients.cpu().numpy(), self.weighting_rule.horizons, with_judge=compares)
+        measured = gradient_errors(gradients.cpu().numpy(), self.weighting_rule.horizons, with_judge=compares)
+        if measured.is_useless.any():
+            assert isinstance(model, ResidualModel)
+            # Who predicts no better cannot tell that the other is wrong
+            held_out = self._held_out_steps(recorded)
+            if held_out is None or not model.improves_on_prior(held_out):
+                measured = measured._replace(is_useless=np.zeros_like(measured.is_useless))
+        return measured
 
     def trust_report(self) -> TrustReport:
         """
@@ -563,7 +587,7 @@ class MPG(OffPolicyModelAlgorithm):
         # Get current Q-values estimates for each critic network
         current_q_values = self.critic(network_inputs, batch.actions)
         # Compute critic loss
-        critic_loss = sum(_balanced_loss(current_q, batch.target_q_values, trust) for current_q in current_q_values)
+        critic_loss = sum(balanced_mse_loss(current_q, batch.target_q_values, trust) for current_q in current_q_values)
         assert isinstance(critic_loss, th.Tensor)
         logs["train/critic_loss"] = critic_loss.item()
 
@@ -577,38 +601,13 @@ class MPG(OffPolicyModelAlgorithm):
             logs.update({f"horizons/weight_{horizon}": weight for horizon, weight in weights.items()})
             logs.update({f"horizons/return_{horizon}": x.mean().item() for horizon, x in policy_gradient.returns.items()})
             if trust > 0:
-                rollout_loss = self._rollout_value_loss(network_inputs, policy_gradient, weights, trust)
-                logs["train/rollout_value_loss"] = rollout_loss.item()
-                critic_loss = critic_loss + rollout_loss
+                policy_values = self.critic(network_inputs, policy_gradient.actions)
+                value_loss = rollout_value_loss(policy_values, policy_gradient.returns, weights, trust)
+                logs["train/rollout_value_loss"] = value_loss.item()
+                critic_loss = critic_loss + value_loss
         critic_gradients = gradient_of(critic_loss, self.critic)
 
         return GradientResult(critic_gradients, actor_gradients, logs)
-
-    def _rollout_value_loss(
-        self, network_inputs: th.Tensor, policy_gradient: PolicyGradient, weights: dict[int, float], trust: float
-    ) -> th.Tensor:
-        r"""
-        The rollouts that the policy was improved with end in values of its actions, many steps of bootstrapping at once: the
-        critics regress on them, too, as far as the model is trusted,
-        :math:`\sum_n w_n^2 E_s[(Q(s, \pi(s)) - X_n(s))^2]`. From recorded steps alone what a critic knows of the far end of
-        a slow motion comes nearer by one step in each time constant of the target networks.
-
-        :param network_inputs: normalised observations, ``(B, *obs_shape)``
-        :param policy_gradient: what was computed at them
-        :param weights: weight of each horizon
-        :param trust: how much states are balanced, from 0 to 1
-        :return: a scalar
-        """
-        loss = th.zeros((), device=self.device)
-        for values in self.critic(network_inputs, policy_gradient.actions):
-            for horizon, returns in policy_gradient.returns.items():
-                if horizon > 0:
-                    # A few rollouts that diverge must not be all that is fitted
-                    errors = (returns - values).detach()
-                    limit = LARGEST_VALUE_ERROR * errors.abs().median()
-                    targets = values.detach() + errors.clamp(-limit, limit)
-                    loss = loss + weights[horizon] ** 2 * _balanced_loss(values, targets, trust)
-        return loss
 
     def apply_gradients(self, result: GradientResult) -> bool:
         """
@@ -795,16 +794,3 @@ class MPG(OffPolicyModelAlgorithm):
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts = ["policy", "actor.optimizer", "critic.optimizer"]
         return state_dicts, []
-
-
-def _balanced_loss(values: th.Tensor, targets: th.Tensor, balance: float) -> th.Tensor:
-    """
-    :param values: of a critic, ``(B, 1)``
-    :param targets: what they should be, ``(B, 1)``
-    :param balance: how much states are balanced by the size of their values, from 0 to 1
-    :return: the mean squared error, a scalar
-    """
-    if balance == 0:
-        return F.mse_loss(values, targets)
-    # By the size of the targets: a critic that takes large values for small ones would weight its largest errors most
-    return (balance_states(targets.abs(), balance) * (values - targets) ** 2).mean()

@@ -330,6 +330,16 @@ class ResidualModel(TrainableModel):
         scaled, targets = self._inputs_and_targets(transitions)
         return F.smooth_l1_loss(self._ensemble(self.correction, scaled), targets).item()
 
+    @th.no_grad()
+    def improves_on_prior(self, transitions: Transitions) -> bool:
+        """
+        :param transitions: recorded steps that were not fitted
+        :return: whether they are predicted better with the correction than without it
+        """
+        _, _, missed = self._missed_by_prior(transitions)
+        missed = missed / self.target_scale
+        return self.validation_error(transitions) < F.smooth_l1_loss(missed, th.zeros_like(missed)).item()
+
     def learned_state(self) -> dict[str, Any]:
         state = {name: value for name, value in self.state_dict().items() if not name.startswith("prior.") and name != "gains"}
         return copy.deepcopy(_to_cpu({"model": state, "optimizer": self.optimizer.state_dict()}))

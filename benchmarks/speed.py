@@ -312,7 +312,7 @@ def measure_default(table: Table, device: str) -> None:
         {
             "update": lambda: model.train(2 * MEASURE_EVERY, BATCH),
             "fit": fit,
-            "measurement": lambda: model._measure_errors(units),
+            "measurement": lambda: model._measure_errors(recorded, units),
         },
         device,
         repeats=REPEATS // 2,

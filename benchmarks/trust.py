@@ -29,15 +29,16 @@ from sb3_mpg import MPG
 from sb3_mpg.common.torch_layers import ObservationScaler
 
 RESULTS = Path(__file__).parent / "results" / "trust"
-# Random steps before the first update of the methods without a model; the others have the default of MPG
+# Random steps before the first update of methods that have no model, or may have to do without: they need more of them than
+# the default of MPG
 WARM_UP = 500
 N_STARTS = 50
 
 # Methods that need a model, and what they change of the defaults
 METHODS: dict[str, dict[str, Any]] = {
     "mpg": {},
-    "measured": {"residual": False},
-    "rule_based": {"residual": False, "weighting": "rule_based"},
+    "measured": {"residual": False, "learning_starts": WARM_UP},
+    "rule_based": {"residual": False, "weighting": "rule_based", "learning_starts": WARM_UP},
     "weight_1": {"horizons": (25,), "weighting": "constant"},
 }
 # Methods that need none

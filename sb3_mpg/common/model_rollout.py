@@ -121,7 +121,7 @@ class StepCompiler:
     :param backend: of ``torch.compile``
     """
 
-    def __init__(self, chunk: int = 4, backend: str = "inductor"):
+    def __init__(self, chunk: int = 5, backend: str = "inductor"):
         self.chunk = chunk
         self.backend = backend
         # Compiled at the first call, because that is where failures are dealt with

@@ -16,6 +16,7 @@ LAYERS = [
     ("sb3_mpg.common.utils", 1),
     ("sb3_mpg.common.units", 1),
     ("sb3_mpg.common.torch_layers", 1),
+    ("sb3_mpg.common.balance", 1),
     ("sb3_mpg.common.processes", 1),
     ("sb3_mpg.common.callbacks", 1),
     ("sb3_mpg.common.models", 2),

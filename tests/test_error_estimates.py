@@ -142,6 +142,16 @@ def test_a_wrong_model_is_trusted_once_it_is_corrected():
     assert weight_of_model(prior_model=Wrong()) > 0.9
 
 
+def test_the_report_says_which_horizon_was_left_out():
+    model = MPG("MlpPolicy", LinearEnv(), prior_model=Wrong(), residual=False, horizons=(0, 10), **SMALL)
+    with pytest.warns(UserWarning, match="Wrong leads astray"):
+        model.learn(200)
+    assert model._measurements[-1].is_useless.tolist() == [False, True]
+    rows = [line for line in str(model.trust_report()).splitlines() if "left out: leads astray" in line]
+    assert len(rows) == 1
+    assert "10 model steps" in rows[0]
+
+
 class Overflows(Wrong):
     def transition(self, states, actions):
         return 1e30 * states + actions

@@ -84,6 +84,27 @@ def test_linear_mistakes_and_quadratic_costs_are_solved_for():
     th.testing.assert_close(model.transition(new.observations, new.actions), new.observations + 0.1 * new.actions)
 
 
+def test_it_improves_on_a_wrong_prior_model_and_not_on_a_right_one():
+    """Whoever is no better than the prior model cannot tell that it leads astray."""
+    data, held_out = truth(4000), truth(500, seed=1)
+    wrong = ResidualModel(Known(), 2, 2)
+    assert not wrong.improves_on_prior(held_out)
+    wrong.adapt_to(data)
+    assert wrong.improves_on_prior(held_out)
+
+    def as_known(transitions):
+        next_states = Known().transition(transitions.observations, transitions.actions)
+        rewards = Known().reward(transitions.observations, transitions.actions, next_states)
+        return transitions._replace(next_observations=next_states, rewards=rewards)
+
+    right = ResidualModel(Known(), 2, 2)
+    right.adapt_to(as_known(data))
+    for step in range(50):
+        rows = th.randint(4000, (256,), generator=th.Generator().manual_seed(step))
+        right.fit(as_known(Transitions(*(tensor[rows] for tensor in data))))
+    assert not right.improves_on_prior(as_known(held_out))
+
+
 def test_predictions_are_those_of_averaged_networks():
     model, data = ResidualModel(Known(), 2, 2), truth(512)
     model.adapt_to(data)

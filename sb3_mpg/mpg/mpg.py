@@ -20,6 +20,9 @@ from stable_baselines3.common.utils import (
 from stable_baselines3.td3.policies import Actor
 
 from sb3_mpg.common.balance import balanced_mse_loss, rollout_value_loss
+from sb3_mpg.common.buffers import RecordedSteps
+from sb3_mpg.common.error_estimates import GradientErrors, action_gradients, gradient_errors
+from sb3_mpg.common.learners.base import InProcessLearner
 from sb3_mpg.common.model_rollout import (
     NEGLIGIBLE_WEIGHT,
     Advance,
@@ -31,9 +34,6 @@ from sb3_mpg.common.model_rollout import (
     first_non_finite_step,
     mixed_policy_gradient,
 )
-from sb3_mpg.common.buffers import RecordedSteps
-from sb3_mpg.common.error_estimates import GradientErrors, action_gradients, gradient_errors
-from sb3_mpg.common.learners.base import InProcessLearner
 from sb3_mpg.common.models.base import PriorModel
 from sb3_mpg.common.models.loading import PriorModelLike
 from sb3_mpg.common.models.residual import ResidualModel
@@ -581,7 +581,6 @@ class MPG(OffPolicyModelAlgorithm):
         """
         network_inputs = units.normalize_observations(batch.observations)
         logs: dict[str, Any] = {}
-
         trust = self._trust_in_model(n_updates)
 
         # Get current Q-values estimates for each critic network

@@ -4,7 +4,7 @@ from lq import LinearEnv
 
 import sb3_mpg_envs  # noqa: F401
 from sb3_mpg import MPG, PriorModel
-from sb3_mpg.common.model_rollout import StepCompiler
+from sb3_mpg.common.model_rollout import BiasBehindProduct, StepCompiler
 
 SMALL = {"policy_kwargs": {"net_arch": [16]}, "learning_starts": 40, "batch_size": 32, "seed": 0, "buffer_size": 2000}
 
@@ -52,6 +52,23 @@ def test_the_graph_follows_what_it_depends_on():
     assert not th.allclose(before, check())
     observations = observations[:20]
     check()
+
+
+def test_biases_behind_products_change_nothing_else():
+    linear, inputs = th.nn.Linear(5, 3), th.randn(7, 5)
+    weight, bias = th.randn(2, 5, 3), th.randn(2, 1, 3)
+    functions = [
+        lambda: linear(inputs),
+        lambda: linear(inputs.expand(4, 7, 5)),
+        lambda: th.nn.functional.linear(inputs, linear.weight),
+        lambda: th.nn.functional.linear(inputs, linear.weight, bias=linear.bias),
+        lambda: th.baddbmm(bias, inputs.expand(2, 7, 5), weight),
+        lambda: th.baddbmm(bias, inputs.expand(2, 7, 5), weight, beta=0.5),
+    ]
+    for function in functions:
+        expected = function()
+        with BiasBehindProduct():
+            th.testing.assert_close(function(), expected)
 
 
 class CannotBeCompiled(PriorModel):

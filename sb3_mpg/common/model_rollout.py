@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch as th
 from torch._functorch import config as functorch_config
 from torch.func import functional_call
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from sb3_mpg.common.balance import balance_states
 from sb3_mpg.common.models.base import PriorModel
@@ -108,6 +110,33 @@ def start_rollout(
     return RolloutState(states, network_inputs, actions, alive, states.detach())
 
 
+class BiasBehindProduct(TorchFunctionMode):
+    """
+    Linear layers as a product and, apart from it, the bias. The products of the CPU's libraries begin with a copy of the bias
+    to each row; a compiler adds it for nothing where it computes the activation.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """As in ``TorchFunctionMode``."""
+        bias, product = None, None
+        if func is F.linear and not kwargs and len(args) == 3:
+            bias, product = args[2], args[0] @ args[1].t()
+        elif func is th.baddbmm and not kwargs:
+            bias, product = args[0], th.bmm(args[1], args[2])
+        if bias is None or product is None:
+            return func(*args, **(kwargs or {}))
+        # Not a sum, which the compiler would put together with the product again
+        return product - (-bias)
+
+
+def advance_on_cpu(*args: Any) -> tuple[RolloutState, th.Tensor]:
+    """As :func:`advance`, to be compiled for the CPU."""
+    with BiasBehindProduct():
+        return advance(*args)
+
+
 class StepCompiler:
     """
     Compiles :func:`advance`, a few steps at a time: with one step for each call, the calls cost a tenth of the gradient,
@@ -129,21 +158,22 @@ class StepCompiler:
 
     def _compile(self, device: th.device) -> Advance:
         options: dict[str, Any] | None = None
+        on_cpu = device.type == "cpu"
         if self.backend == "inductor":
             # One C++ file for each direction: with one for each kernel, the compiler spends most of its time on the headers,
             # and the kernels are called from Python. Not on a GPU, where the kernels are not C++
-            one_file = device.type == "cpu"
             # The guards have checked the sizes already; and to build and load a library for each set of vector instructions,
             # only to see that the C++ compiler knows those of this processor, takes as long as all the rest
             options = {
                 "fallback_random": True,
                 "size_asserts": False,
                 "cpp.vec_isa_ok": True,
-                "cpp_wrapper": one_file,
+                "cpp_wrapper": on_cpu,
             }
         # A code object of its own: torch counts recompilations for each, and gives up after a few. Several algorithms in
         # one process, as in a search for hyperparameters, must not use up each other's.
-        function = FunctionType(advance.__code__.replace(), advance.__globals__, advance.__name__)
+        original = advance_on_cpu if on_cpu else advance
+        function = FunctionType(original.__code__.replace(), original.__globals__, original.__name__)
         # fullgraph: a model that breaks the graph would run slower than without compilation
         return th.compile(function, fullgraph=True, dynamic=False, backend=self.backend, options=options)
 

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import torch as th
-from settings import ALGORITHMS, TASKS, Task, evaluate, make_model, make_vec_env
+from settings import ALGORITHMS, ENV_SETTINGS, TASKS, Task, evaluate, make_model, make_vec_env
 from stable_baselines3.common.callbacks import BaseCallback
 
 RESULTS = Path(__file__).parent / "results" / "learning"
@@ -23,6 +23,7 @@ PAPER_UPDATES = 100_000
 # What is run by default, and for how many updates
 MATRIX = {
     ("path_tracking", "mpg_v2"): 31_000,
+    ("path_tracking", "mpg_v1_exploring_starts"): 18_000,
     ("path_tracking", "mpg_v1"): 18_000,
     ("path_tracking", "n_step_adp"): 12_000,
     ("pendulum", "mpg_v2"): 17_000,
@@ -92,7 +93,8 @@ def run(task_name: str, algorithm: str, seed: int, updates: int, n_envs: int, ev
         print(f"{path.name} is there, skipped")
         return
     task = TASKS[task_name]
-    model = make_model(algorithm, task, make_vec_env(task, n_envs), seed)
+    env = make_vec_env(task, n_envs, **ENV_SETTINGS.get(algorithm, {}))
+    model = make_model(algorithm, task, env, seed)
     model.learn(PAPER_UPDATES * n_envs, callback=EvaluationCallback(task, updates, every, path), log_interval=None)
 
 

@@ -20,6 +20,7 @@ FIGURES = Path(__file__).parent / "figures"
 # Table I of the first version: iterations to each goal, mean of five runs; None: never
 PAPER = {
     ("path_tracking", "mpg_v1"): (3000, 9000, 11000, 18000),
+    ("path_tracking", "mpg_v1_exploring_starts"): (3000, 9000, 11000, 18000),
     ("path_tracking", "mpg_v2"): (3000, 6000, 11000, 31000),
     ("path_tracking", "n_step_adp"): (17000, None, None, None),
     ("pendulum", "mpg_v2"): (3000, 14000, 15000, 17000),

@@ -56,13 +56,19 @@ TASKS = {
     ),
 }
 
+MPG_V1: dict[str, Any] = {"value_target": "n_step_simulator", "batch_reuse": 10}
 ALGORITHMS: dict[str, tuple[type[MPG], dict[str, Any]]] = {
-    "mpg_v1": (MPG, {"value_target": "n_step_simulator", "batch_reuse": 10}),
+    "mpg_v1": (MPG, MPG_V1),
+    "mpg_v1_exploring_starts": (MPG, MPG_V1),
     "mpg_v2": (MPG, {"value_target": "clipped_double_q"}),
     "data_driven": (MPG, {"horizons": (0,), "weighting": "constant"}),
     "n_step_dpg": (NStepDPG, {}),
     "n_step_adp": (NStepADP, {}),
 }
+
+# Arguments of the environment that an algorithm learns in. Exploring starts: every transition is the first of an episode, as
+# in the replay buffer of the authors' code, whose early reset ends every episode after its first step
+ENV_SETTINGS: dict[str, dict[str, Any]] = {"mpg_v1_exploring_starts": {"max_episode_steps": 1}}
 
 
 def make_vec_env(task: Task, n_envs: int, **env_kwargs: Any) -> VecEnv:

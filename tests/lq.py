@@ -148,6 +148,7 @@ class LinearSimulator:
         return observations
 
     def step(self, actions, indices):
+        indices = slice(None) if indices is None else indices
         states = self.states[indices]
         rewards = -((states**2).sum(1) + 0.1 * (actions**2).sum(1))
         states = self.states[indices] = states @ self.env.a.T + actions @ self.env.b.T

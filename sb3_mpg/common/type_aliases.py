@@ -52,10 +52,12 @@ class Simulator(Protocol):
         :return: the observations of the new states, ``(num_agents, O)``
         """
 
-    def step(self, actions: np.ndarray, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    def step(
+        self, actions: np.ndarray, indices: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """
         :param actions: in the units of the environment, ``(n, A)``
-        :param indices: which agents to step, ``(n,)``; the others stay where they are
+        :param indices: which agents to step, ``(n,)``; the others stay where they are; ``None`` steps all of them
         :return: of the agents that were stepped: observations ``(n, O)``, rewards, terminated and truncated flags ``(n,)``;
             nothing is reset
         """

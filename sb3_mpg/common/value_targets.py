@@ -134,8 +134,9 @@ class SimulatorTarget(ValueTarget):
     :math:`\sum_{l=t}^{t+n-1} \gamma^{l-t} r_l + \gamma^n \min_i Q_{\omega'_i}(s_{t+n}, \pi_{\theta'}(s_{t+n}))`. The
     paper has one critic; with the least of two training is steadier, and ``policy_kwargs={"n_critics": 1}`` is the paper's.
 
-    A rollout that ends earlier counts as a recorded episode does: behind a termination there is nothing, behind a
-    truncation the critic's value. (To run on instead would make the critic bootstrap from states that it never sees.)
+    Behind a termination there is nothing. A truncation ends the record of an episode, not what happens: the rollout runs on
+    behind it, so that leaving the useful region has its true cost. (To stop there would leave it to the critic, which
+    never learns from states outside.)
 
     :param n_steps: number of simulator steps
     """
@@ -160,20 +161,19 @@ class SimulatorTarget(ValueTarget):
         all_rewards = np.zeros((self.n_steps, n_agents, 1))
         n_taken = np.zeros((n_agents, 1), dtype=np.int64)
         is_terminated = np.zeros(n_agents, dtype=bool)
-        running = np.arange(n_agents)
+        # Which agents are stepped; as long as it is all of them, nothing needs to be picked out
+        running: slice | np.ndarray = slice(None)
         for step in range(self.n_steps):
             if step > 0:
                 actions = actor(units.normalize_observations(to_tensor(last_obs[running])))
             env_actions = units.unscale_actions(actions).cpu().numpy()
-            # Agents whose rollout ended are stepped no more
-            new_obs, rewards, terminated, truncated = simulator.step(env_actions, running)
-            all_rewards[step, running, 0] = rewards
-            last_obs[running] = new_obs
+            indices = None if isinstance(running, slice) else running
+            last_obs[running], all_rewards[step, running, 0], is_terminated[running], _ = simulator.step(env_actions, indices)
             n_taken[running] += 1
-            is_terminated[running] = terminated
-            running = running[~(terminated | truncated)]
-            if len(running) == 0:
-                break
+            if is_terminated.any():
+                running = np.flatnonzero(~is_terminated)
+                if len(running) == 0:
+                    break
         step_discounts = to_tensor(gamma ** np.arange(self.n_steps)).reshape(-1, 1, 1)
         returns = (step_discounts * units.scale_rewards(to_tensor(all_rewards))).sum(dim=0)
         # Of the value at the end of each rollout: 0 behind a termination

@@ -10,7 +10,7 @@ from sb3_mpg.common.error_estimates import action_gradients, gradient_errors
 from sb3_mpg.common.units import Units
 from sb3_mpg.common.weighting import MeasuredWeighting
 
-IDENTITY = Units(th.tensor([-1.0, -1.0], dtype=th.float64), th.tensor([1.0, 1.0], dtype=th.float64))
+IDENTITY = Units()
 SMALL = {"policy_kwargs": {"net_arch": [16]}, "learning_starts": 100, "batch_size": 64, "seed": 0, "buffer_size": 5000}
 
 

@@ -7,7 +7,7 @@ from sb3_mpg import PriorModel
 from sb3_mpg.common.model_rollout import first_non_finite_step, mixed_policy_gradient, model_rollout
 from sb3_mpg.common.units import Units
 
-IDENTITY = Units(-th.ones(1, dtype=th.float64), th.ones(1, dtype=th.float64))
+IDENTITY = Units()
 
 
 def tensors(*arrays):
@@ -231,8 +231,8 @@ def test_terminal_states_are_masked(differentiate):
 def test_units_are_those_of_the_environment():
     """Actions are un-scaled, observations normalised and clipped, and rewards scaled, inside the graph."""
     units = Units(
-        action_low=th.tensor([-1.0]),
-        action_high=th.tensor([5.0]),
+        action_centre=th.tensor([2.0]),
+        action_half_range=th.tensor([3.0]),
         reward_scale=0.5,
         observation_mean=th.tensor([1.0, -2.0]),
         observation_std=th.tensor([2.0, 4.0]),

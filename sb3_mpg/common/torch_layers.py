@@ -6,6 +6,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from torch import nn
 
 # Factors of what is scaled to about one unit, in sines and cosines of it
 FREQUENCIES = (1.0, 2.0, 3.0)
@@ -29,6 +30,28 @@ def with_waves(inputs: th.Tensor, frequencies: Sequence[float] = FREQUENCIES) ->
     if not frequencies:
         return inputs
     return th.cat([inputs, *(wave(factor * inputs) for factor in frequencies for wave in (th.sin, th.cos))], dim=1)
+
+
+class ELU(nn.ELU):
+    """
+    An ELU that overwrites its input: its derivative then comes from its output, without another exponential.
+
+    Where no derivative is asked for, as in value targets, a CPU computes it from the plain exponential, which is several
+    times as fast as ``expm1``: the same to the rounding error of 1.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(inplace=True)
+
+    def forward(self, inputs: th.Tensor) -> th.Tensor:
+        """
+        :param inputs: any shape; overwritten
+        :return: the same tensor
+        """
+        if th.is_grad_enabled() or th.compiler.is_compiling() or inputs.device.type != "cpu":
+            return super().forward(inputs)
+        below = inputs.clamp(max=0.0).exp_().sub_(1.0)
+        return th.maximum(inputs, below, out=inputs)
 
 
 class ObservationScaler(BaseFeaturesExtractor):

@@ -52,9 +52,7 @@ class Simulator(Protocol):
         :return: the observations of the new states, ``(num_agents, O)``
         """
 
-    def step(
-        self, actions: np.ndarray, indices: np.ndarray | None
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    def step(self, actions: np.ndarray, indices: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """
         :param actions: in the units of the environment, ``(n, A)``
         :param indices: which agents to step, ``(n,)``; the others stay where they are; ``None`` steps all of them

@@ -20,8 +20,8 @@ class Units:
     The value functions count rewards that were divided by the standard deviation of ``VecNormalize`` and multiplied by
     ``reward_scale``. The statistics are those of the moment when the object was built.
 
-    :param action_low: lowest action of the environment, ``(A,)``
-    :param action_high: highest action of the environment, ``(A,)``
+    :param action_centre: middle of the environment's range of actions, ``(A,)``, or ``None`` when that is [-1, 1] already
+    :param action_half_range: half of its width, ``(A,)``
     :param reward_scale: factor of all rewards
     :param observation_mean: mean of the observations, ``obs_shape``, or ``None`` without normalisation
     :param observation_std: standard deviation of the observations, ``obs_shape``
@@ -30,8 +30,8 @@ class Units:
     :param clip_reward: largest absolute value of a normalised reward
     """
 
-    action_low: th.Tensor
-    action_high: th.Tensor
+    action_centre: th.Tensor | None = None
+    action_half_range: th.Tensor | None = None
     reward_scale: float = 1.0
     observation_mean: th.Tensor | None = None
     observation_std: th.Tensor | None = None
@@ -54,7 +54,12 @@ class Units:
         def to_tensor(array: np.ndarray) -> th.Tensor:
             return th.as_tensor(array, dtype=th.float32, device=device)
 
-        units = cls(to_tensor(action_space.low), to_tensor(action_space.high), reward_scale)
+        units = cls(reward_scale=reward_scale)
+        low, high = action_space.low.astype(np.float64), action_space.high.astype(np.float64)
+        if (low != -1).any() or (high != 1).any():
+            units = replace(
+                units, action_centre=to_tensor(0.5 * (low + high)), action_half_range=to_tensor(0.5 * (high - low))
+            )
         if env is not None and env.norm_obs:
             assert isinstance(env.obs_rms, RunningMeanStd), "VecNormalize of dictionary observations is not supported"
             units = replace(
@@ -102,4 +107,6 @@ class Units:
         :param actions: in [-1, 1], ``(B, A)``
         :return: actions in the units of the environment, ``(B, A)``
         """
-        return self.action_low + 0.5 * (actions + 1.0) * (self.action_high - self.action_low)
+        if self.action_centre is None or self.action_half_range is None:
+            return actions
+        return self.action_centre + self.action_half_range * actions

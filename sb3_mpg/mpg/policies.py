@@ -1,4 +1,3 @@
-from collections.abc import Callable
 from typing import Any
 
 import torch as th
@@ -8,14 +7,7 @@ from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.td3.policies import TD3Policy
 from torch import nn
 
-from sb3_mpg.common.torch_layers import ObservationScaler
-
-
-def elu() -> nn.ELU:
-    """
-    :return: an ELU that overwrites its input: its derivative then comes from its output, without another exponential
-    """
-    return nn.ELU(inplace=True)
+from sb3_mpg.common.torch_layers import ELU, ObservationScaler
 
 
 class MPGPolicy(TD3Policy):
@@ -44,7 +36,7 @@ class MPGPolicy(TD3Policy):
         action_space: spaces.Box,
         lr_schedule: Schedule,
         net_arch: list[int] | dict[str, list[int]] | None = None,
-        activation_fn: Callable[[], nn.Module] = elu,
+        activation_fn: type[nn.Module] = ELU,
         features_extractor_class: type[BaseFeaturesExtractor] = ObservationScaler,
         features_extractor_kwargs: dict[str, Any] | None = None,
         normalize_images: bool = True,
@@ -66,7 +58,7 @@ class MPGPolicy(TD3Policy):
             action_space,
             lr_schedule,
             [256, 256] if net_arch is None else net_arch,
-            activation_fn,  # type: ignore[arg-type]
+            activation_fn,
             features_extractor_class,
             features_extractor_kwargs,
             normalize_images,

@@ -56,10 +56,10 @@ TASKS = {
     ),
 }
 
-MPG_V1: dict[str, Any] = {"value_target": "n_step_simulator", "batch_reuse": 10}
 ALGORITHMS: dict[str, tuple[type[MPG], dict[str, Any]]] = {
-    "mpg_v1": (MPG, MPG_V1),
-    "mpg_v1_exploring_starts": (MPG, MPG_V1),
+    "mpg_v1": (MPG, {"value_target": "n_step_simulator", "batch_reuse": 10}),
+    # Table VI but for the reuse of batches, which saves time at the price of a critic that knows too few of them
+    "mpg_v1_exploring_starts": (MPG, {"value_target": "n_step_simulator"}),
     "mpg_v2": (MPG, {"value_target": "clipped_double_q"}),
     "data_driven": (MPG, {"horizons": (0,), "weighting": "constant"}),
     "n_step_dpg": (NStepDPG, {}),

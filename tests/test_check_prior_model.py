@@ -180,6 +180,46 @@ class InPlace(CartModel):
         return states
 
 
+class DetachedStep(CartModel):
+    def step(self, states, actions):
+        next_states = self.transition(states, actions).detach()
+        return next_states, self.reward(states, actions, next_states)
+
+
+class FlatStep(CartModel):
+    def step(self, states, actions):
+        next_states = self.transition(states, actions)
+        return next_states, self.reward(states, actions, next_states).squeeze(1)
+
+
+class OtherStep(CartModel):
+    def step(self, states, actions):
+        next_states = self.transition(states, 2.0 * actions)
+        return next_states, self.reward(states, actions, next_states)
+
+
+class LonelyStep(CartModel):
+    def step(self, states, actions):
+        return self.transition(states, actions)
+
+
+class DeniesTheEnd(CartModel):
+    may_terminate = False
+
+    def terminal(self, states):
+        return states[:, :1] < 1e9
+
+
+class FlatDifference(CartModel):
+    def state_difference(self, states, others):
+        return (states - others)[:, 0]
+
+
+class NoInverse(CartModel):
+    def state_difference(self, states, others):
+        return others - states
+
+
 class Failing(CartModel):
     def transition(self, states, actions):
         return states @ th.ones(3, 3)
@@ -202,6 +242,13 @@ INTERFACE_ERRORS = [
     (NumberTerminal, ValueError, "terminal returned torch.float32.*expected torch.bool.*comparison"),
     (InPlace, ValueError, "modifies its argument states in place"),
     (Failing, ValueError, r"transition failed for states \(8, 2\), actions \(8, 1\)"),
+    (DetachedStep, ValueError, r"DetachedStep\.step is not differentiable: its next states carry no gradient"),
+    (FlatStep, ValueError, r"FlatStep\.step returned rewards \(8,\) .*expected \(8, 1\)"),
+    (OtherStep, ValueError, "OtherStep.step returned other next states than expected"),
+    (LonelyStep, TypeError, "LonelyStep.step returned Tensor, expected two tensors"),
+    (DeniesTheEnd, ValueError, "terminal while `may_terminate` is False"),
+    (FlatDifference, ValueError, r"state_difference returned shape \(8,\), expected \(8, 2\)"),
+    (NoInverse, ValueError, r"state_add\(y, state_difference\(x, y\)\)` is .* away from x in state\[\d\]"),
     (PriorModel, NotImplementedError, r"must implement transition\(states, actions\)"),
     (th.nn.Identity, TypeError, "Expected an instance of a subclass of PriorModel, got Identity"),
 ]

@@ -53,7 +53,8 @@ class PriorModel(th.nn.Module):
 
     def step(self, states: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """
-        One step of dynamics and reward. Models that compute both at once override it; others leave it.
+        One step of dynamics and reward. Models in which both share work override it; others leave it. (A correction that is
+        learned calls :meth:`transition` and :meth:`reward`, since it corrects the state in between.)
 
         :param states: states, ``(B, S)``
         :param actions: actions in the units of the environment, ``(B, A)``

@@ -43,6 +43,8 @@ OBSERVATION = _Method("observation", ("state",), "observation")
 TRANSITION = _Method("transition", ("state", "action"), "next_state")
 REWARD = _Method("reward", ("state", "action", "next_state"), "reward")
 TERMINAL = _Method("terminal", ("state",), "terminal")
+STATE_DIFFERENCE = _Method("state_difference", ("state", "other"), "difference")
+STATE_ADD = _Method("state_add", ("state", "difference"), "state")
 
 
 class _Call(NamedTuple):
@@ -196,9 +198,78 @@ def _checked_calls(
     yield _Call(OBSERVATION, (states,))
     next_states = run(TRANSITION, (states, actions), (n_rows, n_dims), dtype)
     yield _Call(TRANSITION, (states, actions))
-    run(REWARD, (states, actions, next_states), (n_rows, 1), dtype)
+    rewards = run(REWARD, (states, actions, next_states), (n_rows, 1), dtype)
     yield _Call(REWARD, (states, actions, next_states))
-    run(TERMINAL, (states,), (n_rows, 1), th.bool)
+    is_terminal = run(TERMINAL, (states,), (n_rows, 1), th.bool)
+    if is_terminal.any() and not model.may_terminate:
+        raise ValueError(
+            f"{_where(model, TERMINAL)} says that states are terminal while `may_terminate` is False, expected True: rollouts "
+            "would not ask `terminal`; leave `may_terminate` to PriorModel, or return True where any state can be terminal."
+        )
+    if _overrides(model, "step"):
+        _check_step(model, states, actions, (next_states, rewards))
+    if _overrides(model, STATE_DIFFERENCE.name) or _overrides(model, STATE_ADD.name):
+        differences = run(STATE_DIFFERENCE, (next_states, states), (n_rows, n_dims), dtype)
+        yield _Call(STATE_DIFFERENCE, (next_states, states))
+        sums = run(STATE_ADD, (states, differences), (n_rows, n_dims), dtype)
+        yield _Call(STATE_ADD, (states, differences))
+        _check_inverse(model, next_states, sums)
+
+
+def _overrides(model: PriorModel, name: str) -> bool:
+    return getattr(type(model), name) is not getattr(PriorModel, name)
+
+
+def _check_step(
+    model: PriorModel, states: th.Tensor, actions: th.Tensor, expected: tuple[th.Tensor, th.Tensor]
+) -> None:
+    """
+    A ``step`` of the user's must be ``transition`` and ``reward``, and just as differentiable.
+
+    :param model: the model
+    :param states: ``(B, S)``
+    :param actions: ``(B, A)``
+    :param expected: what ``transition`` and ``reward`` returned
+    """
+    advice = (
+        "it must return what `transition` and `reward` do; leave `step` to PriorModel, which calls both, unless they share work"
+    )
+    inputs = (states.detach().clone().requires_grad_(), actions.detach().clone().requires_grad_())
+    with th.enable_grad():
+        output = model.step(*inputs)
+        if not isinstance(output, tuple) or len(output) != 2 or not all(isinstance(part, th.Tensor) for part in output):
+            raise TypeError(f"{type(model).__name__}.step returned {type(output).__name__}, expected two tensors: {advice}.")
+        reference = model.transition(*inputs)
+        references = (reference, model.reward(*inputs, reference))
+    for name, got, wanted, of in zip(("next states", "rewards"), output, expected, references, strict=True):
+        kind, wanted_kind = (f"{tuple(part.shape)} {part.dtype} on {part.device}" for part in (got, wanted))
+        if kind != wanted_kind:
+            raise ValueError(f"{type(model).__name__}.step returned {name} {kind}, expected {wanted_kind}: {advice}.")
+        if not th.allclose(got, wanted, rtol=1e-4, atol=1e-6, equal_nan=True):
+            raise ValueError(f"{type(model).__name__}.step returned other {name} than expected: {advice}.")
+        if of.requires_grad and not got.requires_grad:
+            raise ValueError(
+                f"{type(model).__name__}.step is not differentiable: its {name} carry no gradient; remove `.detach()`, "
+                "`th.no_grad`, `.item()` and NumPy from it."
+            )
+
+
+def _check_inverse(model: PriorModel, states: th.Tensor, sums: th.Tensor) -> None:
+    """
+    :param model: the model
+    :param states: ``(B, S)``
+    :param sums: the states that ``state_add`` made of others and the differences to them, ``(B, S)``
+    """
+    with th.no_grad():
+        # Not their plain difference: angles may differ by whole turns
+        rest = model.state_difference(sums, states).abs().nan_to_num().amax(dim=0)
+    scales = states.abs().nan_to_num().amax(dim=0)
+    dim = int((rest - 1e-4 * (scales + 1e-2)).argmax())
+    if rest[dim] > 1e-4 * (scales[dim] + 1e-2):
+        raise ValueError(
+            f"{type(model).__name__}: `state_add(y, state_difference(x, y))` is {rest[dim]:.3g} away from x in state[{dim}], "
+            "expected x itself (or one that `state_difference` takes for the same): write the two as inverses of each other."
+        )
 
 
 def _where(model: PriorModel, method: _Method) -> str:

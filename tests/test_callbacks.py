@@ -1,8 +1,11 @@
 """Evaluation in another process: the results of SB3's callback, later."""
 
+import gc
 import multiprocessing as mp
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import gymnasium as gym
@@ -136,6 +139,32 @@ def test_with_algorithms_of_sb3(algorithm, tmp_path):
     model.learn(64, callback=callback)
     assert callback.best_mean_reward > -np.inf
     algorithm.load(tmp_path / "best_model.zip")
+
+
+def test_an_exception_in_an_algorithm_of_sb3():
+    """It does not tell its callbacks: the evaluator goes when its callback does."""
+    model = TD3("MlpPolicy", timed_env(), policy_kwargs={"net_arch": [8]}, learning_starts=20)
+    with pytest.raises(ZeroDivisionError):
+        model.learn(100, callback=[AsyncEvalCallback(eval_env(), eval_freq=10, verbose=0), Fail()])
+    del model
+    gc.collect()
+
+
+def test_without_guard_there_is_one_sentence(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("""
+from lq import LinearEnv
+from stable_baselines3 import TD3
+from stable_baselines3.common.env_util import make_vec_env
+from sb3_mpg import AsyncEvalCallback
+callback = AsyncEvalCallback(make_vec_env(LinearEnv, 1), eval_freq=10, verbose=0)
+TD3("MlpPolicy", LinearEnv(), policy_kwargs={"net_arch": [8]}, learning_starts=20).learn(1_000_000, callback=callback)
+""")
+    root = Path(__file__).parent.parent
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "tests")])}
+    result = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1
+    assert "put what trains under `if __name__ == '__main__':`" in result.stderr.strip().splitlines()[-1]
 
 
 def test_callbacks_on_results():

@@ -10,7 +10,7 @@ from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
 
 from sb3_mpg import MPG, NStepADP, NStepDPG, PriorModel
 from sb3_mpg.common.value_targets import ReplayTarget
-from sb3_mpg.common.weighting import ConstantWeighting
+from sb3_mpg.common.weighting import ConstantWeighting, make_weighting_rule
 
 
 class NeverStepped(LinearEnv):
@@ -36,9 +36,10 @@ def env_with(**space):
 @pytest.mark.parametrize(
     ("space", "message"),
     [
-        ({"action_space": spaces.Discrete(3)}, "actions, which must be a one-dimensional Box, got Discrete"),
+        ({"action_space": spaces.Discrete(3)}, "actions, which must be a one-dimensional Box of floats, got Discrete"),
         ({"action_space": spaces.Box(-np.inf, np.inf, (1,))}, "bounds of the action space, which must be finite"),
         ({"action_space": spaces.Box(-1, 1, (1, 2))}, "one-dimensional Box"),
+        ({"action_space": spaces.Box(-1, 1, (2,), np.int64)}, "one-dimensional Box of floats, got.*float dtype"),
         ({"observation_space": spaces.Discrete(3)}, "must be a Box of floats, got Discrete"),
         ({"observation_space": spaces.Dict(a=spaces.Box(-1, 1, (2,)))}, "must be a Box of floats, got Dict"),
         ({"observation_space": spaces.Box(0, 255, (8, 8, 3), np.uint8)}, "must be a Box of floats"),
@@ -130,6 +131,20 @@ def test_models_that_break_the_rules(prior_model, message):
             {"value_target": "n_step_replay", "replay_buffer_class": type("Mine", (NStepReplayBuffer,), {})},
             "made for n_steps=3",
         ),
+        ({"horizons": (0, None)}, "Every horizon must be a whole number"),
+        ({"horizons": (0, float("nan"))}, "Every horizon must be a whole number"),
+        ({"weighting": [1, 2]}, "Unknown weighting"),
+        ({"weighting": "rule_based", "weighting_kwargs": {"etta": 1}}, r"`weighting_kwargs` got \['etta'\].*'eta'"),
+        ({"value_target_kwargs": {"noise": 1}}, r"`value_target_kwargs` got \['noise'\].*'noise_std'"),
+        ({"value_target_kwargs": {"noise_std": -1}}, "`noise_std` must be a number, 0.0 or more"),
+        ({"residual_kwargs": {"members": 3}}, r"`residual_kwargs` got \['members'\].*'n_members'"),
+        ({"learner_kwargs": {"time_out": 3}}, r"`learner_kwargs` got \['time_out'\].*'timeout'"),
+        ({"learner_kwargs": {"timeout": "3"}}, "`timeout` must be a number, more than 0"),
+        ({"residual": "no"}, "`residual` says whether"),
+        ({"reward_scale": 0}, "`reward_scale` must be a number, more than 0"),
+        ({"max_grad_norm": -1.0}, "`max_grad_norm` must be a number, more than 0"),
+        ({"exploration_noise": -0.1}, "`exploration_noise` must be a number, 0.0 or more"),
+        ({"batch_reuse": 1.5}, "`batch_reuse` counts updates"),
         ({"batch_reuse": 0}, "`batch_reuse` counts updates"),
         ({"policy_delay": 0}, "`policy_delay` counts updates"),
         ({"differentiate": "some_actions"}, "'first_action' or 'all_actions'"),
@@ -158,3 +173,29 @@ def test_gradient_of_a_model_that_is_not_there():
 def test_horizon_of_the_analysis():
     with pytest.raises(ValueError, match="0 or more"):
         MPG("MlpPolicy", NeverStepped()).policy_gradient(np.zeros((1, 2)), -1)
+    with pytest.raises(ValueError, match="'first_action' or 'all_actions'"):
+        MPG("MlpPolicy", NeverStepped()).policy_gradient(np.zeros((1, 2)), 1, "some_actions")
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"horizons": (0, 3)}, r"`load` got \['horizons'\]"),
+        ({"batch_reuse": 0}, "`batch_reuse` counts updates"),
+        ({"n_learners": -1}, "`n_learners` must be"),
+    ],
+)
+def test_settings_given_to_load(tmp_path, kwargs, message):
+    MPG("MlpPolicy", LinearEnv(), horizons=np.array([0, 5])).save(tmp_path / "model.zip")
+    with pytest.raises(ValueError, match=message):
+        MPG.load(tmp_path / "model.zip", env=LinearEnv(), **kwargs)
+    rule = make_weighting_rule("constant", (0, 3))
+    loaded = MPG.load(tmp_path / "model.zip", env=LinearEnv(), weighting_rule=rule)
+    assert loaded.weighting_rule.horizons == (0, 3)
+
+
+def test_attribute_that_is_no_prior_model():
+    env = LinearEnv()
+    env.prior_model = None
+    with pytest.raises(ValueError, match="the environment offers none"):
+        MPG("MlpPolicy", env)

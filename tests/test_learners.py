@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch as th
 from lq import LinearEnv, LinearModel
+from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
@@ -78,6 +79,10 @@ class Each(BaseCallback):
 
     def _on_step(self):
         return self.function(self.model) is not False
+
+
+def never(model):
+    raise AssertionError("the error must come before the first environment step")
 
 
 def when_learning(action, at=10):
@@ -247,6 +252,20 @@ class Breaks(Tired):
         return -(next_states**2).sum(1, keepdim=True)
 
 
+class NeedsMuchOnce(HangsOnce):
+    def transition(self, states, actions):
+        if in_learner() and not self.flag.exists():
+            self.flag.touch()
+            raise MemoryError("too much")
+        return states + 0.1 * actions
+
+
+class Remembers(ReplayBuffer):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.seen = []
+
+
 def learner_pids(model):
     return [learner.worker.process.pid for learner in model._learners._learners]
 
@@ -290,6 +309,12 @@ class TestFaults:
         loaded = MPG.load(tmp_path / "model.zip", env=LinearEnv(), n_learners=0)
         assert_same_parameters(model, loaded)
         loaded.learn(50, reset_num_timesteps=False)
+
+    def test_one_that_runs_out_of_memory_is_replaced(self, tmp_path):
+        model = small_model(n_learners=1, prior_model=NeedsMuchOnce(tmp_path / "asked"))
+        with pytest.warns(UserWarning, match="ran out of memory and is replaced"):
+            model.learn(60)
+        assert model._n_updates == 20
 
     def test_an_exception_of_the_prior_model(self):
         with pytest.raises(Custom, match="the road ends here") as error:
@@ -339,13 +364,17 @@ class TestFaults:
 
         policy_kwargs = {"net_arch": [8], "features_extractor_class": Normalised, "features_extractor_kwargs": {}}
         with pytest.raises(ValueError, match="n_learners=0"):
-            small_model(n_learners=1, policy_kwargs=policy_kwargs).learn(60)
+            small_model(n_learners=1, policy_kwargs=policy_kwargs).learn(60, callback=Each(never))
+
+    def test_replay_buffers_that_keep_more(self):
+        with pytest.raises(ValueError, match=r"Remembers also keeps \['seen'\].*n_learners=0"):
+            small_model(n_learners=1, replay_buffer_class=Remembers).learn(60, callback=Each(never))
 
     def test_what_cannot_be_pickled(self):
         rule = ConstantWeighting((0, 2))
         rule.handle = (number for number in range(3))
         with pytest.raises(ValueError, match=r"cannot be sent to learner processes.*generator"):
-            small_model(n_learners=1, weighting=rule).learn(60)
+            small_model(n_learners=1, weighting=rule).learn(60, callback=Each(never))
 
     @pytest.mark.parametrize(
         ("kwargs", "message"),

@@ -5,6 +5,7 @@ import inspect
 import io
 import os
 import warnings
+import weakref
 from collections import deque
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
@@ -23,7 +24,15 @@ from stable_baselines3.common.vec_env import (
     sync_envs_normalization,
 )
 
-from sb3_mpg.common.processes import SharedBytes, Worker, process_context, raise_packed
+from sb3_mpg.common.processes import (
+    NO_MAIN_GUARD,
+    NO_MAIN_GUARD_MESSAGE,
+    SharedBytes,
+    Worker,
+    exit_without_main_guard,
+    process_context,
+    raise_packed,
+)
 
 
 class Snapshot(NamedTuple):
@@ -169,6 +178,10 @@ class AsyncEvalCallback(EvalCallback):
         self._running: Snapshot | None = None
         self._waiting: deque[Snapshot] = deque()
 
+    def _init_callback(self) -> None:
+        exit_without_main_guard()
+        super()._init_callback()
+
     def _start(self) -> None:
         # Where the snapshots come from does not matter to the evaluator, which has no GPU to itself
         policy = copy.deepcopy(self.model.policy).to("cpu")
@@ -186,6 +199,9 @@ class AsyncEvalCallback(EvalCallback):
                 "use SB3's EvalCallback."
             ) from error
         self._worker = Worker(process_context(), run_evaluator, (SharedBytes(payload),), "evaluator")
+        # SB3's own algorithms do not tell their callbacks that training ended in an exception
+        self._last_resort = weakref.finalize(self, self._worker.close)
+        self._last_resort.atexit = False
         self._is_ready = False
 
     def _take_snapshot(self) -> Snapshot:
@@ -256,6 +272,8 @@ class AsyncEvalCallback(EvalCallback):
         lost = "" if self._running is None else f" The evaluation of step {self._running.num_timesteps} is missing."
         code = self._worker.exit_code()
         self.close(keep_waiting=True)
+        if code == NO_MAIN_GUARD:
+            raise RuntimeError(NO_MAIN_GUARD_MESSAGE)
         warnings.warn(f"The evaluator died with exit code {code}; the next evaluation starts it again.{lost}")
 
     def _take(self, message: Any) -> bool:
@@ -358,6 +376,7 @@ class AsyncEvalCallback(EvalCallback):
         :param keep_waiting: whether snapshots that it did not begin with are kept
         """
         if self._worker is not None:
+            self._last_resort.detach()
             self._worker.close()
         self._worker = self._running = None
         self._is_ready = False

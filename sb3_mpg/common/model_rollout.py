@@ -368,7 +368,7 @@ def first_non_finite_step(
     values = th.where(rollout.alive, q_function(rollout.network_inputs, rollout.actions), 0.0)
     total = total + gamma**horizon * values.mean()
     if not th.isfinite(total):
-        return f"the critic's value after model step {horizon} is not finite"
+        return "the critic's value " + (f"after model step {horizon - 1} " if horizon > 0 else "") + "is not finite"
     # The gradient runs backwards: the first state, from the end, that it is not finite for names the culprit
     gradients = th.autograd.grad(total, trail, allow_unused=True)
     for step in reversed(range(len(trail))):

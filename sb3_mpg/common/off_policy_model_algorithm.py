@@ -31,7 +31,7 @@ from sb3_mpg.common.models.trainable import TrainableModel, Transitions
 from sb3_mpg.common.torch_layers import ObservationScaler
 from sb3_mpg.common.type_aliases import GradientResult, Simulator, TrainingBatch
 from sb3_mpg.common.units import Units
-from sb3_mpg.common.utils import randomness_of_update
+from sb3_mpg.common.utils import check_keywords, check_number, randomness_of_update
 from sb3_mpg.common.value_targets import ValueTarget, make_value_target
 
 SelfOffPolicyModelAlgorithm = TypeVar("SelfOffPolicyModelAlgorithm", bound="OffPolicyModelAlgorithm")
@@ -57,8 +57,15 @@ def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) ->
             f"The gradient runs through the observations, which must be a Box of floats, got {observation_space}; "
             "flatten dictionaries (gymnasium.wrappers.FlattenObservation) and convert integers to floats."
         )
-    if not isinstance(action_space, spaces.Box) or len(action_space.shape) != 1:
-        raise ValueError(f"The gradient runs through the actions, which must be a one-dimensional Box, got {action_space}.")
+    if (
+        not isinstance(action_space, spaces.Box)
+        or len(action_space.shape) != 1
+        or not np.issubdtype(action_space.dtype, np.floating)
+    ):
+        raise ValueError(
+            f"The gradient runs through the actions, which must be a one-dimensional Box of floats, got {action_space}; "
+            "flatten it, give it a float dtype, or take an algorithm for discrete actions."
+        )
     if not (np.isfinite(action_space.low).all() and np.isfinite(action_space.high).all()):
         raise ValueError(
             f"Policies act between the bounds of the action space, which must be finite, got {action_space}; "
@@ -136,7 +143,6 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         seed: int | None,
         device: th.device | str,
     ):
-        LearnerSettings(n_learners, max_staleness, **(learner_kwargs or {}))
         env = None if env is None else maybe_make_env(env, verbose)
         if env is not None:
             check_spaces(env.observation_space, env.action_space)
@@ -198,7 +204,24 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         self._simulator: Simulator | None = None
         self._rng_state: dict[str, Any] | None = None
 
+    def _check_settings(self) -> None:
+        """
+        Of the constructor, or given to ``load``.
+
+        :raises ValueError: for values that make no sense
+        """
+        LearnerSettings.of(self.n_learners, self.max_staleness, self.learner_kwargs)
+        if not isinstance(self.residual, bool):
+            raise ValueError(f"`residual` says whether the model is corrected, True or False, got {self.residual!r}.")
+        check_keywords("residual_kwargs", self.residual_kwargs, ResidualModel, "prior", "n_states", "n_actions")
+        check_number("reward_scale", self.reward_scale, 0.0, includes_low=False)
+        check_number("exploration_noise", self.exploration_noise, 0.0)
+        check_number("max_skipped_updates", self.max_skipped_updates, 0)
+        if self.max_grad_norm is not None:
+            check_number("max_grad_norm", self.max_grad_norm, 0.0, includes_low=False)
+
     def _setup_model(self) -> None:
+        self._check_settings()
         # As text when given to `load`
         self.value_target = make_value_target(self.value_target)
         if self.env is not None:
@@ -395,7 +418,7 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         if not reset_num_timesteps and self._rng_state is not None:
             self._restore_rng_state(self._rng_state)
         self._rng_state = None
-        settings = LearnerSettings(self.n_learners, self.max_staleness, **(self.learner_kwargs or {}))
+        settings = LearnerSettings.of(self.n_learners, self.max_staleness, self.learner_kwargs)
         self._learners = MultiprocessLearners(self, settings) if settings.n_learners > 0 else InProcessLearner(self)
         return setup
 

@@ -17,6 +17,8 @@ import torch as th
 
 # Exit code of a process that imported the main script and found itself asked to start processes
 NO_MAIN_GUARD = 78
+# Exit code of a process whose memory was not enough
+OUT_OF_MEMORY = 79
 NO_MAIN_GUARD_MESSAGE = (
     "Processes start by importing the main script again: put what trains under `if __name__ == '__main__':`."
 )
@@ -102,6 +104,14 @@ def raise_packed(packed: bytes | None, traceback_text: str) -> NoReturn:
     raise error from RemoteTraceback(traceback_text)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """
+    :param error: an exception
+    :return: whether it says that there is no memory left; torch has no type of its own for that of the CPU
+    """
+    return isinstance(error, (MemoryError, th.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
 def _exit_with_parent() -> None:
     """Also when the main process was killed, and while this one is busy."""
     parent = mp.parent_process()
@@ -112,7 +122,8 @@ def _exit_with_parent() -> None:
 
 def _run(target: Callable[..., None], connection: Connection, args: tuple[Any, ...]) -> None:
     """
-    What a worker process runs. An exception is sent to the main process, for :func:`raise_packed`.
+    What a worker process runs. An exception is sent to the main process, for :func:`raise_packed`; one that ran out
+    of memory dies of it, as if the system had killed it.
 
     :param target: takes the connection and the arguments
     :param connection: to the main process
@@ -129,6 +140,9 @@ def _run(target: Callable[..., None], connection: Connection, args: tuple[Any, .
         except hung_up:
             raise
         except Exception as error:
+            if is_out_of_memory(error):
+                traceback.print_exc()
+                sys.exit(OUT_OF_MEMORY)
             connection.send(pack_exception(error, traceback.format_exc()))
     except hung_up:
         # The main process did

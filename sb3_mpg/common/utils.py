@@ -1,7 +1,9 @@
-"""Helpers."""
+"""What several modules need: random numbers, gradients and parameters of networks, checks of arguments."""
 
-from collections.abc import Iterable, Iterator
+import inspect
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch as th
@@ -58,3 +60,34 @@ def gradient_of(loss: th.Tensor, network: th.nn.Module) -> list[th.Tensor]:
     :return: its gradient, one tensor for each trainable parameter, 0 for those that it does not depend on
     """
     return list(th.autograd.grad(loss, trainable_parameters(network), allow_unused=True, materialize_grads=True))
+
+
+def check_keywords(name: str, kwargs: dict[str, Any] | None, function: Callable[..., Any], *taken: str) -> dict[str, Any]:
+    """
+    :param name: of the setting that gives keyword arguments
+    :param kwargs: the keyword arguments, or ``None`` for none
+    :param function: what they are for
+    :param taken: its arguments that are given otherwise
+    :return: the keyword arguments
+    :raises ValueError: when there is one that the function does not have
+    """
+    kwargs = kwargs or {}
+    known = [parameter for parameter in inspect.signature(function).parameters if parameter not in taken]
+    unknown = [keyword for keyword in kwargs if keyword not in known]
+    if unknown:
+        raise ValueError(f"`{name}` got {unknown}, expected some of {known}.")
+    return kwargs
+
+
+def check_number(name: str, number: float, low: float, includes_low: bool = True) -> None:
+    """
+    :param name: of a setting
+    :param number: its value
+    :param low: what it must not fall below
+    :param includes_low: whether it may be as small as that
+    :raises ValueError: when it is no finite number, or too small
+    """
+    is_number = isinstance(number, (int, float, np.integer, np.floating)) and not isinstance(number, bool)
+    if not is_number or not np.isfinite(number) or number < low or (number == low and not includes_low):
+        expected = f"{low} or more" if includes_low else f"more than {low}"
+        raise ValueError(f"`{name}` must be a number, {expected}, got {number!r}.")

@@ -13,6 +13,7 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from sb3_mpg.common.model_rollout import QFunction
 from sb3_mpg.common.type_aliases import Simulator
 from sb3_mpg.common.units import Units
+from sb3_mpg.common.utils import check_keywords, check_number
 
 
 def bootstrap_values(
@@ -111,6 +112,8 @@ class ReplayTarget(ValueTarget):
 
     def __init__(self, n_steps: int = 1, noise_std: float = 0.0, noise_clip: float = 0.5):
         self.n_steps = check_n_steps(n_steps)
+        check_number("noise_std", noise_std, 0.0)
+        check_number("noise_clip", noise_clip, 0.0)
         self.noise_std = noise_std
         self.noise_clip = noise_clip
 
@@ -188,7 +191,7 @@ def check_n_steps(n_steps: int) -> int:
     :return: the same
     :raises ValueError: when it is not a positive whole number
     """
-    if isinstance(n_steps, bool) or int(n_steps) != n_steps or n_steps < 1:
+    if isinstance(n_steps, bool) or not isinstance(n_steps, (int, np.integer)) or n_steps < 1:
         raise ValueError(f"A value target spans a positive whole number of steps, got n_steps={n_steps!r}.")
     return int(n_steps)
 
@@ -211,8 +214,9 @@ def make_value_target(value_target: str | ValueTarget, value_target_kwargs: dict
         if value_target_kwargs:
             raise ValueError("`value_target_kwargs` goes with the name of a target, but `value_target` is a target.")
         return value_target
-    if value_target not in VALUE_TARGETS:
+    if not isinstance(value_target, str) or value_target not in VALUE_TARGETS:
         raise ValueError(
             f"Unknown value target {value_target!r}; choose one of {sorted(VALUE_TARGETS)} or pass a ValueTarget."
         )
-    return VALUE_TARGETS[value_target](**(value_target_kwargs or {}))
+    make = VALUE_TARGETS[value_target]
+    return make(**check_keywords("value_target_kwargs", value_target_kwargs, make))

@@ -6,6 +6,13 @@ from typing import Any
 
 import numpy as np
 
+from sb3_mpg.common.utils import check_keywords
+
+
+def _is_whole(number: Any) -> bool:
+    is_number = isinstance(number, (int, float, np.integer, np.floating)) and not isinstance(number, bool)
+    return is_number and np.isfinite(number) and int(number) == number
+
 
 def check_horizons(horizons: Sequence[int]) -> tuple[int, ...]:
     """
@@ -13,9 +20,11 @@ def check_horizons(horizons: Sequence[int]) -> tuple[int, ...]:
     :return: the same, sorted
     :raises ValueError: when there is none, or one is negative, fractional or repeated
     """
+    if isinstance(horizons, np.ndarray):
+        horizons = horizons.tolist()
     if isinstance(horizons, (str, bytes)) or not isinstance(horizons, Sequence) or len(horizons) == 0:
         raise ValueError(f"`horizons` must be a non-empty sequence of whole numbers such as (0, 25), got {horizons!r}.")
-    if any(isinstance(horizon, bool) or int(horizon) != horizon or horizon < 0 for horizon in horizons):
+    if not all(_is_whole(horizon) and horizon >= 0 for horizon in horizons):
         raise ValueError(f"Every horizon must be a whole number of model steps, 0 or more, got {tuple(horizons)}.")
     if len(set(horizons)) < len(horizons):
         raise ValueError(f"Every horizon may be given once, got {tuple(horizons)}.")
@@ -194,6 +203,7 @@ def make_weighting_rule(
         if weighting.horizons != check_horizons(horizons):
             raise ValueError(f"The weighting rule is for horizons {weighting.horizons}, but `horizons` is {tuple(horizons)}.")
         return weighting
-    if weighting not in WEIGHTING_RULES:
+    if not isinstance(weighting, str) or weighting not in WEIGHTING_RULES:
         raise ValueError(f"Unknown weighting {weighting!r}; choose one of {sorted(WEIGHTING_RULES)} or pass a WeightingRule.")
-    return WEIGHTING_RULES[weighting](horizons, **(weighting_kwargs or {}))
+    rule = WEIGHTING_RULES[weighting]
+    return rule(horizons, **check_keywords("weighting_kwargs", weighting_kwargs, rule, "horizons"))

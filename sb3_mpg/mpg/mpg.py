@@ -62,6 +62,15 @@ MEASURE_EVERY = 20
 N_REPORTED_STEPS = 5000
 
 
+def check_differentiate(differentiate: Differentiate) -> None:
+    """
+    :param differentiate: which actions carry the gradient
+    :raises ValueError: when it is no such thing
+    """
+    if differentiate not in ("first_action", "all_actions"):
+        raise ValueError(f"`differentiate` must be 'first_action' or 'all_actions', got {differentiate!r}.")
+
+
 class MPG(OffPolicyModelAlgorithm):
     """
     Mixed Policy Gradient (MPG): the gradient of the learned Q function and the gradient that is back-propagated through
@@ -194,13 +203,6 @@ class MPG(OffPolicyModelAlgorithm):
         device: th.device | str = "auto",
         _init_setup_model: bool = True,
     ):
-        if compile not in (True, False, "auto"):
-            raise ValueError(f"`compile` must be True, False or 'auto', got {compile!r}.")
-        for name, count in {"batch_reuse": batch_reuse, "policy_delay": policy_delay}.items():
-            if count < 1:
-                raise ValueError(f"`{name}` counts updates and must be at least 1, got {count}.")
-        if differentiate not in ("first_action", "all_actions"):
-            raise ValueError(f"`differentiate` must be 'first_action' or 'all_actions', got {differentiate!r}.")
         self.weighting_rule = make_weighting_rule(weighting, horizons, weighting_kwargs)
         super().__init__(
             policy,
@@ -250,6 +252,23 @@ class MPG(OffPolicyModelAlgorithm):
 
         if _init_setup_model:
             self._setup_model()
+
+    def _check_settings(self) -> None:
+        super()._check_settings()
+        if self.compile not in (True, False, "auto"):
+            raise ValueError(f"`compile` must be True, False or 'auto', got {self.compile!r}.")
+        for name in ("batch_reuse", "policy_delay"):
+            count = getattr(self, name)
+            if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < 1:
+                raise ValueError(f"`{name}` counts updates and must be a whole number, 1 or more, got {count!r}.")
+        check_differentiate(self.differentiate)
+        # The constructor has made a rule of them
+        given = [name for name in ("horizons", "weighting", "weighting_kwargs") if name in vars(self)]
+        if given:
+            raise ValueError(
+                f"A saved algorithm keeps its rule for the weights of the horizons, but `load` got {given}; give it "
+                "weighting_rule=sb3_mpg.common.weighting.make_weighting_rule(weighting, horizons, weighting_kwargs)."
+            )
 
     def _setup_model(self) -> None:
         super()._setup_model()
@@ -318,6 +337,7 @@ class MPG(OffPolicyModelAlgorithm):
         :return: the gradient of the mean return (which ascends), flat, ``(n_actor_parameters,)``
         """
         check_horizons([horizon])
+        check_differentiate(differentiate)
         if horizon > 0 and not self._needs_prior_model():
             raise ValueError(
                 f"The gradient of horizon {horizon} needs a model, but this algorithm has none: its horizons are (0,)."
@@ -665,21 +685,24 @@ class MPG(OffPolicyModelAlgorithm):
         with randomness_of_update(self._update_seed, self._n_updates, self.device):
             batch = self._draw_batch(self._n_updates, batch_size, units)
         reasons = []
+        recorded_is_finite = th.isfinite(batch.observations).all() and th.isfinite(batch.target_q_values).all()
+        advice = "Check the model with `check_prior_model`, bound what overflows in it, or use shorter horizons."
+        if not recorded_is_finite:
+            reasons.append("recorded observations or rewards are not finite")
+            advice = "Look at the environment: gymnasium.utils.env_checker.check_env, stable_baselines3's VecCheckNan."
         for horizon, weight in self.weighting_rule(self._n_updates).items():
-            if weight < NEGLIGIBLE_WEIGHT:
+            if weight < NEGLIGIBLE_WEIGHT or not recorded_is_finite:
                 continue
             reason = first_non_finite_step(
                 batch.observations, self.actor, self._q_function(0), self.rollout_model, units, horizon, self.gamma
             )
             if reason is not None:
                 reasons.append(f"horizon {horizon} (weight {weight:.2g}): {reason}")
-        if not th.isfinite(batch.target_q_values).all():
-            reasons.append("the value targets are not finite: look at the rewards of the environment")
         raise FloatingPointError(
             f"Training stopped after {self._n_skipped_in_a_row} updates in a row with a non-finite gradient "
             f"(the weights are still finite and can be saved). "
             + ("; ".join(reasons) or "The model is sound at this batch: its noise may be the cause")
-            + ". Check the model with `check_prior_model`, bound what overflows in it, or use shorter horizons."
+            + f". {advice}"
         )
 
     def train(self, gradient_steps: int, batch_size: int = 100) -> None:

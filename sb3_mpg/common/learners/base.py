@@ -12,6 +12,7 @@ from stable_baselines3.common.logger import Logger
 from sb3_mpg.common.processes import check_start_method
 from sb3_mpg.common.type_aliases import GradientResult
 from sb3_mpg.common.units import Units
+from sb3_mpg.common.utils import check_keywords, check_number
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,18 @@ class LearnerSettings:
     max_restarts: int = 10
     start_method: str | None = None
 
+    @classmethod
+    def of(cls, n_learners: int, max_staleness: int | None, learner_kwargs: dict[str, Any] | None) -> "LearnerSettings":
+        """
+        :param n_learners: as above
+        :param max_staleness: as above
+        :param learner_kwargs: the other settings, by name
+        :return: the settings
+        :raises ValueError: for values that make no sense
+        """
+        kwargs = check_keywords("learner_kwargs", learner_kwargs, cls, "n_learners", "max_staleness")
+        return cls(n_learners, max_staleness, **kwargs)
+
     def __post_init__(self) -> None:
         for name in ("n_learners", "max_staleness", "max_restarts"):
             count = getattr(self, name)
@@ -39,8 +52,7 @@ class LearnerSettings:
                 continue
             if isinstance(count, bool) or not isinstance(count, int) or count < 0:
                 raise ValueError(f"`{name}` must be a whole number, 0 or more, got {count!r}.")
-        if not self.timeout > 0:
-            raise ValueError(f"The `timeout` of learners is in seconds and must be positive, got {self.timeout!r}.")
+        check_number("timeout", self.timeout, 0.0, includes_low=False)
         check_start_method(self.start_method)
 
     @property

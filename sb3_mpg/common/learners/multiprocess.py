@@ -20,11 +20,13 @@ from sb3_mpg.common.learners.shared_memory import (
     SharedReplayBuffer,
     SharedReplayReader,
     SharedTensors,
+    check_shareable,
 )
 from sb3_mpg.common.processes import (
     GRACE_SECONDS,
     NO_MAIN_GUARD,
     NO_MAIN_GUARD_MESSAGE,
+    OUT_OF_MEMORY,
     SharedBytes,
     Worker,
     exit_without_main_guard,
@@ -174,8 +176,8 @@ class MultiprocessLearners(Learners):
     learners go on while the main process steps the environment; results are applied in the order in which they arrive,
     each once. One that is too old is dropped, counted, and computed again.
 
-    The processes are started by the first update. A learner that dies or hangs is replaced, and what it had to do is
-    handed out again.
+    The processes are started by the first update; what cannot be sent to them is refused before the first step. A learner
+    that dies or hangs is replaced, and what it had to do is handed out again.
 
     :param algorithm: whose gradients
     :param settings: see there
@@ -183,7 +185,11 @@ class MultiprocessLearners(Learners):
 
     def __init__(self, algorithm: Learnable, settings: LearnerSettings):
         exit_without_main_guard()
+        assert algorithm.replay_buffer is not None
+        check_shareable(algorithm.replay_buffer)
         self.algorithm = algorithm
+        # For its complaints
+        self._pickled(algorithm.make_replica())
         self.settings = settings
         self.max_staleness = settings.staleness_bound
         self.n_dropped = 0
@@ -205,6 +211,21 @@ class MultiprocessLearners(Learners):
         self._apply_times: deque[float] = deque(maxlen=THROUGHPUT_WINDOW)
         self._values: dict[str, list[float]] = {}
 
+    @staticmethod
+    def _pickled(content: Any) -> bytes:
+        """
+        :param content: what learners get
+        :return: its pickle
+        :raises ValueError: when there is none
+        """
+        try:
+            return cloudpickle.dumps(content)
+        except Exception as error:
+            raise ValueError(
+                f"The model, the policy, the simulator or a setting of the algorithm cannot be sent to learner processes "
+                f"({type(error).__name__}: {error}). Make it picklable, or compute in process with n_learners=0."
+            ) from error
+
     def _open(self, n_updates: int, units: Units) -> None:
         """
         Start the processes.
@@ -221,13 +242,7 @@ class MultiprocessLearners(Learners):
         self._parameters = SharedParameters(self._published(units))
         self._replay = SharedReplayBuffer(self.algorithm.replay_buffer)
         replica = self.algorithm.make_replica()
-        try:
-            self._payload = SharedBytes(cloudpickle.dumps((replica, units, self._replay.stripped_buffer())))
-        except Exception as error:
-            raise ValueError(
-                f"The model, the policy, the simulator or a setting of the algorithm cannot be sent to learner processes "
-                f"({type(error).__name__}: {error}). Make it picklable, or compute in process with n_learners=0."
-            ) from error
+        self._payload = SharedBytes(self._pickled((replica, units, self._replay.stripped_buffer())))
         self._next_update = n_updates
         for index in range(self.settings.n_learners):
             self._learners.append(_Learner(index, [SharedTensors(template) for _ in range(TASKS_PER_LEARNER)]))
@@ -383,7 +398,7 @@ class MultiprocessLearners(Learners):
             code = worker.exit_code()
             if code == NO_MAIN_GUARD:
                 raise RuntimeError(NO_MAIN_GUARD_MESSAGE)
-            reason = f"died with exit code {code}"
+            reason = "ran out of memory" if code == OUT_OF_MEMORY else f"died with exit code {code}"
             if not learner.is_ready and code is not None and code > 0:
                 raise RuntimeError(f"A learner {reason} while it was starting; what it says is above.")
         if self.n_restarts >= self.settings.max_restarts:

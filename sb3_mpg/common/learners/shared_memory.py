@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch as th
+from gymnasium import spaces
 from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
@@ -159,6 +160,20 @@ class SharedParameters:
             if self.header.is_intact(sequence):
                 return version
         raise AssertionError("attempts never end")
+
+
+def check_shareable(buffer: ReplayBuffer) -> None:
+    """
+    :param buffer: a replay buffer
+    :raises ValueError: when it keeps more than SB3's buffers do, which would not be shared
+    """
+    reference = ReplayBuffer(1, spaces.Box(-1, 1, (1,)), spaces.Box(-1, 1, (1,)))
+    additional = sorted(vars(buffer).keys() - vars(reference).keys() - {"n_steps", "gamma"})
+    if additional:
+        raise ValueError(
+            f"Learners share what SB3's ReplayBuffer keeps, but {type(buffer).__name__} also keeps {additional}, which they "
+            "would never see change; compute in process with n_learners=0."
+        )
 
 
 class SharedReplayBuffer:

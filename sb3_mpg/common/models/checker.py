@@ -220,9 +220,7 @@ def _overrides(model: PriorModel, name: str) -> bool:
     return getattr(type(model), name) is not getattr(PriorModel, name)
 
 
-def _check_step(
-    model: PriorModel, states: th.Tensor, actions: th.Tensor, expected: tuple[th.Tensor, th.Tensor]
-) -> None:
+def _check_step(model: PriorModel, states: th.Tensor, actions: th.Tensor, expected: tuple[th.Tensor, th.Tensor]) -> None:
     """
     A ``step`` of the user's must be ``transition`` and ``reward``, and just as differentiable.
 
@@ -231,9 +229,7 @@ def _check_step(
     :param actions: ``(B, A)``
     :param expected: what ``transition`` and ``reward`` returned
     """
-    advice = (
-        "it must return what `transition` and `reward` do; leave `step` to PriorModel, which calls both, unless they share work"
-    )
+    advice = "return what `transition` and `reward` do; leave it to PriorModel, which calls both, unless they share work"
     inputs = (states.detach().clone().requires_grad_(), actions.detach().clone().requires_grad_())
     with th.enable_grad():
         output = model.step(*inputs)

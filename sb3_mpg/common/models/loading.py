@@ -66,7 +66,7 @@ def make_prior_model(prior_model: PriorModelLike, env: VecEnv, prior_model_kwarg
             )
         model = prior_model
     elif prior_model == "auto":
-        if not env.has_attr("prior_model"):
+        if not env.has_attr("prior_model") or not all(callable(method) for method in env.get_attr("prior_model")):
             raise ValueError(f"No `prior_model` was given and the environment offers none.\n{HOW_TO_WRITE_A_MODEL}")
         model = env.env_method("prior_model", indices=[0], **kwargs)[0]
     elif isinstance(prior_model, str):

@@ -4,9 +4,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 EXTRAS := tests,plots,render,progress,zoo
 PACKAGES := sb3_mpg sb3_mpg_envs
-# Folders come and go while the library grows; linters refuse those that are missing
-SOURCES := $(wildcard sb3_mpg sb3_mpg_envs hyperparams benchmarks examples tests setup.py)
-BENCHMARKS := benchmarks/simulators.py benchmarks/speed.py benchmarks/zoo_hook.py benchmarks/learning.py benchmarks/learning_report.py
+SOURCES := sb3_mpg sb3_mpg_envs hyperparams benchmarks tests setup.py
+# What is short comes first; the last ones take days
+BENCHMARKS := benchmarks/simulators.py benchmarks/zoo_hook.py benchmarks/speed.py "benchmarks/learners.py throughput" \
+	benchmarks/learning.py benchmarks/learning_report.py benchmarks/bound.py benchmarks/trust.py benchmarks/trust_report.py
 ALGO ?= mpg
 ENV ?= PathTracking-v0
 # One update for each
@@ -56,7 +57,7 @@ format: $(STAMP) ## fix what can be fixed of the style
 commit-checks: ## format, lint, type, test
 	@for target in format lint type test; do $(MAKE) --no-print-directory $$target || exit 1; done
 
-benchmark: $(STAMP) ## measure the speed of the simulators and the learning curves
+benchmark: $(STAMP) ## measure speed, learning curves, and what prior models are worth (days; what is complete is skipped)
 	@for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 clean: ## remove the virtual environment, caches and build products

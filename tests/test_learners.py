@@ -19,7 +19,7 @@ from lq import LinearEnv, LinearModel
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
 
 from sb3_mpg import MPG, NStepADP, NStepDPG, PriorModel
 from sb3_mpg.common.learners.shared_memory import SharedParameters, SharedReplayBuffer, SharedReplayReader
@@ -201,6 +201,12 @@ class TestAhead:
         staleness, updates = zip(*notes, strict=True)
         assert max(staleness) <= 1
         assert len(set(updates)) == 160
+
+    def test_beside_workers_that_step_environments(self):
+        env = make_vec_env(LinearEnv, 2, vec_env_cls=SubprocVecEnv)
+        model = small_model(env, n_learners=2).learn(100)
+        env.close()
+        assert model._n_updates == 30
 
     def test_learns_as_well(self):
         model = small_model(n_learners=2, learning_starts=100, value_target="n_step_replay", buffer_size=100)
@@ -620,6 +626,16 @@ def read_buffer(connection, buffer, parts, n_reads):
         torn += not th.equal(samples.next_observations, samples.observations + 1)
         newest = max(newest, samples.rewards.max().item())
     connection.send((torn, newest))
+
+
+def tell_threads(connection):
+    connection.send(th.get_num_threads())
+
+
+def test_workers_have_one_thread():
+    worker = Worker(process_context(), tell_threads, (), "counter")
+    assert worker.connection.recv() == 1
+    worker.close(1)
 
 
 class TestSharedMemory:

@@ -228,7 +228,7 @@ class ShapedEnv(LinearEnv):
 
 
 @pytest.mark.parametrize("shape", [(2,), (1, 2), (2, 1)])
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_critic_has_a_slope_in_the_state(shape, dtype):
     """SB3's q1_forward loses dQ/ds for all but flat float32 observations; the rollout's gradient must not."""
     model = MPG("MlpPolicy", ShapedEnv(shape, dtype), horizons=(0, 2), **SMALL, **PAPERS).learn(50)
@@ -309,6 +309,15 @@ def test_continuing_equals_not_stopping(name, env_id, tmp_path):
         expected = getattr(uninterrupted, optimizer).optimizer.state_dict()
         value = getattr(resumed, optimizer).optimizer.state_dict()
         assert str(expected) == str(value)
+
+
+def test_batches_are_raw_whatever_normalises_the_environment():
+    env = VecNormalize(make_vec_env(LinearEnv, 1, seed=0))
+    model = MPG("MlpPolicy", env, **SMALL).learn(60)
+    assert (env.obs_rms.var < 0.9).any() or (env.obs_rms.var > 1.1).any()
+    batch = model._sample_batch(1, 32, model._units())
+    recorded = {tuple(row) for row in model.replay_buffer.observations[: model.replay_buffer.size(), 0]}
+    assert {tuple(row) for row in batch.observations.numpy()} <= recorded
 
 
 def test_same_seed_same_result():

@@ -85,7 +85,8 @@ class MPG(OffPolicyModelAlgorithm):
     ``sb3_mpg.common.balance``), and the critics regress on the returns of the policy's rollouts, too; without trust an update
     is that of the data-driven gradient. MPG-v2 of the papers is
     ``residual=False, weighting="rule_based", learning_starts=3000``, and MPG-v1 the same with
-    ``value_target="n_step_simulator", batch_reuse=10``; the other defaults are those of Table VI. Differences from the
+    ``value_target="n_step_simulator", batch_reuse=10``; the other defaults are those of Table VI. Networks see sines and
+    cosines of the observations unless ``policy_kwargs`` leaves them out (see ``ObservationScaler``). Differences from the
     papers: both gradients of an update are computed at the same parameters (as the papers' learners do, and unlike TD3,
     whose actor sees the critic just updated); recorded targets bootstrap behind truncations and not behind terminations.
 

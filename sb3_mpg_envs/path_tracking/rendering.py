@@ -15,7 +15,7 @@ try:
     from pygame import gfxdraw
 except ImportError as error:
     raise DependencyNotInstalled(
-        'Rendering the path tracking task needs pygame: run `pip install "gymnasium[classic-control]"`'
+        'Rendering the path tracking task needs pygame: run `pip install "sb3-mpg[render]"`'
     ) from error
 
 WIDTH, HEIGHT = 900, 600  # pixels

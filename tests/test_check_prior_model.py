@@ -371,6 +371,41 @@ def measure(**changes):
     return check_prior_model(ChangedCart(**changes), Cart(), n_samples=400, verbose=False)
 
 
+class Turntable(gym.Env):
+    """An angle that wraps."""
+
+    observation_space = spaces.Box(-np.pi, np.pi, (1,), np.float32)
+    action_space = ACTION_SPACE
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.angle = self.np_random.uniform(-np.pi, np.pi, 1)
+        return self.angle.astype(np.float32), {}
+
+    def step(self, action):
+        reward = -float(action[0] ** 2)
+        self.angle = np.remainder(self.angle + 1.0 + 0.1 * action + np.pi, 2 * np.pi) - np.pi
+        return self.angle.astype(np.float32), reward, False, False, {}
+
+
+class TurntableModel(PriorModel):
+    def transition(self, states, actions):
+        return states + 1.0 + 0.1 * actions
+
+    def reward(self, states, actions, next_states):
+        return -(actions**2)
+
+    def state_difference(self, states, others):
+        return th.remainder(states - others + np.pi, 2 * np.pi) - np.pi
+
+
+def test_angles_are_compared_the_short_way_around():
+    report = check_prior_model(TurntableModel(), Turntable(), n_samples=200, verbose=False)
+    assert report.verdicts[0].startswith("good")
+    assert report.rms_errors.max() < 1e-4
+    assert report.action_gains[0, 0] == pytest.approx(1.0, abs=1e-3)
+
+
 def test_biased_dimension_is_named():
     report = measure(bias=0.2)
     assert report.verdicts[0].startswith("good") and report.verdicts[1].startswith("biased")

@@ -8,13 +8,10 @@ import numpy as np
 import torch as th
 
 from sb3_mpg.common.models.base import PriorModel
-from sb3_mpg.common.models.prediction_errors import Windows, format_table
+from sb3_mpg.common.models.prediction_errors import MIN_WINDOWS, Windows, format_table, rms, to_numpy
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-# Windows that are fewer say nothing
-MIN_WINDOWS = 8
 
 
 class Measurement(NamedTuple):
@@ -74,18 +71,12 @@ def prediction_errors(model: PriorModel, windows: Windows, gamma: float) -> Pred
         if int(is_recorded.sum()) < MIN_WINDOWS:
             break
         actual_states = model.state_from_observation(windows.next_observations[step])
-        errors = _rms(model.state_difference(states, actual_states)[is_recorded])
-        changes = _rms(model.state_difference(actual_states, start)[is_recorded])
+        errors = rms(to_numpy(model.state_difference(states, actual_states)[is_recorded]))
+        changes = rms(to_numpy(model.state_difference(actual_states, start)[is_recorded]))
         relative.append(np.where(errors == 0, 0.0, errors / np.maximum(changes, 1e-12)))
-        returns.append(float(_rms((predicted_returns - actual_returns)[is_recorded])[0]))
+        returns.append(float(rms(to_numpy((predicted_returns - actual_returns)[is_recorded]))[0]))
         spread.append(float(actual_returns[is_recorded].double().std()))
     return PredictionErrors(np.array(relative), np.array(returns), np.array(spread))
-
-
-def _rms(values: th.Tensor) -> np.ndarray:
-    """RMS over the rows, infinite where a value is not finite."""
-    rms = values.double().square().mean(dim=0).sqrt().cpu().numpy()
-    return np.where(np.isfinite(rms), rms, np.inf)
 
 
 @dataclass(frozen=True)

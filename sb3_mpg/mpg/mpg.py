@@ -36,10 +36,11 @@ from sb3_mpg.common.model_rollout import (
 )
 from sb3_mpg.common.models.base import PriorModel
 from sb3_mpg.common.models.loading import PriorModelLike
+from sb3_mpg.common.models.prediction_errors import MIN_WINDOWS
 from sb3_mpg.common.models.residual import ResidualModel
 from sb3_mpg.common.models.trainable import TrainableModel
 from sb3_mpg.common.off_policy_model_algorithm import OffPolicyModelAlgorithm
-from sb3_mpg.common.trust_report import MIN_WINDOWS, Measurement, TrustReport, prediction_errors
+from sb3_mpg.common.trust_report import Measurement, TrustReport, prediction_errors
 from sb3_mpg.common.type_aliases import Differentiate, GradientResult, TrainingBatch
 from sb3_mpg.common.units import Units
 from sb3_mpg.common.utils import gradient_of, polyak_update_all, randomness_of_update, trainable_parameters

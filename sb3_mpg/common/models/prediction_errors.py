@@ -1,6 +1,7 @@
 """Measures how well a prior model predicts an environment."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import gymnasium as gym
@@ -271,7 +272,7 @@ def cut_windows(records: dict[str, np.ndarray], horizon: int, device: th.device)
     )
 
 
-def _to_numpy(tensor: th.Tensor) -> np.ndarray:
+def to_numpy(tensor: th.Tensor) -> np.ndarray:
     return tensor.double().cpu().numpy()
 
 
@@ -304,11 +305,14 @@ class _Residuals(NamedTuple):
         return _relative(errors, np.where(self.rms_changes <= self.rounding, 0.0, self.rms_changes))
 
 
-def _rms(values: np.ndarray) -> np.ndarray:
-    """RMS over the first axis; infinite when a value is not finite."""
+def rms(values: np.ndarray) -> np.ndarray:
+    """
+    :param values: ``(B, ...)``
+    :return: the root of the mean square over the first axis, infinite where a value is not finite, ``(...)``
+    """
     with np.errstate(all="ignore"):
-        rms = np.sqrt(np.mean(values**2, axis=0))
-    return np.where(np.isfinite(rms), rms, np.inf)
+        roots = np.sqrt(np.mean(values**2, axis=0))
+    return np.where(np.isfinite(roots), roots, np.inf)
 
 
 def measure_prediction_errors(model: PriorModel, windows: Windows, horizon: int) -> PriorModelReport:
@@ -322,7 +326,7 @@ def measure_prediction_errors(model: PriorModel, windows: Windows, horizon: int)
     gains = _action_gains(model, windows, residuals)
     relative_errors = residuals.relative_errors()
     # All dimensions together; those that hardly move must not decide
-    together = _rms(np.minimum(relative_errors, 1e3).T)
+    together = rms(np.minimum(relative_errors, 1e3).T)
     judgements = [_judge_dimension(residuals, gains[:, dim], dim) for dim in range(relative_errors.shape[1])]
     reward_error, reward_bias, reward_std, reward_verdict, reward_hint = _judge_reward(model, windows)
     terminal_errors, terminal_hint = _judge_terminal(model, windows)
@@ -371,13 +375,29 @@ def _predict(model: PriorModel, observations: th.Tensor, actions: th.Tensor) -> 
     predictions = []
     for step_actions in actions:
         states = model.transition(states, step_actions)
-        predictions.append(_to_numpy(model.observation(states).flatten(1)))
+        predictions.append(to_numpy(model.observation(states).flatten(1)))
     return np.stack(predictions)
 
 
+@th.no_grad()
+def _differences(model: PriorModel, device: th.device, observations: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """
+    :param model: the model; if it shows its states as they are, it says how far they lie from each other
+    :param device: where it is
+    :param observations: ``(B, O)``
+    :param others: ``(B, O)``
+    :return: differences, ``(B, O)``
+    """
+    if type(model).observation is not PriorModel.observation:
+        return observations - others
+    states, other_states = (th.as_tensor(array, device=device) for array in (observations, others))
+    return to_numpy(model.state_difference(states, other_states))
+
+
 def _compare_predictions(model: PriorModel, windows: Windows) -> _Residuals:
-    observations = _to_numpy(windows.observations.flatten(1))
-    actual = _to_numpy(windows.next_observations.flatten(2))
+    differences = partial(_differences, model, windows.observations.device)
+    observations = to_numpy(windows.observations.flatten(1))
+    actual = to_numpy(windows.next_observations.flatten(2))
     predicted = _predict(model, windows.observations, windows.actions)
     lengths = windows.lengths.cpu().numpy()
     n_windows, rms_errors, biases, rms_changes = [], [], [], []
@@ -386,20 +406,20 @@ def _compare_predictions(model: PriorModel, windows: Windows) -> _Residuals:
         if step > 0 and is_recorded.sum() < MIN_WINDOWS:
             break
         with np.errstate(all="ignore"):
-            errors = predicted[step, is_recorded] - actual[step, is_recorded]
+            errors = differences(predicted[step, is_recorded], actual[step, is_recorded])
             bias = errors.mean(axis=0)
         n_windows.append(int(is_recorded.sum()))
-        rms_errors.append(_rms(errors))
+        rms_errors.append(rms(errors))
         biases.append(np.where(np.isfinite(bias), bias, np.inf))
-        rms_changes.append(_rms(actual[step, is_recorded] - observations[is_recorded]))
+        rms_changes.append(rms(differences(actual[step, is_recorded], observations[is_recorded])))
     return _Residuals(
         n_windows=np.array(n_windows),
         rms_errors=np.stack(rms_errors),
         biases=np.stack(biases),
         rms_changes=np.stack(rms_changes),
         rounding=1e-5 * np.abs(observations).max(axis=0) + 1e-7,
-        changes=actual[0] - observations,
-        predicted_changes=predicted[0] - observations,
+        changes=differences(actual[0], observations),
+        predicted_changes=differences(predicted[0], observations),
     )
 
 
@@ -428,14 +448,15 @@ def _action_gains(model: PriorModel, windows: Windows, residuals: _Residuals) ->
     """
     actions = windows.actions[0]
     gains = np.full((actions.shape[1], residuals.changes.shape[1]), np.nan)
-    observations = _to_numpy(windows.observations.flatten(1))
+    observations = to_numpy(windows.observations.flatten(1))
     smallest_effects = np.maximum(1e-3 * residuals.rms_changes[0], residuals.rounding)
     for action_dim in range(actions.shape[1]):
         neutral_actions = actions.clone()
         neutral_actions[:, action_dim] = actions[:, action_dim].mean()
-        neutral_changes = _predict(model, windows.observations, neutral_actions.unsqueeze(0))[0] - observations
+        neutral = _predict(model, windows.observations, neutral_actions.unsqueeze(0))[0]
+        neutral_changes = _differences(model, windows.observations.device, neutral, observations)
         effects, targets = residuals.predicted_changes - neutral_changes, residuals.changes - neutral_changes
-        for dim in np.flatnonzero(np.isfinite(effects).all(axis=0) & (_rms(effects) > smallest_effects)):
+        for dim in np.flatnonzero(np.isfinite(effects).all(axis=0) & (rms(effects) > smallest_effects)):
             gain, standard_error = _regress(targets[:, dim], effects[:, dim])
             if 4 * standard_error < max(abs(gain), WRONG_SIGN_GAIN):
                 gains[action_dim, dim] = gain
@@ -466,7 +487,7 @@ def _judge_dimension(residuals: _Residuals, gains: np.ndarray, dim: int) -> tupl
         hint = f"{name} is good in one step but drifts: its small error adds up, see its bias {bias:+.2g}." if drift else None
         return f"good{drift}", hint
     changes, predicted_changes = residuals.changes[:, dim], residuals.predicted_changes[:, dim]
-    if _rms(changes + predicted_changes) < 0.5 * error:
+    if rms(changes + predicted_changes) < 0.5 * error:
         return "wrong sign", f"{name} seems to change in the opposite direction: check the sign of its derivative."
     worse = relative_errors[0] >= 1
     if bias**2 > 0.5 * error**2:
@@ -474,7 +495,7 @@ def _judge_dimension(residuals: _Residuals, gains: np.ndarray, dim: int) -> tupl
         direction = "high" if bias > 0 else "low"
         return verdict, f"{name} is predicted too {direction} by {abs(bias):.3g} in each step: look for a constant term in it."
     errors = np.sort(np.abs(predicted_changes - changes))
-    if _rms(errors[: -max(len(errors) // 20, 1)]) < 0.2 * error:
+    if rms(errors[: -max(len(errors) // 20, 1)]) < 0.2 * error:
         return (
             "rare jumps",
             f"{name} is right in 95% of the steps and far off in others: is it an angle that wraps, or a contact?",
@@ -521,9 +542,9 @@ def _judge_reward(model: PriorModel, windows: Windows) -> tuple[float, float, fl
     """
     states = model.state_from_observation(windows.observations)
     next_states = model.state_from_observation(windows.next_observations[0])
-    predicted = _to_numpy(model.reward(states, windows.actions[0], next_states))[:, 0]
-    actual = _to_numpy(windows.rewards[0])[:, 0]
-    error, bias, std = float(_rms(predicted - actual)), float((predicted - actual).mean()), float(actual.std())
+    predicted = to_numpy(model.reward(states, windows.actions[0], next_states))[:, 0]
+    actual = to_numpy(windows.rewards[0])[:, 0]
+    error, bias, std = float(rms(predicted - actual)), float((predicted - actual).mean()), float(actual.std())
 
     def judgement(verdict: str, hint: str | None = None) -> tuple[float, float, float, str, str | None]:
         return error, bias, std, verdict, hint
@@ -534,7 +555,7 @@ def _judge_reward(model: PriorModel, windows: Windows) -> tuple[float, float, fl
     if not np.isfinite(error):
         return judgement("not finite", "the reward is not finite: clamp the inputs of roots, logarithms and divisions.")
     hint = _scale_hint("the reward", actual, predicted)
-    if float(_rms(actual + predicted)) < 0.5 * error:
+    if float(rms(actual + predicted)) < 0.5 * error:
         return judgement("wrong sign", "the reward seems to have the opposite sign: a cost is a negative reward.")
     if hint is not None:
         return judgement("wrong scale", hint)

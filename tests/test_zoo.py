@@ -163,7 +163,7 @@ MISTAKES = {
     "No model found for mpg on Path-v7": ["rl_zoo3.enjoy", "--algo", "mpg", "--env", "Path-v7", "-f", "logs"],
     "the environment offers none": ["rl_zoo3.train", "--algo", "mpg", "--env", "Pendulum-v1"],
     "there is no module 'no_such'": [*TRAIN, "-params", "n_envs:1", "prior_model:no_such:Model"],
-    "unexpected keyword argument 'etta'": [*TRAIN, "-params", "n_envs:1", "weighting_kwargs:dict(etta=1)"],
+    "`weighting_kwargs` got ['etta'], expected some of [": [*TRAIN, "-params", "n_envs:1", "weighting_kwargs:dict(etta=1)"],
     "or a schedule like lin_3e-4, got 'cos_1'": [*TRAIN, "-params", "critic_learning_rate:cos_1"],
     "missing.yml cannot be read": [*TRAIN, "--conf-file", "missing.yml"],
     "broken.yml is not a YAML file": [*TRAIN, "--conf-file", "broken.yml"],

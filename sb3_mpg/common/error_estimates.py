@@ -5,7 +5,8 @@ The unified policy gradient (eq. 6) is :math:`\nabla_\theta \pi(s) \, \nabla_a X
 model and critic. So the errors are those of the action gradients :math:`g_n(s) = \nabla_a X_n(s, a)|_{a = \pi(s)}`.
 """
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +14,8 @@ import torch as th
 
 from sb3_mpg.common.model_rollout import Advance, QFunction, advance, model_rollout
 from sb3_mpg.common.models.base import PriorModel
+from sb3_mpg.common.models.residual import ResidualModel
+from sb3_mpg.common.models.trainable import TrainableModel, Transitions
 from sb3_mpg.common.units import Units
 
 # How large the error of a judged model must be, over the square of the gradient, for it to be left out
@@ -137,3 +140,60 @@ def gradient_errors(gradients: np.ndarray, horizons: Sequence[int], with_judge: 
     is_judged = np.array([with_judge and horizon > 0 for horizon in horizons])
     is_useless = is_judged & np.isfinite(errors) & (errors > USELESS_ERROR * gradient_norm)
     return GradientErrors(tuple(horizons), errors, standard_errors, gradient_norm, is_useless)
+
+
+def measure_gradient_errors(
+    observations: th.Tensor,
+    actor: th.nn.Module,
+    q_functions: Sequence[QFunction],
+    model: TrainableModel,
+    units: Units,
+    horizons: Sequence[int],
+    gamma: float,
+    judges_prior: bool,
+    held_out_steps: Callable[[], Transitions | None],
+    advance: Advance = advance,
+) -> GradientErrors:
+    """
+    The errors of the action gradients at some states; see :func:`action_gradients` for what is not explained here.
+
+    :param observations: raw observations, ``(B, *obs_shape)``
+    :param q_functions: a critic for each member of the model
+    :param model: the model, in training mode
+    :param horizons: numbers of model steps, ascending
+    :param judges_prior: whether the rollouts are those of a prior model, which the corrected one, a ``ResidualModel``, is
+        there to judge
+    :param held_out_steps: gives recorded steps that the model is not fitted to, ``None`` while there is none
+    :return: the errors
+    """
+    if not judges_prior:
+        gradients = action_gradients(observations, actor, q_functions, model, units, horizons, gamma, advance)
+        return gradient_errors(gradients.cpu().numpy(), horizons)
+    assert isinstance(model, ResidualModel)
+    with model.compared_with_prior():
+        gradients = action_gradients(observations, actor, q_functions, model, units, horizons, gamma, advance)
+    measured = gradient_errors(gradients.cpu().numpy(), horizons, with_judge=True)
+    if measured.is_useless.any():
+        # Who predicts no better cannot tell that the other is wrong
+        held_out = held_out_steps()
+        if held_out is None or not model.improves_on_prior(held_out):
+            measured = measured._replace(is_useless=np.zeros_like(measured.is_useless))
+    return measured
+
+
+def warn_of_errors(measured: GradientErrors, model_name: str) -> None:
+    """
+    :param measured: the errors
+    :param model_name: what the user calls the model
+    """
+    if measured.is_useless.any():
+        warnings.warn(
+            f"{model_name} leads astray: its gradient is far from that of the model corrected by what was recorded. "
+            "Until it is not, horizon 0 takes its place, if it is among the horizons. `residual=True` corrects the model, "
+            "`check_prior_model` finds out what is wrong."
+        )
+    if not np.isfinite(measured.errors).all():
+        warnings.warn(
+            f"The gradient of {model_name} is not finite at most states; it weighs nothing until it is. Look for what "
+            "overflows with `check_prior_model`."
+        )

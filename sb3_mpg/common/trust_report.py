@@ -9,6 +9,7 @@ import torch as th
 
 from sb3_mpg.common.models.base import PriorModel
 from sb3_mpg.common.models.prediction_errors import MIN_WINDOWS, Windows, format_table, rms, to_numpy
+from sb3_mpg.common.models.residual import ResidualModel
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -172,3 +173,36 @@ class TrustReport:
         if path is not None:
             figure.savefig(path, dpi=120)
         return figure
+
+
+def make_trust_report(
+    model: PriorModel,
+    is_corrected: bool,
+    windows: Windows,
+    gamma: float,
+    horizons: tuple[int, ...],
+    measurements: list[Measurement],
+) -> TrustReport:
+    """
+    :param model: the model of the rollouts; its mode stays what it is
+    :param is_corrected: whether its correction is used, if it has one
+    :param windows: recorded steps
+    :param gamma: discount factor of the returns
+    :param horizons: numbers of model steps
+    :param measurements: what was measured while training
+    :return: the report
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        prior = model.prior if isinstance(model, ResidualModel) else model
+        n_states = prior.state_from_observation(windows.observations[:1]).shape[1]
+        return TrustReport(
+            horizons=horizons,
+            measurements=list(measurements),
+            prior=prediction_errors(prior, windows, gamma),
+            corrected=prediction_errors(model, windows, gamma) if prior is not model and is_corrected else None,
+            dimensions=tuple(f"state[{dim}]" for dim in range(n_states)),
+        )
+    finally:
+        model.train(was_training)

@@ -1,6 +1,5 @@
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
@@ -21,7 +20,7 @@ from stable_baselines3.td3.policies import Actor
 
 from sb3_mpg.common.balance import balanced_mse_loss, rollout_value_loss
 from sb3_mpg.common.buffers import RecordedSteps
-from sb3_mpg.common.error_estimates import GradientErrors, action_gradients, gradient_errors
+from sb3_mpg.common.error_estimates import GradientErrors, measure_gradient_errors, warn_of_errors
 from sb3_mpg.common.learners.base import InProcessLearner
 from sb3_mpg.common.model_rollout import (
     NEGLIGIBLE_WEIGHT,
@@ -34,13 +33,12 @@ from sb3_mpg.common.model_rollout import (
     first_non_finite_step,
     mixed_policy_gradient,
 )
-from sb3_mpg.common.models.base import PriorModel
 from sb3_mpg.common.models.loading import PriorModelLike
 from sb3_mpg.common.models.prediction_errors import MIN_WINDOWS
 from sb3_mpg.common.models.residual import ResidualModel
 from sb3_mpg.common.models.trainable import TrainableModel
 from sb3_mpg.common.off_policy_model_algorithm import OffPolicyModelAlgorithm
-from sb3_mpg.common.trust_report import Measurement, TrustReport, prediction_errors
+from sb3_mpg.common.trust_report import Measurement, TrustReport, make_trust_report
 from sb3_mpg.common.type_aliases import Differentiate, GradientResult, TrainingBatch
 from sb3_mpg.common.units import Units
 from sb3_mpg.common.utils import gradient_of, polyak_update_all, randomness_of_update, trainable_parameters
@@ -505,17 +503,7 @@ class MPG(OffPolicyModelAlgorithm):
                     validation_error,
                 )
             )
-            if measured.is_useless.any():
-                warnings.warn(
-                    f"{self._model_name()} leads astray: its gradient is far from that of the model corrected by what was "
-                    "recorded. Until it is not, horizon 0 takes its place, if it is among the horizons. `residual=True` "
-                    "corrects the model, `check_prior_model` finds out what is wrong."
-                )
-            if not np.isfinite(measured.errors).all():
-                warnings.warn(
-                    f"The gradient of {self._model_name()} is not finite at most states; it weighs nothing until it is. "
-                    "Look for what overflows with `check_prior_model`."
-                )
+            warn_of_errors(measured, self._model_name())
             for horizon, error, standard_error in zip(*measured[:3], strict=True):
                 logs.setdefault(f"horizons/error_{horizon}", []).append(error)
                 logs.setdefault(f"horizons/error_{horizon}_se", []).append(standard_error)
@@ -529,31 +517,22 @@ class MPG(OffPolicyModelAlgorithm):
         model = self.rollout_model
         assert isinstance(model, TrainableModel)
         observations = self.replay_buffer.sample(N_MEASURED_STATES).observations.float()  # type: ignore[union-attr]
-        n_members = model.n_members
-        q_functions = [self._q_function(member % len(self.critic.q_networks)) for member in range(n_members)]
-        # Without the correction, it is the prior model itself that is judged
-        compares = isinstance(model, ResidualModel) and not self.residual
-        with model.compared_with_prior() if compares else nullcontext():  # type: ignore[operator]
-            gradients = self._compiled(
-                lambda advance: action_gradients(
-                    observations,
-                    self.actor,
-                    q_functions,
-                    model,
-                    units,
-                    self.weighting_rule.horizons,
-                    self.gamma,
-                    advance,
-                )
+        q_functions = [self._q_function(member % len(self.critic.q_networks)) for member in range(model.n_members)]
+        return self._compiled(
+            lambda advance: measure_gradient_errors(
+                observations,
+                self.actor,
+                q_functions,
+                model,
+                units,
+                self.weighting_rule.horizons,
+                self.gamma,
+                # Without the correction, it is the prior model itself that is judged
+                judges_prior=isinstance(model, ResidualModel) and not self.residual,
+                held_out_steps=lambda: self._held_out_steps(recorded),
+                advance=advance,
             )
-        measured = gradient_errors(gradients.cpu().numpy(), self.weighting_rule.horizons, with_judge=compares)
-        if measured.is_useless.any():
-            assert isinstance(model, ResidualModel)
-            # Who predicts no better cannot tell that the other is wrong
-            held_out = self._held_out_steps(recorded)
-            if held_out is None or not model.improves_on_prior(held_out):
-                measured = measured._replace(is_useless=np.zeros_like(measured.is_useless))
-        return measured
+        )
 
     def trust_report(self) -> TrustReport:
         """
@@ -567,30 +546,14 @@ class MPG(OffPolicyModelAlgorithm):
             raise ValueError(
                 "There is no model to report on: the only horizon is 0, or the environment is missing (`set_env`)."
             )
-        horizon = max(self.weighting_rule.horizons)
         windows = None
         if self.replay_buffer is not None:
-            windows = self._recorded_steps(self._units()).windows(N_REPORTED_STEPS, horizon)
+            windows = self._recorded_steps(self._units()).windows(N_REPORTED_STEPS, max(self.weighting_rule.horizons))
         if windows is None or len(windows.lengths) < MIN_WINDOWS:
             raise ValueError("Nothing is recorded to compare the model with: call `learn` or `load_replay_buffer` first.")
-        model = self.rollout_model
-        was_training = model.training
-        model.eval()
-        try:
-            is_corrected = isinstance(model, ResidualModel) and self.residual
-            prior = model.prior if isinstance(model, ResidualModel) else model
-            assert isinstance(prior, PriorModel)
-            return TrustReport(
-                horizons=self.weighting_rule.horizons,
-                measurements=list(self._measurements),
-                prior=prediction_errors(prior, windows, self.gamma),
-                corrected=prediction_errors(model, windows, self.gamma) if is_corrected else None,
-                dimensions=tuple(
-                    f"state[{dim}]" for dim in range(prior.state_from_observation(windows.observations[:1]).shape[1])
-                ),
-            )
-        finally:
-            model.train(was_training)
+        return make_trust_report(
+            self.rollout_model, self.residual, windows, self.gamma, self.weighting_rule.horizons, self._measurements
+        )
 
     def compute_gradients(self, batch: TrainingBatch, n_updates: int, units: Units) -> GradientResult:
         """

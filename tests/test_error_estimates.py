@@ -146,7 +146,7 @@ def test_the_report_says_which_horizon_was_left_out():
     model = MPG("MlpPolicy", LinearEnv(), prior_model=Wrong(), residual=False, horizons=(0, 10), **SMALL)
     with pytest.warns(UserWarning, match="Wrong leads astray"):
         model.learn(200)
-    assert model._measurements[-1].is_useless.tolist() == [False, True]
+    assert model._measurements[-1].gradients.is_useless.tolist() == [False, True]
     rows = [line for line in str(model.trust_report()).splitlines() if "left out: leads astray" in line]
     assert len(rows) == 1
     assert "10 model steps" in rows[0]

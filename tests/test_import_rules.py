@@ -25,7 +25,7 @@ LAYERS = [
     ("sb3_mpg.common.weighting", 3),
     ("sb3_mpg.common.value_targets", 3),
     ("sb3_mpg.common.error_estimates", 4),
-    ("sb3_mpg.common.trust_report", 3),
+    ("sb3_mpg.common.trust_report", 4),
     ("sb3_mpg.common.learners", 4),
     ("sb3_mpg.common.off_policy_model_algorithm", 5),
     ("sb3_mpg.mpg", 6),

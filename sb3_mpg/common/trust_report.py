@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch as th
 
+from sb3_mpg.common.error_estimates import GradientErrors
 from sb3_mpg.common.models.base import PriorModel
 from sb3_mpg.common.models.prediction_errors import MIN_WINDOWS, Windows, format_table, rms, to_numpy
 from sb3_mpg.common.models.residual import ResidualModel
@@ -20,19 +21,13 @@ class Measurement(NamedTuple):
     What was measured at one update.
 
     :param n_updates: number of the update
-    :param errors: squared error of the action gradient of each horizon, ``(n_horizons,)``
-    :param standard_errors: of these, ``(n_horizons,)``
-    :param gradient_norm: median of the squared norm of the best action gradient of a model
-    :param is_useless: whether a horizon was left out, ``(n_horizons,)``
+    :param gradients: errors of the action gradients of all horizons
     :param weights: the weights that followed, ``(n_horizons,)``
     :param validation_error: of the learned correction, on steps that were held out; NaN while there is none
     """
 
     n_updates: int
-    errors: np.ndarray
-    standard_errors: np.ndarray
-    gradient_norm: float
-    is_useless: np.ndarray
+    gradients: GradientErrors
     weights: np.ndarray
     validation_error: float
 
@@ -108,12 +103,12 @@ class TrustReport:
             latest = self.measurements[-1]
             rows = [["horizon", "error of gradient", "of gradient", "weight", ""]]
             for index, horizon in enumerate(self.horizons):
-                error = float(np.sqrt(latest.errors[index]))
-                relative = error / max(float(np.sqrt(latest.gradient_norm)), 1e-30)
+                error = float(np.sqrt(latest.gradients.errors[index]))
+                relative = error / max(float(np.sqrt(latest.gradients.gradient_norm)), 1e-30)
                 weight = latest.weights[index]
                 what = "data-driven" if horizon == 0 else f"{horizon} model steps"
                 mark = "<- trusted most" if index == int(np.argmax(latest.weights)) else ""
-                mark = "left out: leads astray" if latest.is_useless[index] else mark
+                mark = "left out: leads astray" if latest.gradients.is_useless[index] else mark
                 rows.append([what, f"{error:.3g}", f"{relative:.0%}", f"{weight:.1%}", mark])
             lines += [
                 f"Errors of the action gradients after {latest.n_updates} updates (medians over states)",
@@ -163,7 +158,9 @@ class TrustReport:
         n_updates = [measurement.n_updates for measurement in self.measurements]
         for index, horizon in enumerate(self.horizons):
             label = "data-driven" if horizon == 0 else f"{horizon} model steps"
-            gradients.plot(n_updates, [np.sqrt(measurement.errors[index]) for measurement in self.measurements], label=label)
+            gradients.plot(
+                n_updates, [np.sqrt(measurement.gradients.errors[index]) for measurement in self.measurements], label=label
+            )
             weights.plot(n_updates, [measurement.weights[index] for measurement in self.measurements], label=label)
         gradients.set(yscale="log", xlabel="updates", ylabel="error of the action gradient", title="Errors of the gradients")
         weights.set(ylim=(-0.02, 1.02), xlabel="updates", ylabel="weight", title="Weights that followed")

@@ -492,17 +492,7 @@ class MPG(OffPolicyModelAlgorithm):
             self.weighting_rule.observe(np.where(measured.is_useless, np.inf, measured.errors))
             weights = self.weighting_rule.weights(self._n_updates)
             validation_error = float("nan") if validation_error is None else validation_error
-            self._measurements.append(
-                Measurement(
-                    self._n_updates,
-                    measured.errors,
-                    measured.standard_errors,
-                    measured.gradient_norm,
-                    measured.is_useless,
-                    weights,
-                    validation_error,
-                )
-            )
+            self._measurements.append(Measurement(self._n_updates, measured, weights, validation_error))
             warn_of_errors(measured, self._model_name())
             for horizon, error, standard_error in zip(*measured[:3], strict=True):
                 logs.setdefault(f"horizons/error_{horizon}", []).append(error)

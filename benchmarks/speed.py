@@ -163,13 +163,13 @@ class Table:
     def __init__(self) -> None:
         self.rows: list[dict[str, str]] = []
 
-    def add(self, what: str, values: list[float], unit: str = "", must: str = "", aim: str = "") -> None:
+    def add(self, what: str, values: list[float], unit: str = "", target: str = "", aim: str = "") -> None:
         """
         :param what: what was measured
         :param values: all measurements, or the only one
         :param unit: their unit
-        :param must: what must be reached
-        :param aim: what is aimed for
+        :param target: what it should not exceed, or for rates fall below
+        :param aim: what would be better still
         """
         low, high = (f"{q:.3g}" for q in statistics.quantiles(values, n=4)[::2]) if len(values) > 1 else ("", "")
         median = f"{statistics.median(values):.3g}"
@@ -180,21 +180,21 @@ class Table:
                 "first quartile": low,
                 "third quartile": high,
                 "unit": unit,
-                "must reach": must,
-                "aim for": aim,
+                "target": target,
+                "aim": aim,
             }
         )
-        print(f"{what:62} {median:>8} {unit:22} {low:>8} to {high:<8} must {must or '-':5} aim {aim or '-'}", flush=True)
+        print(f"{what:62} {median:>8} {unit:22} {low:>8} to {high:<8} target {target or '-':5} aim {aim or '-'}", flush=True)
 
-    def add_ratio(self, what: str, times: list[float], reference: list[float], must: str = "", aim: str = "") -> None:
+    def add_ratio(self, what: str, times: list[float], reference: list[float], target: str = "", aim: str = "") -> None:
         """
         :param what: what was measured
         :param times: times of the numerator
         :param reference: times of the denominator, of the same rounds
-        :param must: what must be reached
-        :param aim: what is aimed for
+        :param target: what it should not exceed, or for rates fall below
+        :param aim: what would be better still
         """
-        self.add(what, [time / other for time, other in zip(times, reference, strict=True)], "", must, aim)
+        self.add(what, [time / other for time, other in zip(times, reference, strict=True)], "", target, aim)
 
 
 def measure_first_update(table: Table, device: str) -> None:
@@ -250,8 +250,10 @@ def measure_gradient(table: Table, model: MPG, device: str) -> None:
         table.add(f"... {name}", [1e3 * time for time in times[name]], "ms")
     for name, used in {"compiled": compiler, "not compiled": None}.items():
         model._step_compiler = used
-        must, aim = ("2", "1.2") if used else ("", "")
-        table.add(f"memory of a policy gradient / its activations, {name}", [memory_ratio(model, observations)], "", must, aim)
+        target, aim = ("2", "1.2") if used else ("", "")
+        table.add(
+            f"memory of a policy gradient / its activations, {name}", [memory_ratio(model, observations)], "", target, aim
+        )
 
 
 def measure_update(table: Table, model: MPG, device: str) -> None:
@@ -294,8 +296,8 @@ def measure_update(table: Table, model: MPG, device: str) -> None:
     table.add_ratio("MPG-v2 update / TD3 update (SB3)", times["MPG-v2"], times["TD3"], "2.5", "1.5")
     table.add_ratio("... not compiled", times["MPG-v2, not compiled"], times["TD3"])
     for name, values in times.items():
-        must = "1.5" if device == "cuda" and name == "MPG-v2" else ""
-        table.add(f"... {name}", [1e3 * time / UPDATES for time in values], "ms", must)
+        target = "1.5" if device == "cuda" and name == "MPG-v2" else ""
+        table.add(f"... {name}", [1e3 * time / UPDATES for time in values], "ms", target)
     model._step_compiler = compiler
 
 

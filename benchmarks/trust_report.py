@@ -92,42 +92,52 @@ def write_table(runs: Runs, bounds: dict[str, float]) -> None:
 
 def draw(runs: Runs, bounds: dict[str, float]) -> None:
     """
-    One figure for each task, a panel for each prior model: median and range over seeds.
+    One figure for each task, a panel for each prior model: median and range over seeds. Of each method the longest runs, and
+    shorter ones if there are more seeds of them.
 
     :param runs: see :func:`read_runs`
     :param bounds: see :func:`read_bounds`
     """
     FIGURES.mkdir(exist_ok=True)
-    for task in GOALS:
+    for task, goals in GOALS.items():
         models = list(dict.fromkeys(key[1] for key in runs if key[0] == task and key[1] != "no_model"))
         if not models:
             continue
+        n_columns = min(len(models) + 1, 3)
+        n_rows = -(-(len(models) + 1) // n_columns)
         figure, panels = plt.subplots(
-            1, len(models), figsize=(4.5 * len(models), 4.5), sharey=True, layout="constrained", squeeze=False
+            n_rows, n_columns, figsize=(4.5 * n_columns, 4 * n_rows), sharey=True, layout="constrained", squeeze=False
         )
-        for model, axes in zip(models, panels[0], strict=True):
+        lines = {}
+        for model, axes in zip(models, panels.flat, strict=False):
             of_panel = [key for key in runs if key[0] == task and key[1] in (model, "no_model")]
             longest = {key[2]: max(other[3] for other in of_panel if other[2] == key[2]) for key in of_panel}
             for key in of_panel:
                 seeds, method, length = runs[key], key[2], key[3]
-                n_rows = min(len(curve) for curve in seeds.values())
-                costs = -np.stack([curve[:n_rows, 1] for curve in seeds.values()])
-                steps = next(iter(seeds.values()))[:n_rows, 0]
-                label = f"{method.replace('_', ' ')}, {length} ({len(seeds)})"
+                is_longest = length == longest[method]
+                if not is_longest and len(seeds) <= len(runs[(*key[:3], longest[method])]):
+                    continue
+                n_evaluations = min(len(curve) for curve in seeds.values())
+                costs = -np.stack([curve[:n_evaluations, 1] for curve in seeds.values()])
+                steps = next(iter(seeds.values()))[:n_evaluations, 0]
                 color = f"C{[*METHODS, *WITHOUT_MODEL].index(method)}"
-                style = "-" if length == longest[method] else "--"
-                axes.plot(steps, np.median(costs, axis=0), label=label, color=color, ls=style)
+                (line,) = axes.plot(steps, np.median(costs, axis=0), color=color, ls="-" if is_longest else "--")
                 axes.fill_between(steps, costs.min(axis=0), costs.max(axis=0), color=color, alpha=0.2)
+                lines.setdefault(method.replace("_", " ") + ("" if is_longest else ", shorter, more seeds"), line)
             if task in bounds:
-                axes.axhline(-bounds[task], color="black", lw=1.0, ls="--", label="bound")
-            for goal in GOALS[task]:
+                lines["bound"] = axes.axhline(-bounds[task], color="black", lw=1.0, ls=":")
+            for goal in goals:
                 axes.axhline(-goal, color="grey", lw=0.8, ls=":")
             axes.set(yscale="log", xlabel="environment steps", title=model.replace("_", " "))
             axes.grid(alpha=0.3)
-            axes.legend(fontsize="small", title="method, steps (seeds)")
-        panels[0, 0].set_ylabel("cost (negative return, lower is better)")
+        for axes in panels.flat[len(models) :]:
+            axes.axis("off")
+        panels.flat[len(models)].legend(lines.values(), lines.keys(), loc="center", title="method")
+        for row in panels:
+            row[0].set_ylabel("cost (negative return, lower is better)")
         figure.suptitle(f"{task.replace('_', ' ')}: default settings with prior models from perfect to useless")
         figure.savefig(FIGURES / f"trust_{task}.png", dpi=80)
+        plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -25,8 +25,8 @@ MATRIX = {
     ("path_tracking", "mpg_v2"): 31_000,
     ("path_tracking", "mpg_v1_exploring_starts"): 18_000,
     ("path_tracking", "mpg_v1"): 18_000,
-    ("path_tracking", "n_step_adp"): 12_000,
-    ("pendulum", "mpg_v2"): 17_000,
+    ("path_tracking", "n_step_adp"): 6_000,
+    ("pendulum", "mpg_v2"): 15_000,
 }
 
 

@@ -349,11 +349,6 @@ def measure_simulator(table: Table) -> None:
     with th.no_grad():
         times = take_turns({"target": lambda: v1.value_target(*arguments)}, "cpu")
     table.add("n-step target of MPG-v1, 256 states, 25 steps", [1e3 * time for time in times["target"]], "ms", "20", "5")
-    # Without the ends of episodes no rollout is shorter than 25 steps
-    endless = gym.make(task.env_id, early_reset=False).get_wrapper_attr("make_simulator")
-    with th.no_grad():
-        times = take_turns({"target": lambda: v1.value_target(*arguments[:-1], endless)}, "cpu")
-    table.add("... where no rollout ends early", [1e3 * time for time in times["target"]], "ms")
 
     n_agents = 512
     simulator = gym.make(task.env_id).get_wrapper_attr("make_simulator")(n_agents)

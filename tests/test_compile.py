@@ -71,6 +71,32 @@ def test_biases_behind_products_change_nothing_else():
             th.testing.assert_close(function(), expected)
 
 
+class ManySmallSteps(PriorModel):
+    def __init__(self, n_small_steps):
+        super().__init__()
+        self.n_small_steps = n_small_steps
+
+    def transition(self, states, actions):
+        for _ in range(self.n_small_steps):
+            states = states + 0.001 * actions + (0.01 * th.randn_like(states) if self.training else 0.0)
+        return states
+
+    def reward(self, states, actions, next_states):
+        return -(states**2).sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize(("n_small_steps", "chunk"), [(1, 5), (50, 3), (300, 1)])
+def test_a_graph_is_of_so_many_steps_as_compile_soon(n_small_steps, chunk):
+    kwargs = {"prior_model": ManySmallSteps(n_small_steps), "residual": False, "weighting": "constant"}
+    model = MPG("MlpPolicy", LinearEnv(), compile=False, horizons=(0, 6), **kwargs, **SMALL).learn(44)
+    observations = th.as_tensor(model.replay_buffer.observations[:32, 0])
+    expected = gradient(model, observations, {6: 1.0})
+    model._step_compiler = StepCompiler(backend="eager")
+    # The same random numbers, too: counting uses none up
+    th.testing.assert_close(gradient(model, observations, {6: 1.0}), expected)
+    assert model._step_compiler.chunk == chunk
+
+
 class CannotBeCompiled(PriorModel):
     def transition(self, states, actions):
         if states.sum().item() > 1e9:  # a branch on data breaks the graph

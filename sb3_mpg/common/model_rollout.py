@@ -14,6 +14,7 @@ from torch._functorch import config as functorch_config
 from torch.func import functional_call
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sb3_mpg.common.balance import balance_states
 from sb3_mpg.common.models.base import PriorModel
@@ -21,6 +22,10 @@ from sb3_mpg.common.type_aliases import Differentiate
 from sb3_mpg.common.units import Units
 from sb3_mpg.common.utils import gradient_of
 
+# Steps that are compiled into one graph, and the number of operations in it, from which it takes seconds to compile each
+# hundred
+MAX_CHUNK = 5
+MAX_OPERATIONS = 1000
 #: Horizons that weigh less than this are left out of the rollout.
 NEGLIGIBLE_WEIGHT = 1e-6
 
@@ -137,20 +142,49 @@ def advance_on_cpu(*args: Any) -> tuple[RolloutState, th.Tensor]:
         return advance(*args)
 
 
+class OperationCounter(TorchDispatchMode):
+    """Counts the operations of torch that run within it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n_operations = 0
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """As in ``TorchDispatchMode``."""
+        self.n_operations += 1
+        return func(*args, **(kwargs or {}))
+
+
+@th.no_grad()
+def operations_of_step(rollout: RolloutState, *args: Any) -> int:
+    """
+    :param rollout: where a rollout stands
+    :param args: the other arguments of :func:`advance`, without the number of steps
+    :return: of how many operations of torch a step consists; no random numbers are used up
+    """
+    device = rollout.states.device
+    with th.random.fork_rng([device] if device.type == "cuda" else []), OperationCounter() as counter:
+        advance(rollout, 1, *args)
+    return counter.n_operations
+
+
 class StepCompiler:
     """
     Compiles :func:`advance`, a few steps at a time: with one step for each call, the calls cost a tenth of the gradient,
-    and each further step in the graph takes seconds to compile. Steps that are left over run as they are: a graph of their
-    own would be compiled for them.
+    and each further step in the graph takes seconds to compile, or minutes, if a model makes many small steps in one. Steps
+    that are left over run as they are: a graph of their own would be compiled for them.
 
     A call is checked by ``torch.compile``'s guards against everything that the graph depends on, the attributes of
     the user's model included. Random numbers are drawn as without compilation.
 
-    :param chunk: how many steps are compiled into one graph
+    :param chunk: how many steps are compiled into one graph; ``None`` for as many as make a graph of up to
+        ``MAX_OPERATIONS``, but not more than ``MAX_CHUNK``
     :param backend: of ``torch.compile``
     """
 
-    def __init__(self, chunk: int = 5, backend: str = "inductor"):
+    def __init__(self, chunk: int | None = None, backend: str = "inductor"):
         self.chunk = chunk
         self.backend = backend
         # Compiled at the first call, because that is where failures are dealt with
@@ -181,6 +215,8 @@ class StepCompiler:
         """As :func:`advance`."""
         if self._advance is None:
             self._advance = self._compile(rollout.states.device)
+        if self.chunk is None:
+            self.chunk = max(1, min(MAX_CHUNK, MAX_OPERATIONS // operations_of_step(rollout, *args)))
         gamma = args[-1]
         discount, total = 1.0, None
         chunk = min(self.chunk, n_steps)

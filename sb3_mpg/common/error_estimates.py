@@ -143,22 +143,16 @@ def gradient_errors(gradients: np.ndarray, horizons: Sequence[int], with_judge: 
 
 
 def measure_gradient_errors(
-    observations: th.Tensor,
-    actor: th.nn.Module,
-    q_functions: Sequence[QFunction],
+    gradients: Callable[[], th.Tensor],
     model: TrainableModel,
-    units: Units,
     horizons: Sequence[int],
-    gamma: float,
     judges_prior: bool,
     held_out_steps: Callable[[], Transitions | None],
-    advance: Advance = advance,
 ) -> GradientErrors:
     """
-    The errors of the action gradients at some states; see :func:`action_gradients` for what is not explained here.
+    The errors of the action gradients of a model, or of the prior model in it.
 
-    :param observations: raw observations, ``(B, *obs_shape)``
-    :param q_functions: a critic for each member of the model
+    :param gradients: gives those of the model as it is when it is called, see :func:`action_gradients`
     :param model: the model, in training mode
     :param horizons: numbers of model steps, ascending
     :param judges_prior: whether the rollouts are those of a prior model, which the corrected one, a ``ResidualModel``, is
@@ -167,12 +161,11 @@ def measure_gradient_errors(
     :return: the errors
     """
     if not judges_prior:
-        gradients = action_gradients(observations, actor, q_functions, model, units, horizons, gamma, advance)
-        return gradient_errors(gradients.cpu().numpy(), horizons)
+        return gradient_errors(gradients().cpu().numpy(), horizons)
     assert isinstance(model, ResidualModel)
     with model.compared_with_prior():
-        gradients = action_gradients(observations, actor, q_functions, model, units, horizons, gamma, advance)
-    measured = gradient_errors(gradients.cpu().numpy(), horizons, with_judge=True)
+        compared = gradients()
+    measured = gradient_errors(compared.cpu().numpy(), horizons, with_judge=True)
     if measured.is_useless.any():
         # Who predicts no better cannot tell that the other is wrong
         held_out = held_out_steps()

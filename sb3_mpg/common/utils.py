@@ -79,6 +79,23 @@ def check_keywords(name: str, kwargs: dict[str, Any] | None, function: Callable[
     return kwargs
 
 
+def is_finite_number(number: Any) -> bool:
+    """
+    :param number: anything
+    :return: whether it is a finite number; booleans are none
+    """
+    is_number = isinstance(number, (int, float, np.integer, np.floating)) and not isinstance(number, bool)
+    return is_number and bool(np.isfinite(number))
+
+
+def is_whole(number: Any) -> bool:
+    """
+    :param number: anything
+    :return: whether it is a whole number, written as one or not
+    """
+    return is_finite_number(number) and int(number) == number
+
+
 def check_number(name: str, number: float, low: float, includes_low: bool = True) -> None:
     """
     :param name: of a setting
@@ -87,7 +104,6 @@ def check_number(name: str, number: float, low: float, includes_low: bool = True
     :param includes_low: whether it may be as small as that
     :raises ValueError: when it is no finite number, or too small
     """
-    is_number = isinstance(number, (int, float, np.integer, np.floating)) and not isinstance(number, bool)
-    if not is_number or not np.isfinite(number) or number < low or (number == low and not includes_low):
+    if not is_finite_number(number) or number < low or (number == low and not includes_low):
         expected = f"{low} or more" if includes_low else f"more than {low}"
         raise ValueError(f"`{name}` must be a number, {expected}, got {number!r}.")

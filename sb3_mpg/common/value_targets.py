@@ -13,7 +13,7 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from sb3_mpg.common.model_rollout import QFunction
 from sb3_mpg.common.type_aliases import Simulator
 from sb3_mpg.common.units import Units
-from sb3_mpg.common.utils import check_keywords, check_number
+from sb3_mpg.common.utils import check_keywords, check_number, is_whole
 
 
 def bootstrap_values(
@@ -191,7 +191,7 @@ def check_n_steps(n_steps: int) -> int:
     :return: the same
     :raises ValueError: when it is not a positive whole number
     """
-    if isinstance(n_steps, bool) or not isinstance(n_steps, (int, np.integer)) or n_steps < 1:
+    if not is_whole(n_steps) or n_steps < 1:
         raise ValueError(f"A value target spans a positive whole number of steps, got n_steps={n_steps!r}.")
     return int(n_steps)
 

@@ -6,12 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from sb3_mpg.common.utils import check_keywords
-
-
-def _is_whole(number: Any) -> bool:
-    is_number = isinstance(number, (int, float, np.integer, np.floating)) and not isinstance(number, bool)
-    return is_number and np.isfinite(number) and int(number) == number
+from sb3_mpg.common.utils import check_keywords, is_whole
 
 
 def check_horizons(horizons: Sequence[int]) -> tuple[int, ...]:
@@ -24,7 +19,7 @@ def check_horizons(horizons: Sequence[int]) -> tuple[int, ...]:
         horizons = horizons.tolist()
     if isinstance(horizons, (str, bytes)) or not isinstance(horizons, Sequence) or len(horizons) == 0:
         raise ValueError(f"`horizons` must be a non-empty sequence of whole numbers such as (0, 25), got {horizons!r}.")
-    if not all(_is_whole(horizon) and horizon >= 0 for horizon in horizons):
+    if not all(is_whole(horizon) and horizon >= 0 for horizon in horizons):
         raise ValueError(f"Every horizon must be a whole number of model steps, 0 or more, got {tuple(horizons)}.")
     if len(set(horizons)) < len(horizons):
         raise ValueError(f"Every horizon may be given once, got {tuple(horizons)}.")

@@ -1,5 +1,6 @@
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
@@ -20,7 +21,7 @@ from stable_baselines3.td3.policies import Actor
 
 from sb3_mpg.common.balance import balanced_mse_loss, rollout_value_loss
 from sb3_mpg.common.buffers import RecordedSteps
-from sb3_mpg.common.error_estimates import GradientErrors, measure_gradient_errors, warn_of_errors
+from sb3_mpg.common.error_estimates import GradientErrors, action_gradients, measure_gradient_errors, warn_of_errors
 from sb3_mpg.common.learners.base import InProcessLearner
 from sb3_mpg.common.model_rollout import (
     NEGLIGIBLE_WEIGHT,
@@ -508,20 +509,23 @@ class MPG(OffPolicyModelAlgorithm):
         assert isinstance(model, TrainableModel)
         observations = self.replay_buffer.sample(N_MEASURED_STATES).observations.float()  # type: ignore[union-attr]
         q_functions = [self._q_function(member % len(self.critic.q_networks)) for member in range(model.n_members)]
-        return self._compiled(
-            lambda advance: measure_gradient_errors(
-                observations,
-                self.actor,
-                q_functions,
-                model,
-                units,
-                self.weighting_rule.horizons,
-                self.gamma,
-                # Without the correction, it is the prior model itself that is judged
-                judges_prior=isinstance(model, ResidualModel) and not self.residual,
-                held_out_steps=lambda: self._held_out_steps(recorded),
-                advance=advance,
-            )
+        gradients = partial(
+            action_gradients,
+            observations,
+            self.actor,
+            q_functions,
+            model,
+            units,
+            self.weighting_rule.horizons,
+            self.gamma,
+        )
+        return measure_gradient_errors(
+            lambda: self._compiled(gradients),
+            model,
+            self.weighting_rule.horizons,
+            # Without the correction, it is the prior model itself that is judged
+            judges_prior=isinstance(model, ResidualModel) and not self.residual,
+            held_out_steps=lambda: self._held_out_steps(recorded),
         )
 
     def trust_report(self) -> TrustReport:

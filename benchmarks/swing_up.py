@@ -5,12 +5,14 @@ A task from outside: Gymnasium's Pendulum-v1 with the model of the README, and T
     python benchmarks/swing_up.py mpg --seed 0 1 2 --steps 4000 --exploration-noise 0.5
     python benchmarks/swing_up.py td3 --seed 0 1 2
 
-Prints the mean return of 20 episodes after each 1000 steps, and adds it to ``results/swing_up.csv``.
+The mean return of 20 episodes after each 1000 steps, a csv for each run in ``results/swing_up``. Runs that are complete are
+skipped.
 """
 
 import argparse
 import csv
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch as th
@@ -23,7 +25,7 @@ from stable_baselines3.common.noise import NormalActionNoise
 
 from sb3_mpg import MPG, PriorModel
 
-RESULTS = Path(__file__).parent / "results" / "swing_up.csv"
+RESULTS = Path(__file__).parent / "results" / "swing_up"
 ENV_ID = "Pendulum-v1"
 
 
@@ -43,27 +45,29 @@ class MyPendulum(PriorModel):
 
 class EvaluationCallback(BaseCallback):
     """
-    :param algorithm: its name
-    :param seed: of the run
-    :param exploration_noise: of the run
+    Evaluate after each 1000 steps; the csv is written at the end.
+
+    :param path: csv file to write
     """
 
-    def __init__(self, algorithm: str, seed: int, exploration_noise: float):
+    def __init__(self, path: Path):
         super().__init__()
-        self.run = {"algorithm": algorithm, "exploration_noise": exploration_noise, "seed": seed}
+        self.path = path
+        self.rows: list[dict[str, Any]] = []
 
     def _on_step(self) -> bool:
         if self.num_timesteps % 1000 == 0:
             mean, std = evaluate_policy(self.model, make_vec_env(ENV_ID, 20, seed=5), n_eval_episodes=20)
-            row = {**self.run, "steps": self.num_timesteps, "return_mean": f"{mean:.1f}", "return_std": f"{std:.1f}"}
-            print(row, flush=True)
-            is_new = not RESULTS.exists()
-            with RESULTS.open("a", newline="") as file:
-                writer = csv.DictWriter(file, row, lineterminator="\n")
-                if is_new:
-                    writer.writeheader()
-                writer.writerow(row)
+            self.rows.append({"steps": self.num_timesteps, "return_mean": f"{mean:.1f}", "return_std": f"{std:.1f}"})
+            print(self.path.stem, self.rows[-1], flush=True)
         return True
+
+    def _on_training_end(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self.rows[0].keys())
+            writer.writeheader()
+            writer.writerows(self.rows)
 
 
 def make(algorithm: str, seed: int, exploration_noise: float) -> BaseAlgorithm:
@@ -89,8 +93,11 @@ def main() -> None:
     args = parser.parse_args()
     th.set_num_threads(1)
     for seed in args.seed:
-        callback = EvaluationCallback(args.algorithm, seed, args.exploration_noise)
-        make(args.algorithm, seed, args.exploration_noise).learn(args.steps, callback=callback)
+        path = RESULTS / f"{args.algorithm}-{args.exploration_noise}-{args.steps}-{seed}.csv"
+        if path.exists():
+            print(f"{path.name} is there, skipped")
+            continue
+        make(args.algorithm, seed, args.exploration_noise).learn(args.steps, callback=EvaluationCallback(path))
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ from sb3_mpg.common.type_aliases import Differentiate
 from sb3_mpg.common.units import Units
 from sb3_mpg.common.utils import gradient_of
 
-# Steps that are compiled into one graph, and the number of operations in it, from which it takes seconds to compile each
-# hundred
+# At most so many steps are compiled into one graph, and no more than make about so many operations: a hundred of them take a
+# second or more to compile
 MAX_CHUNK = 5
 MAX_OPERATIONS = 1000
 #: Horizons that weigh less than this are left out of the rollout.

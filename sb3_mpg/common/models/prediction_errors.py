@@ -273,6 +273,10 @@ def cut_windows(records: dict[str, np.ndarray], horizon: int, device: th.device)
 
 
 def to_numpy(tensor: th.Tensor) -> np.ndarray:
+    """
+    :param tensor: any shape, on any device
+    :return: the same numbers in double precision
+    """
     return tensor.double().cpu().numpy()
 
 

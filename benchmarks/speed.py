@@ -28,7 +28,7 @@ from stable_baselines3 import TD3
 from torch.profiler import ProfilerActivity, profile
 
 from sb3_mpg import MPG
-from sb3_mpg.common.model_rollout import StepCompiler
+from sb3_mpg.common.compilation import StepCompiler
 from sb3_mpg.common.torch_layers import ObservationScaler
 from sb3_mpg.mpg.mpg import MEASURE_EVERY
 

@@ -4,7 +4,7 @@ from lq import LinearEnv
 
 import sb3_mpg_envs  # noqa: F401
 from sb3_mpg import MPG, PriorModel
-from sb3_mpg.common.model_rollout import BiasBehindProduct, StepCompiler
+from sb3_mpg.common.compilation import BiasBehindProduct, StepCompiler
 
 SMALL = {"policy_kwargs": {"net_arch": [16]}, "learning_starts": 40, "batch_size": 32, "seed": 0, "buffer_size": 2000}
 

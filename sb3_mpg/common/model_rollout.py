@@ -3,18 +3,11 @@ One rollout of the model gives the returns of every horizon: the unified policy 
 model policy gradient (eq. 5 of the first version) and any mixture of them are derivatives of what these functions return.
 """
 
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from types import FunctionType
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch as th
-from torch._functorch import config as functorch_config
 from torch.func import functional_call
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from sb3_mpg.common.balance import balance_states
 from sb3_mpg.common.models.base import PriorModel
@@ -22,10 +15,6 @@ from sb3_mpg.common.type_aliases import Differentiate
 from sb3_mpg.common.units import Units
 from sb3_mpg.common.utils import gradient_of
 
-# At most so many steps are compiled into one graph, and no more than make about so many operations: a hundred of them take a
-# second or more to compile
-MAX_CHUNK = 5
-MAX_OPERATIONS = 1000
 #: Horizons that weigh less than this are left out of the rollout.
 NEGLIGIBLE_WEIGHT = 1e-6
 
@@ -115,144 +104,6 @@ def start_rollout(
     return RolloutState(states, network_inputs, actions, alive, states.detach())
 
 
-class BiasBehindProduct(TorchFunctionMode):
-    """
-    Linear layers as a product and, apart from it, the bias. The products of the CPU's libraries begin with a copy of the bias
-    to each row; a compiler adds it for nothing where it computes the activation.
-    """
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """As in ``TorchFunctionMode``."""
-        bias, product = None, None
-        if func is F.linear and not kwargs and len(args) == 3:
-            bias, product = args[2], args[0] @ args[1].t()
-        elif func is th.baddbmm and not kwargs:
-            bias, product = args[0], th.bmm(args[1], args[2])
-        if bias is None or product is None:
-            return func(*args, **(kwargs or {}))
-        # Not a sum, which the compiler would put together with the product again
-        return product - (-bias)
-
-
-def advance_on_cpu(*args: Any) -> tuple[RolloutState, th.Tensor]:
-    """As :func:`advance`, to be compiled for the CPU."""
-    with BiasBehindProduct():
-        return advance(*args)
-
-
-class OperationCounter(TorchDispatchMode):
-    """Counts the operations of torch that run within it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.n_operations = 0
-
-    def __torch_dispatch__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """As in ``TorchDispatchMode``."""
-        self.n_operations += 1
-        return func(*args, **(kwargs or {}))
-
-
-@th.no_grad()
-def operations_of_step(rollout: RolloutState, *args: Any) -> int:
-    """
-    :param rollout: where a rollout stands
-    :param args: the other arguments of :func:`advance`, without the number of steps
-    :return: of how many operations of torch a step consists; no random numbers are used up
-    """
-    device = rollout.states.device
-    with th.random.fork_rng([device] if device.type == "cuda" else []), OperationCounter() as counter:
-        advance(rollout, 1, *args)
-    return counter.n_operations
-
-
-class StepCompiler:
-    """
-    Compiles :func:`advance`, a few steps at a time: with one step for each call, the calls cost a tenth of the gradient,
-    and each further step in the graph takes seconds to compile, or minutes, if a model makes many small steps in one. Steps
-    that are left over run as they are: a graph of their own would be compiled for them.
-
-    A call is checked by ``torch.compile``'s guards against everything that the graph depends on, the attributes of
-    the user's model included. Random numbers are drawn as without compilation.
-
-    :param chunk: how many steps are compiled into one graph; ``None`` for as many as make a graph of up to
-        ``MAX_OPERATIONS``, but not more than ``MAX_CHUNK``
-    :param backend: of ``torch.compile``
-    """
-
-    def __init__(self, chunk: int | None = None, backend: str = "inductor"):
-        self.chunk = chunk
-        self.backend = backend
-        # Compiled at the first call, because that is where failures are dealt with
-        self._advance: Advance | None = None
-
-    def _compile(self, device: th.device) -> Advance:
-        options: dict[str, Any] | None = None
-        on_cpu = device.type == "cpu"
-        if self.backend == "inductor":
-            # One C++ file for each direction: with one for each kernel, the compiler spends most of its time on the headers,
-            # and the kernels are called from Python. Not on a GPU, where the kernels are not C++
-            # The guards have checked the sizes already; and to build and load a library for each set of vector instructions,
-            # only to see that the C++ compiler knows those of this processor, takes as long as all the rest
-            options = {
-                "fallback_random": True,
-                "size_asserts": False,
-                "cpp.vec_isa_ok": True,
-                "cpp_wrapper": on_cpu,
-            }
-        # A code object of its own: torch counts recompilations for each, and gives up after a few. Several algorithms in
-        # one process, as in a search for hyperparameters, must not use up each other's.
-        original = advance_on_cpu if on_cpu else advance
-        function = FunctionType(original.__code__.replace(), original.__globals__, original.__name__)
-        # fullgraph: a model that breaks the graph would run slower than without compilation
-        return th.compile(function, fullgraph=True, dynamic=False, backend=self.backend, options=options)
-
-    def __call__(self, rollout: RolloutState, n_steps: int, *args: Any) -> tuple[RolloutState, th.Tensor]:
-        """As :func:`advance`."""
-        if self._advance is None:
-            self._advance = self._compile(rollout.states.device)
-        if self.chunk is None:
-            self.chunk = max(1, min(MAX_CHUNK, MAX_OPERATIONS // operations_of_step(rollout, *args)))
-        gamma = args[-1]
-        discount, total = 1.0, None
-        chunk = min(self.chunk, n_steps)
-        while n_steps > 0:
-            n_taken = min(chunk, n_steps)
-            # The start of a rollout looks like the middle of one, or it would be compiled a second time
-            states, network_inputs = (
-                tensor if tensor.requires_grad else tensor.detach().requires_grad_() for tensor in rollout[:2]
-            )
-            rollout = rollout._replace(states=states, network_inputs=network_inputs)
-            if n_taken < chunk:
-                rollout, rewards = advance(rollout, n_taken, *args)
-            else:
-                # What the guards checked for the first of these calls holds for the others
-                with th.compiler.set_stance(skip_guard_eval_unsafe=total is not None):
-                    rollout, rewards = self._advance(rollout, n_taken, *args)
-            total = rewards if total is None else total + discount * rewards
-            discount *= gamma**n_taken
-            n_steps -= n_taken
-        assert total is not None
-        return rollout, total
-
-
-@contextmanager
-def compiling() -> Iterator[None]:
-    """
-    What compiled steps are run and differentiated in. Keeps torch's remarks about its own compiler from the user, who can do
-    nothing about them; and buffers that the backward pass would overwrite are kept, because each horizon passes back through
-    the steps that it shares with longer ones.
-    """
-    with warnings.catch_warnings(), functorch_config.patch(donated_buffer=False):
-        warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
-        warnings.filterwarnings("ignore", category=DeprecationWarning, message=r".*torch\.jit")
-        yield
-
-
 def model_rollout(
     observations: th.Tensor,
     actor: th.nn.Module,
@@ -285,7 +136,7 @@ def model_rollout(
     :param differentiate: ``"first_action"``: the parameters of the actor get their gradient through the first action
         alone, later ones come from a frozen copy (eq. 6); ``"all_actions"``: through every action, the critic's at the
         end included (eq. 5)
-    :param advance: steps the model; :func:`advance` or a :class:`StepCompiler`
+    :param advance: steps the model; :func:`advance` or a :class:`~sb3_mpg.common.compilation.StepCompiler`
     :param first_actions: in [-1, 1], ``(B, A)``; by default the actor's
     :return: returns of each horizon, ``(B, 1)``: tensors of their own, so that the gradient of one has nothing to do with
         another, which may have overflowed

@@ -31,7 +31,7 @@ from sb3_mpg.common.models.trainable import TrainableModel, Transitions
 from sb3_mpg.common.torch_layers import ObservationScaler
 from sb3_mpg.common.type_aliases import GradientResult, Simulator, TrainingBatch
 from sb3_mpg.common.units import Units
-from sb3_mpg.common.utils import check_keywords, check_number, randomness_of_update
+from sb3_mpg.common.utils import check_keywords, check_number, keep_freed_memory, randomness_of_update
 from sb3_mpg.common.value_targets import ValueTarget, make_value_target
 
 SelfOffPolicyModelAlgorithm = TypeVar("SelfOffPolicyModelAlgorithm", bound="OffPolicyModelAlgorithm")
@@ -409,6 +409,7 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         tb_log_name: str = "run",
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
+        keep_freed_memory()
         if reset_num_timesteps:
             self._n_updates_at_start = self._n_updates
         if isinstance(self.action_noise, VectorizedActionNoise) and self.action_noise.n_envs != self.n_envs:
@@ -518,6 +519,7 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
 
     def setup_replica(self) -> None:
         """Called on a replica, in the process of the learner."""
+        keep_freed_memory()
         assert self.rollout_model is not None
         self.policy.set_training_mode(True)
         self.rollout_model.train()

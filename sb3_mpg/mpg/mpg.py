@@ -21,6 +21,7 @@ from stable_baselines3.td3.policies import Actor
 
 from sb3_mpg.common.balance import balanced_mse_loss, rollout_value_loss
 from sb3_mpg.common.buffers import RecordedSteps
+from sb3_mpg.common.compilation import StepCompiler, compiling
 from sb3_mpg.common.error_estimates import GradientErrors, action_gradients, measure_gradient_errors, warn_of_errors
 from sb3_mpg.common.learners.base import InProcessLearner
 from sb3_mpg.common.model_rollout import (
@@ -28,9 +29,7 @@ from sb3_mpg.common.model_rollout import (
     Advance,
     PolicyGradient,
     QFunction,
-    StepCompiler,
     advance,
-    compiling,
     first_non_finite_step,
     mixed_policy_gradient,
 )

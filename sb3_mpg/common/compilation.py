@@ -1,0 +1,165 @@
+"""Model and policy compiled for rollouts: the same numbers, sooner."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FunctionType
+from typing import Any
+
+import torch as th
+from torch._functorch import config as functorch_config
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sb3_mpg.common.model_rollout import Advance, RolloutState, advance
+
+# At most so many steps are compiled into one graph, and no more than make about so many operations: a hundred of them take a
+# second or more to compile
+MAX_CHUNK = 5
+MAX_OPERATIONS = 1000
+
+
+class BiasBehindProduct(TorchFunctionMode):
+    """
+    Linear layers as a product and, apart from it, the bias. The products of the CPU's libraries begin with a copy of the bias
+    to each row; a compiler adds it for nothing where it computes the activation.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """As in ``TorchFunctionMode``."""
+        bias, product = None, None
+        if func is F.linear and not kwargs and len(args) == 3:
+            bias, product = args[2], args[0] @ args[1].t()
+        elif func is th.baddbmm and not kwargs:
+            bias, product = args[0], th.bmm(args[1], args[2])
+        if bias is None or product is None:
+            return func(*args, **(kwargs or {}))
+        # Not a sum, which the compiler would put together with the product again
+        return product - (-bias)
+
+
+def compile_function(function: Callable[..., Any], device: th.device, backend: str) -> Callable[..., Any]:
+    """
+    A call is checked by ``torch.compile``'s guards against everything that the graph depends on, the attributes of
+    the user's model included. Random numbers are drawn as without compilation.
+
+    :param function: a function of tensors, modules and numbers
+    :param device: where it runs
+    :param backend: of ``torch.compile``
+    :return: the function, to be compiled by its first call
+    """
+    on_cpu = device.type == "cpu"
+    options: dict[str, Any] | None = None
+    if backend == "inductor":
+        # One C++ file for each direction: with one for each kernel, the compiler spends most of its time on the headers,
+        # and the kernels are called from Python. Not on a GPU, where the kernels are not C++
+        # The guards have checked the sizes already; and to build and load a library for each set of vector instructions,
+        # only to see that the C++ compiler knows those of this processor, takes as long as all the rest
+        options = {"fallback_random": True, "size_asserts": False, "cpp.vec_isa_ok": True, "cpp_wrapper": on_cpu}
+
+    def on_cpu_function(*args: Any) -> Any:
+        with BiasBehindProduct():
+            return function(*args)
+
+    original = on_cpu_function if on_cpu else function
+    assert isinstance(original, FunctionType)
+    # A code object of its own: torch counts recompilations for each, and gives up after a few. Several algorithms in
+    # one process, as in a search for hyperparameters, must not use up each other's.
+    own = FunctionType(original.__code__.replace(), original.__globals__, original.__name__, None, original.__closure__)
+    # fullgraph: a model that breaks the graph would run slower than without compilation
+    return th.compile(own, fullgraph=True, dynamic=False, backend=backend, options=options)
+
+
+class OperationCounter(TorchDispatchMode):
+    """Counts the operations of torch that run within it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n_operations = 0
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """As in ``TorchDispatchMode``."""
+        self.n_operations += 1
+        return func(*args, **(kwargs or {}))
+
+
+@th.no_grad()
+def operations_of_step(rollout: RolloutState, *args: Any) -> int:
+    """
+    :param rollout: where a rollout stands
+    :param args: the other arguments of :func:`advance`, without the number of steps
+    :return: of how many operations of torch a step consists; no random numbers are used up
+    """
+    device = rollout.states.device
+    with th.random.fork_rng([device] if device.type == "cuda" else []), OperationCounter() as counter:
+        advance(rollout, 1, *args)
+    return counter.n_operations
+
+
+def like_a_middle(rollout: RolloutState) -> RolloutState:
+    """
+    :param rollout: where a rollout stands
+    :return: the same, with a gradient in all that has one in the middle of a rollout: steps from a start without would be
+        compiled a second time
+    """
+    states, network_inputs = (tensor if tensor.requires_grad else tensor.detach().requires_grad_() for tensor in rollout[:2])
+    return rollout._replace(states=states, network_inputs=network_inputs)
+
+
+class StepCompiler:
+    """
+    Compiles :func:`advance`, a few steps at a time: with one step for each call, the calls cost a tenth of the gradient,
+    and each further step in the graph takes seconds to compile, or minutes, if a model makes many small steps in one. Steps
+    that are left over run as they are: a graph of their own would be compiled for them.
+
+    :param chunk: how many steps are compiled into one graph; ``None`` for as many as make a graph of up to
+        ``MAX_OPERATIONS``, but not more than ``MAX_CHUNK``
+    :param backend: of ``torch.compile``
+    """
+
+    def __init__(self, chunk: int | None = None, backend: str = "inductor"):
+        self.chunk = chunk
+        self.backend = backend
+        # Compiled at the first call, because that is where failures are dealt with
+        self._advance: Advance | None = None
+
+    def __call__(self, rollout: RolloutState, n_steps: int, *args: Any) -> tuple[RolloutState, th.Tensor]:
+        """As :func:`advance`."""
+        if self._advance is None:
+            self._advance = compile_function(advance, rollout.states.device, self.backend)
+        if self.chunk is None:
+            self.chunk = max(1, min(MAX_CHUNK, MAX_OPERATIONS // operations_of_step(rollout, *args)))
+        gamma = args[-1]
+        chunk = min(self.chunk, n_steps)
+        n_chunks, n_left = divmod(n_steps, chunk)
+        rollout, total = self._advance(like_a_middle(rollout), chunk, *args)
+        discount = gamma**chunk
+        # What the guards checked for the first of these calls holds for the others
+        with th.compiler.set_stance(skip_guard_eval_unsafe=True):
+            for _ in range(1, n_chunks):
+                rollout, rewards = self._advance(like_a_middle(rollout), chunk, *args)
+                total = total + discount * rewards
+                discount *= gamma**chunk
+        if n_left > 0:
+            rollout, rewards = advance(rollout, n_left, *args)
+            total = total + discount * rewards
+        return rollout, total
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """
+    What compiled steps are run and differentiated in. Keeps torch's remarks about its own compiler from the user, who can do
+    nothing about them; buffers that the backward pass would overwrite are kept, because each horizon passes back through
+    the steps that it shares with longer ones; and the backward pass computes the small quantities of the model once more:
+    to hand over hundreds of small tensors takes longer.
+    """
+    with warnings.catch_warnings(), functorch_config.patch(donated_buffer=False, aggressive_recomputation=True):
+        warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+        warnings.filterwarnings("ignore", category=DeprecationWarning, message=r".*torch\.jit")
+        yield

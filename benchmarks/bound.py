@@ -10,7 +10,6 @@ Writes results/trust/bound-TASK.csv: one row for each start.
 """
 
 import argparse
-import csv
 from pathlib import Path
 
 import gymnasium as gym
@@ -18,6 +17,7 @@ import numpy as np
 import torch as th
 from prior_models import MODELS
 from settings import TASKS
+from tables import write_csv
 from trust import N_STARTS
 
 from sb3_mpg import MPG
@@ -96,11 +96,8 @@ def main() -> None:
     for task in TASKS:
         if args.task in (None, task):
             returns = optimise(task, args.iterations, args.learning_rate)
-            RESULTS.mkdir(parents=True, exist_ok=True)
-            with (RESULTS / f"bound-{task}.csv").open("w", newline="") as file:
-                writer = csv.writer(file)
-                writer.writerow(["start", "return"])
-                writer.writerows([index, f"{value:.6g}"] for index, value in enumerate(returns))
+            rows = [{"start": index, "return": f"{value:.6g}"} for index, value in enumerate(returns)]
+            write_csv(RESULTS / f"bound-{task}.csv", rows)
             print(f"{task}: mean {returns.mean():.5g}, median {np.median(returns):.5g} of {N_STARTS} starts")
 
 

@@ -12,7 +12,6 @@ disturbed.
 """
 
 import argparse
-import csv
 import os
 import platform
 import signal
@@ -25,6 +24,7 @@ from typing import Any
 
 import torch as th
 from settings import ALGORITHMS, TASKS, evaluate, make_model, make_vec_env
+from tables import write_csv
 from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_mpg import MPG
@@ -35,18 +35,6 @@ RESULTS = Path(__file__).parent / "results" / "learners"
 TASK = "path_tracking"
 N_ENVS = 16
 TICKS = os.sysconf("SC_CLK_TCK")
-
-
-def write(name: str, rows: list[dict[str, Any]]) -> None:
-    """
-    :param name: of the table
-    :param rows: its rows
-    """
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    with (RESULTS / f"{name}.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def processor_seconds(pid: int) -> float:
@@ -195,7 +183,7 @@ def throughput(algorithm: str, counts: list[int], rounds: int, updates: int) -> 
             }
         )
         print(rows[-1], flush=True)
-    write(f"throughput-{algorithm}", rows)
+    write_csv(RESULTS / f"throughput-{algorithm}.csv", rows)
 
 
 class Curve(BaseCallback):
@@ -296,7 +284,7 @@ def main() -> None:
             for n_learners in args.learners or [0, 1, 2, 4]:
                 updates = args.updates or 3000
                 rows += curve(n_learners, seed, updates, Curve(args.every, updates))
-                write("curves", rows)
+                write_csv(RESULTS / "curves.csv", rows)
     else:
         # As many updates as the disturbed run came to. Nobody lives long enough to compile.
         disturber = Curve(args.every, seconds=60 * args.minutes, kill_every=args.kill_every)
@@ -304,7 +292,7 @@ def main() -> None:
         updates = disturbed[-1]["updates"]
         undisturbed = curve(2, 0, 10**5, Curve(args.every, updates), compile=False)
         runs = {"killed": disturbed, "in_peace": undisturbed}
-        write("soak", [{"run": name, **row} for name, rows in runs.items() for row in rows])
+        write_csv(RESULTS / "soak.csv", [{"run": name, **row} for name, rows in runs.items() for row in rows])
 
 
 if __name__ == "__main__":

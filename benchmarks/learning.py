@@ -8,12 +8,12 @@ Runs that are complete are skipped. Tables and figures: ``python benchmarks/lear
 """
 
 import argparse
-import csv
 import time
 from pathlib import Path
 
 import torch as th
 from settings import ALGORITHMS, ENV_SETTINGS, TASKS, Task, evaluate, make_model, make_vec_env
+from tables import write_csv
 from stable_baselines3.common.callbacks import BaseCallback
 
 RESULTS = Path(__file__).parent / "results" / "learning"
@@ -70,11 +70,7 @@ class EvaluationCallback(BaseCallback):
         return n_updates < self.updates
 
     def _on_training_end(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self.rows[0].keys())
-            writer.writeheader()
-            writer.writerows(self.rows)
+        write_csv(self.path, self.rows)
 
 
 def run(task_name: str, algorithm: str, seed: int, updates: int, n_envs: int, every: int) -> None:

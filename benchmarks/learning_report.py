@@ -15,6 +15,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from learning import RESULTS
 from settings import TASKS
+from tables import print_table, write_csv
 
 FIGURES = Path(__file__).parent / "figures"
 # Table I of the first version: iterations to each goal, mean of five runs; None: never
@@ -74,13 +75,8 @@ def write_table(runs: dict[tuple[str, str, str], dict[int, np.ndarray]]) -> None
                     "updates run": " / ".join(str(int(curve[-1, 0])) for curve in seeds.values()),
                 }
             )
-    with (RESULTS.parent / "learning.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
-    print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
-    for row in rows:
-        print("| " + " | ".join(str(value) for value in row.values()) + " |")
+    write_csv(RESULTS.parent / "learning.csv", rows)
+    print_table(rows)
 
 
 def draw(runs: dict[tuple[str, str, str], dict[int, np.ndarray]]) -> None:

@@ -5,7 +5,6 @@ Run it with ``python benchmarks/simulators.py``. It prints a table and writes ``
 Rates are per second of processor time, so that other programs on the machine disturb them less.
 """
 
-import csv
 import os
 import platform
 import statistics
@@ -19,6 +18,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import gymnasium as gym
 import mujoco
 import numpy as np
+from tables import write_csv
 import stable_baselines3
 
 import sb3_mpg_envs  # noqa: F401
@@ -121,11 +121,7 @@ def main() -> None:
                 "median": round(median),
             }
             rows.append({**result, **machine})
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    with RESULTS.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(RESULTS, rows)
 
 
 if __name__ == "__main__":

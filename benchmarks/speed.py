@@ -7,7 +7,6 @@ What a ratio compares takes turns, so that a machine that becomes slower for a w
 writes it to results/speed_DEVICE.csv, and the ten largest shares of an update to results/profile_DEVICE.csv.
 """
 
-import csv
 import io
 import os
 import platform
@@ -24,6 +23,7 @@ import numpy as np
 import stable_baselines3
 import torch as th
 from settings import TASKS, make_model, make_vec_env
+from tables import write_csv
 from stable_baselines3 import TD3
 from torch.profiler import ProfilerActivity, profile
 
@@ -370,11 +370,15 @@ def write_profile(model: MPG, device: str) -> None:
         model.train(2 * UPDATES, BATCH)
     events = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
     total = sum(event.self_cpu_time_total for event in events)
-    with (RESULTS / f"profile_{device}.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["what", "share of an update", "calls in an update"])
-        for event in events[:10]:
-            writer.writerow([event.key[:60], f"{event.self_cpu_time_total / total:.1%}", event.count / (2 * UPDATES)])
+    rows = [
+        {
+            "what": event.key[:60],
+            "share of an update": f"{event.self_cpu_time_total / total:.1%}",
+            "calls in an update": event.count / (2 * UPDATES),
+        }
+        for event in events[:10]
+    ]
+    write_csv(RESULTS / f"profile_{device}.csv", rows)
 
 
 def main() -> None:
@@ -395,11 +399,8 @@ def main() -> None:
 
     versions = f"torch {th.__version__}, stable-baselines3 {stable_baselines3.__version__}, numpy {np.__version__}"
     machine = cpu_name() + (f", {th.cuda.get_device_name()}" if device == "cuda" else "")
-    RESULTS.mkdir(exist_ok=True)
-    with (RESULTS / f"speed_{device}.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*table.rows[0], "versions", "machine", "load before"])
-        writer.writeheader()
-        writer.writerows({**row, "versions": versions, "machine": machine, "load before": load} for row in table.rows)
+    about = {"versions": versions, "machine": machine, "load before": load}
+    write_csv(RESULTS / f"speed_{device}.csv", [{**row, **about} for row in table.rows])
     write_profile(model, device)
 
 

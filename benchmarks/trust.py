@@ -9,8 +9,6 @@ skipped. Tables and figures: ``python benchmarks/trust_report.py``.
 """
 
 import argparse
-import csv
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ import numpy as np
 import torch as th
 from prior_models import MODELS
 from settings import TASKS, Task, evaluate
+from tables import write_csv
 from stable_baselines3 import SAC, TD3
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
@@ -126,13 +125,7 @@ class EvaluationCallback(BaseCallback):
         return True
 
     def _on_training_end(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self.path.with_suffix(".part")
-        with unfinished.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self.rows[0].keys())
-            writer.writeheader()
-            writer.writerows(self.rows)
-        os.replace(unfinished, self.path)
+        write_csv(self.path, self.rows)
 
 
 def run(task: str, model: str | None, method: str, seed: int, steps: int) -> None:

@@ -14,6 +14,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from learning_report import first_above
+from tables import print_table, write_csv
 from trust import METHODS, RESULTS, WITHOUT_MODEL
 
 FIGURES = Path(__file__).parent / "figures"
@@ -78,14 +79,8 @@ def write_table(runs: Runs, bounds: dict[str, float]) -> None:
         if task in bounds:
             row["worse than the bound by"] = f"{np.median(final) / bounds[task] - 1:.0%}"
         rows.append(row)
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    with (RESULTS.parent / "trust.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-    print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
-    for row in rows:
-        print("| " + " | ".join(str(row.get(column, "")) for column in columns) + " |")
+    write_csv(RESULTS.parent / "trust.csv", rows)
+    print_table(rows)
     for task, bound in bounds.items():
         print(f"bound, {task}: {bound:.5g}")
 

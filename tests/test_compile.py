@@ -30,6 +30,29 @@ def test_compiled_gradient_equals_the_other(env):
     th.testing.assert_close(compiled / scale, expected / scale, rtol=0, atol=5e-6)
 
 
+class RandomGains(PriorModel):
+    """Noise that the gradient depends on, drawn in the ways that torch has."""
+
+    def transition(self, states, actions):
+        gains = th.normal(th.ones_like(states), 0.3) + th.rand(states.shape) + th.bernoulli(th.full_like(states, 0.5))
+        return (gains * states).sin() + (th.randn(actions.shape) * actions).sin().sum(1, keepdim=True)
+
+    def reward(self, states, actions, next_states):
+        return -(states**2).sum(1, keepdim=True)
+
+
+def test_the_backward_pass_has_the_noise_of_the_forward_pass():
+    kwargs = {"prior_model": RandomGains(), "residual": False, "weighting": "constant"}
+    model = MPG("MlpPolicy", LinearEnv(), compile=False, horizons=(0, 2), **kwargs, **SMALL).learn(44)
+    observations = th.as_tensor(model.replay_buffer.observations[:32, 0])
+    expected = gradient(model, observations, {2: 1.0})
+    model._step_compiler = StepCompiler(chunk=1)
+    compiled = gradient(model, observations, {2: 1.0})
+    assert model._step_compiler is not None
+    scale = expected.abs().max()
+    th.testing.assert_close(compiled / scale, expected / scale, rtol=0, atol=5e-6)
+
+
 def test_the_graph_follows_what_it_depends_on():
     """Numbers that the model holds, other batches: nothing that was compiled goes stale."""
     model = MPG("MlpPolicy", "PathTracking-v0", compile=False, **SMALL).learn(44)

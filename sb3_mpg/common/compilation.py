@@ -18,6 +18,12 @@ from sb3_mpg.common.model_rollout import Advance, RolloutState, advance
 # second or more to compile
 MAX_CHUNK = 5
 MAX_OPERATIONS = 1000
+# Of what is known to be cheap. Not `aggressive_recomputation`, which also draws random numbers a second time
+RECOMPUTE_WHAT_IS_CHEAP = {
+    "ban_recompute_used_far_apart": False,
+    "ban_recompute_long_fusible_chains": False,
+    "ban_recompute_materialized_backward": False,
+}
 
 
 class BiasBehindProduct(TorchFunctionMode):
@@ -159,7 +165,7 @@ def compiling() -> Iterator[None]:
     the steps that it shares with longer ones; and the backward pass computes the small quantities of the model once more:
     to hand over hundreds of small tensors takes longer.
     """
-    with warnings.catch_warnings(), functorch_config.patch(donated_buffer=False, aggressive_recomputation=True):
+    with warnings.catch_warnings(), functorch_config.patch(donated_buffer=False, **RECOMPUTE_WHAT_IS_CHEAP):
         warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
         warnings.filterwarnings("ignore", category=DeprecationWarning, message=r".*torch\.jit")
         yield

@@ -4,7 +4,7 @@ from lq import LinearEnv
 
 import sb3_mpg_envs  # noqa: F401
 from sb3_mpg import MPG, PriorModel
-from sb3_mpg.common.compilation import BiasBehindProduct, StepCompiler
+from sb3_mpg.common.compilation import BiasBehindProduct, PartsOneByOne, StepCompiler
 
 SMALL = {"policy_kwargs": {"net_arch": [16]}, "learning_starts": 40, "batch_size": 32, "seed": 0, "buffer_size": 2000}
 
@@ -92,6 +92,26 @@ def test_biases_behind_products_change_nothing_else():
         expected = function()
         with BiasBehindProduct():
             th.testing.assert_close(function(), expected)
+
+
+def test_tensors_in_parts_are_the_same():
+    tensor = th.randn(4, 5)
+    functions = [
+        lambda: tensor.unbind(),
+        lambda: tensor.unbind(-1),
+        lambda: th.unbind(tensor, dim=1),
+        lambda: tensor.split([1, 4], dim=1),
+        lambda: th.split(tensor, (3, 1)),
+        lambda: tensor.split(2, dim=-1),
+        lambda: th.split(tensor, split_size_or_sections=[2, 2]),
+    ]
+    for function in functions:
+        expected = function()
+        with PartsOneByOne():
+            parts = function()
+        assert len(parts) == len(expected)
+        for part, other in zip(parts, expected, strict=True):
+            th.testing.assert_close(part, other, rtol=0, atol=0)
 
 
 class ManySmallSteps(PriorModel):

@@ -1,8 +1,8 @@
 """Model and policy compiled for rollouts: the same numbers, sooner."""
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from types import FunctionType
 from typing import Any
 
@@ -19,7 +19,7 @@ from sb3_mpg.common.model_rollout import Advance, RolloutState, advance
 MAX_CHUNK = 5
 MAX_OPERATIONS = 1000
 # Of what is known to be cheap. Not `aggressive_recomputation`, which also draws random numbers a second time
-RECOMPUTE_WHAT_IS_CHEAP = {
+RECOMPUTE_WHAT_IS_CHEAP: dict[str, Any] = {
     "ban_recompute_used_far_apart": False,
     "ban_recompute_long_fusible_chains": False,
     "ban_recompute_materialized_backward": False,
@@ -47,6 +47,34 @@ class BiasBehindProduct(TorchFunctionMode):
         return product - (-bias)
 
 
+class PartsOneByOne(TorchFunctionMode):
+    """
+    Tensors that are taken apart, part by part. The backward pass of what is compiled may take a part once more from the whole;
+    of what came out of one ``unbind`` or ``split`` into given sizes it is handed over each part, and all that follows from it.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """As in ``TorchFunctionMode``."""
+        kwargs = kwargs or {}
+        if func in (th.unbind, th.Tensor.unbind) and kwargs.keys() <= {"dim"}:
+            return self._unbind(*args, **kwargs)
+        if func in (th.split, th.Tensor.split) and kwargs.keys() <= {"dim"} and isinstance(args[1], (list, tuple)):
+            return self._split(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    @staticmethod
+    def _unbind(tensor: th.Tensor, dim: int = 0) -> tuple[th.Tensor, ...]:
+        return tuple(tensor.select(dim, index) for index in range(tensor.shape[dim]))
+
+    @staticmethod
+    def _split(tensor: th.Tensor, sizes: Sequence[int], dim: int = 0) -> tuple[th.Tensor, ...]:
+        assert sum(sizes) == tensor.shape[dim], (sizes, tensor.shape)
+        starts = [sum(sizes[:index]) for index in range(len(sizes))]
+        return tuple(tensor.narrow(dim, start, size) for start, size in zip(starts, sizes, strict=True))
+
+
 def compile_function(function: Callable[..., Any], device: th.device, backend: str) -> Callable[..., Any]:
     """
     A call is checked by ``torch.compile``'s guards against everything that the graph depends on, the attributes of
@@ -66,15 +94,14 @@ def compile_function(function: Callable[..., Any], device: th.device, backend: s
         # only to see that the C++ compiler knows those of this processor, takes as long as all the rest
         options = {"fallback_random": True, "size_asserts": False, "cpp.vec_isa_ok": True, "cpp_wrapper": on_cpu}
 
-    def on_cpu_function(*args: Any) -> Any:
-        with BiasBehindProduct():
+    def rewritten(*args: Any) -> Any:
+        with PartsOneByOne(), BiasBehindProduct() if on_cpu else nullcontext():
             return function(*args)
 
-    original = on_cpu_function if on_cpu else function
-    assert isinstance(original, FunctionType)
     # A code object of its own: torch counts recompilations for each, and gives up after a few. Several algorithms in
     # one process, as in a search for hyperparameters, must not use up each other's.
-    own = FunctionType(original.__code__.replace(), original.__globals__, original.__name__, None, original.__closure__)
+    code = rewritten.__code__.replace()
+    own = FunctionType(code, rewritten.__globals__, rewritten.__name__, None, rewritten.__closure__)
     # fullgraph: a model that breaks the graph would run slower than without compilation
     return th.compile(own, fullgraph=True, dynamic=False, backend=backend, options=options)
 

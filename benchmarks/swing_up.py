@@ -68,7 +68,7 @@ class EvaluationCallback(BaseCallback):
 
 def make(algorithm: str, seed: int, exploration_noise: float) -> BaseAlgorithm:
     """
-    :param algorithm: ``mpg`` or ``td3``
+    :param algorithm: ``mpg``, ``mpg_recorded_states`` (without exploring in the model) or ``td3``
     :param seed: of everything random
     :param exploration_noise: standard deviation of the noise on actions in [-1, 1]
     :return: the algorithm
@@ -77,12 +77,14 @@ def make(algorithm: str, seed: int, exploration_noise: float) -> BaseAlgorithm:
         # SB3 scales the noise as it scales the actions
         return TD3("MlpPolicy", ENV_ID, action_noise=NormalActionNoise(np.zeros(1), exploration_noise * np.ones(1)), seed=seed)
     settings = {"learning_starts": 500, "exploration_noise": exploration_noise, "seed": seed}
+    if algorithm == "mpg_recorded_states":
+        settings["model_exploration"] = 0.0
     return MPG("MlpPolicy", ENV_ID, prior_model=MyPendulum(), **settings)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("algorithm", choices=["mpg", "td3"])
+    parser.add_argument("algorithm", choices=["mpg", "mpg_recorded_states", "td3"])
     parser.add_argument("--seed", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--exploration-noise", type=float, default=0.1)

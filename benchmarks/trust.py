@@ -36,6 +36,7 @@ N_STARTS = 50
 # Methods that need a model, and what they change of the defaults
 METHODS: dict[str, dict[str, Any]] = {
     "mpg": {},
+    "recorded_states": {"model_exploration": 0.0},
     "measured": {"residual": False, "learning_starts": WARM_UP},
     "rule_based": {"residual": False, "weighting": "rule_based", "learning_starts": WARM_UP},
     "weight_1": {"horizons": (25,), "weighting": "constant"},

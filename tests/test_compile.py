@@ -1,3 +1,4 @@
+import gymnasium as gym
 import pytest
 import torch as th
 from lq import LinearEnv
@@ -75,6 +76,22 @@ def test_the_graph_follows_what_it_depends_on():
     assert not th.allclose(before, check())
     observations = observations[:20]
     check()
+
+
+def test_compiled_exploration_equals_the_other():
+    kwargs = {"early_reset_terminates": True}
+    env = gym.make("InvertedPendulumConti-v0", **kwargs)
+    model = MPG("MlpPolicy", env, compile=False, horizons=(0, 3), **SMALL).learn(60)
+    observations, units = th.as_tensor(model.replay_buffer.observations[:32, 0]), model._units()
+    model.rollout_model.eval()
+    explored = []
+    for compiler in (None, StepCompiler()):
+        model._step_compiler = compiler
+        th.manual_seed(0)
+        explored.append(model._explored(observations, units, 0.9))
+        assert model._step_compiler is compiler
+    th.testing.assert_close(*explored, rtol=1e-5, atol=1e-5)
+    assert (explored[0] != observations).any()
 
 
 def test_biases_behind_products_change_nothing_else():

@@ -144,6 +144,8 @@ def test_models_that_break_the_rules(prior_model, message):
         ({"reward_scale": 0}, "`reward_scale` must be a number, more than 0"),
         ({"max_grad_norm": -1.0}, "`max_grad_norm` must be a number, more than 0"),
         ({"exploration_noise": -0.1}, "`exploration_noise` must be a number, 0.0 or more"),
+        ({"model_exploration": 1.5}, "`model_exploration` is a share, from 0 to 1, got 1.5"),
+        ({"model_exploration": "half"}, "`model_exploration` must be a number, 0.0 or more, got 'half'"),
         ({"batch_reuse": 1.5}, "`batch_reuse` counts updates"),
         ({"batch_reuse": 0}, "`batch_reuse` counts updates"),
         ({"policy_delay": 0}, "`policy_delay` counts updates"),

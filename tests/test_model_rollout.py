@@ -4,7 +4,7 @@ import torch as th
 from lq import LinearActor, LinearModel, analytic_gradient, quadratic_q, random_problem
 
 from sb3_mpg import PriorModel
-from sb3_mpg.common.model_rollout import first_non_finite_step, mixed_policy_gradient, model_rollout
+from sb3_mpg.common.model_rollout import explore_in_model, first_non_finite_step, mixed_policy_gradient, model_rollout
 from sb3_mpg.common.units import Units
 
 IDENTITY = Units()
@@ -294,3 +294,41 @@ def test_first_non_finite_step_names_the_step():
 
     reason = first_non_finite_step(states, actor, q_function, BadSlope(), units, 3, 0.9)
     assert "gradient becomes non-finite in model step 2" in str(reason)
+
+
+class Counter(PriorModel):
+    """s' = s + a; above 10 it says nothing that could be used, and below -3 it ends."""
+
+    may_terminate = True
+
+    def transition(self, states, actions):
+        return th.where(states + actions > 10, th.nan, states + actions)
+
+    def reward(self, states, actions, next_states):
+        return -(states**2)
+
+    def terminal(self, next_states):
+        return next_states < -3
+
+
+def test_exploring_holds_an_action_and_stays_in_the_region():
+    half = LinearActor(th.full((1, 1), 0.5))
+    observations = th.tensor([[0.0], [2.0], [-4.0], [0.0], [9.5], [-2.0], [3.0]])
+    noise = th.tensor([[0.25], [-5.0], [0.0], [1.0], [0.0], [-1.0], [0.0]])
+    n_steps = th.tensor([[3], [2], [0], [9], [9], [9], [1]])
+    expected = [
+        0.75,  # 3 steps of 0.25
+        0.0,  # the action is 1 - 5, clipped to -1, twice
+        -4.0,  # no step
+        4.0,  # the last one within the region
+        9.5,  # outside of the region, where the first step does not come back
+        -3.0,  # a step further it ends
+        4.0,  # one step of 1.5, clipped
+    ]
+    explored = explore_in_model(observations, half, Counter(), IDENTITY, n_steps, noise, th.tensor([-9.0]), th.tensor([4.5]))
+    assert explored.flatten().tolist() == pytest.approx(expected)
+    # Nor does it go to where the model knows no number
+    explored = explore_in_model(
+        observations[3:4], half, Counter(), IDENTITY, th.tensor([[99]]), noise[3:4], th.tensor([-th.inf]), th.tensor([th.inf])
+    )
+    assert explored.item() == 10.0

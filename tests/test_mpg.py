@@ -139,7 +139,7 @@ def test_critic_loss_with_measured_weights_equals_the_one_written_by_hand():
     States are balanced by the size of their values as far as the model is trusted, and where the policy is due
     sum_n w_n^2 (Q(s, pi(s)) - X_n(s))^2 is added, outliers limited.
     """
-    model = MPG("MlpPolicy", LinearEnv(), horizons=(0, 2, 6), policy_delay=2, **SMALL).learn(50)
+    model = MPG("MlpPolicy", LinearEnv(), horizons=(0, 2, 6), policy_delay=2, model_exploration=0, **SMALL).learn(50)
     model.rollout_model.eval()
     model.weighting_rule._errors = [np.array([0.6, 0.3, 0.1])]
     weights = dict(zip((0, 2, 6), np.array([1, 2, 6]) / 9, strict=True))
@@ -175,6 +175,37 @@ def test_critic_loss_with_measured_weights_equals_the_one_written_by_hand():
     for n_updates, is_due in ((2, True), (3, False)):
         gradient = th.cat([gradient.flatten() for gradient in model.compute_gradients(batch, n_updates, units).critic])
         th.testing.assert_close(gradient, loss_by_hand(is_due), rtol=1e-4, atol=1e-7)
+
+
+def test_half_of_the_states_are_explored_in_a_model_that_is_trusted():
+    model = MPG("MlpPolicy", LinearEnv(), horizons=(0, 4), policy_delay=1, max_grad_norm=None, **SMALL).learn(50)
+    model.rollout_model.eval()
+    units = model._units()
+    batch = model._sample_batch(1, 32, units)
+
+    def explored(trust):
+        th.manual_seed(0)
+        return model._explored(batch.observations, units, trust)
+
+    assert th.equal(explored(0.0), batch.observations)
+    n_moved = []
+    for trust in (1.0, 0.3):
+        observations = explored(trust)
+        moved = (observations != batch.observations).any(dim=1)
+        assert not moved[16:].any()
+        n_moved.append(moved.sum())
+        width = batch.observations.amax(dim=0) - batch.observations.amin(dim=0)
+        assert (observations <= batch.observations.amax(dim=0) + width).all()
+        assert (observations >= batch.observations.amin(dim=0) - width).all()
+    assert 12 <= n_moved[0] and n_moved[1] < 10
+
+    # The policy is improved there
+    model.weighting_rule._errors = [np.array([1e30, 1e-30])]
+    observations = explored(1.0)
+    expected = model._mixed_policy_gradient(observations, units, {4: 1.0}, 1.0).gradients
+    th.manual_seed(0)
+    for ours, other in zip(model.compute_gradients(batch, 2, units).actor, expected, strict=True):
+        th.testing.assert_close(ours, other)
 
 
 def test_without_trust_in_the_model_an_update_is_the_data_driven_one():

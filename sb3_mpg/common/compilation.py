@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sb3_mpg.common.model_rollout import Advance, RolloutState, advance
+from sb3_mpg.common.model_rollout import Advance, HeldStep, RolloutState, advance, held_step
 
 # At most so many steps are compiled into one graph, and no more than make about so many operations: a hundred of them take a
 # second or more to compile
@@ -160,6 +160,7 @@ class StepCompiler:
         self.backend = backend
         # Compiled at the first call, because that is where failures are dealt with
         self._advance: Advance | None = None
+        self._held_step: HeldStep | None = None
 
     def __call__(self, rollout: RolloutState, n_steps: int, *args: Any) -> tuple[RolloutState, th.Tensor]:
         """As :func:`advance`."""
@@ -182,6 +183,12 @@ class StepCompiler:
             rollout, rewards = advance(rollout, n_left, *args)
             total = total + discount * rewards
         return rollout, total
+
+    def held_step(self, states: th.Tensor, *args: Any) -> tuple[th.Tensor, th.Tensor]:
+        """As :func:`~sb3_mpg.common.model_rollout.held_step`."""
+        if self._held_step is None:
+            self._held_step = compile_function(held_step, states.device, self.backend)
+        return self._held_step(states, *args)
 
 
 @contextmanager

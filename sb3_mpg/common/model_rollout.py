@@ -164,6 +164,68 @@ def model_rollout(
     return returns
 
 
+def held_step(
+    states: th.Tensor, env_actions: th.Tensor, n_left: th.Tensor, model: PriorModel, low: th.Tensor, high: th.Tensor
+) -> tuple[th.Tensor, th.Tensor]:
+    """
+    A step of :func:`explore_in_model`.
+
+    :param states: states of the model, ``(B, S)``
+    :param env_actions: actions in the units of the environment, ``(B, A)``
+    :param n_left: how many steps each row still takes, ``(B, 1)``
+    :param model: the model
+    :param low: least raw observations of the region, ``obs_shape``
+    :param high: largest raw observations of the region, ``obs_shape``
+    :return: the next states, and how many steps are left then: none where this one would leave the region or terminate
+    """
+    next_states, _ = model.step(states, env_actions)
+    observations = model.observation(next_states)
+    # What is not a number is within no region
+    goes_on = ((observations >= low) & (observations <= high)).flatten(1).all(dim=1, keepdim=True) & (n_left > 0)
+    if model.may_terminate:
+        goes_on = goes_on & ~model.terminal(next_states)
+    return th.where(goes_on, next_states, states), th.where(goes_on, n_left - 1, 0)
+
+
+#: Steps a model as :func:`held_step` does
+HeldStep = Callable[..., tuple[th.Tensor, th.Tensor]]
+
+
+@th.no_grad()
+def explore_in_model(
+    observations: th.Tensor,
+    actor: th.nn.Module,
+    model: PriorModel,
+    units: Units,
+    n_steps: th.Tensor,
+    noise: th.Tensor,
+    low: th.Tensor,
+    high: th.Tensor,
+    held_step: HeldStep = held_step,
+) -> th.Tensor:
+    """
+    Where the system would be had it been explored from recorded states: some model steps away from them, with an action
+    that is held. A row stops before it leaves the given region or terminates.
+
+    :param observations: raw observations, ``(B, *obs_shape)``
+    :param actor: the policy
+    :param model: the model
+    :param units: between the environment and the networks
+    :param n_steps: numbers of model steps, ``(B, 1)``
+    :param noise: added to the policy's actions, in [-1, 1] units, ``(B, A)``
+    :param low: least raw observations of the region, ``obs_shape``
+    :param high: largest raw observations of the region, ``obs_shape``
+    :param held_step: steps the model; :func:`held_step`, or the same compiled
+    :return: raw observations, ``(B, *obs_shape)``
+    """
+    actions = (actor(units.normalize_observations(observations)) + noise).clamp(-1, 1)
+    env_actions = units.unscale_actions(actions)
+    states, n_left = model.state_from_observation(observations), n_steps
+    for _ in range(int(n_steps.max())):
+        states, n_left = held_step(states, env_actions, n_left, model, low, high)
+    return model.observation(states)
+
+
 class PolicyGradient(NamedTuple):
     """
     :param loss: the actor loss (eq. 9), a scalar

@@ -30,7 +30,9 @@ from sb3_mpg.common.model_rollout import (
     PolicyGradient,
     QFunction,
     advance,
+    explore_in_model,
     first_non_finite_step,
+    held_step,
     mixed_policy_gradient,
 )
 from sb3_mpg.common.models.loading import PriorModelLike
@@ -41,7 +43,7 @@ from sb3_mpg.common.off_policy_model_algorithm import OffPolicyModelAlgorithm
 from sb3_mpg.common.trust_report import Measurement, TrustReport, make_trust_report
 from sb3_mpg.common.type_aliases import Differentiate, GradientResult, TrainingBatch
 from sb3_mpg.common.units import Units
-from sb3_mpg.common.utils import gradient_of, polyak_update_all, randomness_of_update, trainable_parameters
+from sb3_mpg.common.utils import check_number, gradient_of, polyak_update_all, randomness_of_update, trainable_parameters
 from sb3_mpg.common.value_targets import ValueTarget, target_values_of
 from sb3_mpg.common.weighting import WeightingRule, check_horizons, make_weighting_rule
 from sb3_mpg.mpg.policies import MlpPolicy, MPGPolicy
@@ -57,6 +59,11 @@ COMPILE_FROM_MODEL_STEPS = 50_000
 # The errors of the gradients are measured at so many states, once in so many updates
 N_MEASURED_STATES = 128
 MEASURE_EVERY = 20
+# The model is explored up to so many steps away from recorded states, with noise of this standard deviation on the action,
+# and no further from all that is in the batch than so many times its width, in any dimension
+MAX_EXPLORED_STEPS = 10
+EXPLORED_NOISE = 1.0
+EXPLORED_MARGIN = 1.0
 # The report is about that many of the steps recorded last
 N_REPORTED_STEPS = 5000
 
@@ -127,6 +134,8 @@ class MPG(OffPolicyModelAlgorithm):
     :param max_grad_norm: largest norm of the gradient of each network, ``None`` for no limit
     :param reward_scale: factor of all rewards, recorded and predicted ones alike
     :param exploration_noise: standard deviation of the Gaussian noise on actions in [-1, 1] when ``action_noise`` is None
+    :param model_exploration: share of the states of a policy update that are explored in the model, as far as measured weights
+        trust it: up to ``MAX_EXPLORED_STEPS`` model steps away from replayed ones, with a random action. 0 for none
     :param max_skipped_updates: how many updates in a row may be skipped for a non-finite gradient before training stops
     :param n_learners: number of processes that compute the gradients while the main process steps the environments and
         applies them; 0 computes them in the main process. The number of updates is the same, they come sooner.
@@ -190,6 +199,7 @@ class MPG(OffPolicyModelAlgorithm):
         max_grad_norm: float | None = 3.0,
         reward_scale: float = 1.0,
         exploration_noise: float = 0.1,
+        model_exploration: float = 0.5,
         max_skipped_updates: int = 20,
         n_learners: int = 0,
         max_staleness: int | None = None,
@@ -246,6 +256,7 @@ class MPG(OffPolicyModelAlgorithm):
         self._compiles: bool | None = None
         self._step_compiler: StepCompiler | None = None
         self.policy_delay = policy_delay
+        self.model_exploration = model_exploration
         self._batches: list[TrainingBatch] = []
         self._n_batch_uses = 0
         self._measurements: list[Measurement] = []
@@ -262,6 +273,9 @@ class MPG(OffPolicyModelAlgorithm):
             if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < 1:
                 raise ValueError(f"`{name}` counts updates and must be a whole number, 1 or more, got {count!r}.")
         check_differentiate(self.differentiate)
+        check_number("model_exploration", self.model_exploration, 0.0)
+        if self.model_exploration > 1:
+            raise ValueError(f"`model_exploration` is a share, from 0 to 1, got {self.model_exploration!r}.")
         # The constructor has made a rule of them
         given = [name for name in ("horizons", "weighting", "weighting_kwargs") if name in vars(self)]
         if given:
@@ -572,19 +586,55 @@ class MPG(OffPolicyModelAlgorithm):
         actor_gradients = None
         if n_updates % self.policy_delay == 0:
             weights = self.weighting_rule(n_updates)
-            policy_gradient = self._mixed_policy_gradient(batch.observations, units, weights, trust)
+            observations = self._explored(batch.observations, units, trust)
+            policy_gradient = self._mixed_policy_gradient(observations, units, weights, trust)
             actor_gradients = policy_gradient.gradients
             logs["train/actor_loss"] = policy_gradient.loss.item()
             logs.update({f"horizons/weight_{horizon}": weight for horizon, weight in weights.items()})
             logs.update({f"horizons/return_{horizon}": x.mean().item() for horizon, x in policy_gradient.returns.items()})
             if trust > 0:
-                policy_values = self.critic(network_inputs, policy_gradient.actions)
+                policy_values = self.critic(units.normalize_observations(observations), policy_gradient.actions)
                 value_loss = rollout_value_loss(policy_values, policy_gradient.returns, weights, trust)
                 logs["train/rollout_value_loss"] = value_loss.item()
                 critic_loss = critic_loss + value_loss
         critic_gradients = gradient_of(critic_loss, self.critic)
 
         return GradientResult(critic_gradients, actor_gradients, logs)
+
+    def _explored(self, observations: th.Tensor, units: Units, trust: float) -> th.Tensor:
+        """
+        Recorded trajectories of a policy are narrow, and what lies beside them is heard of only by exploring. A model that is
+        trusted can be explored instead of the system.
+
+        :param observations: raw observations of replayed states, ``(B, *obs_shape)``
+        :param units: conversions between environment and networks
+        :param trust: in the model, from 0 to 1
+        :return: the same, a share of them replaced by what :func:`explore_in_model` makes of them
+        """
+        n_explored = round(self.model_exploration * len(observations))
+        if n_explored == 0 or trust == 0:
+            return observations
+        shape = (n_explored, 1)
+        n_steps = th.randint(1, MAX_EXPLORED_STEPS + 1, shape, device=self.device)
+        # Always as many rows, for which it is compiled
+        n_steps = n_steps * (th.rand(shape, device=self.device) < trust)
+        noise = EXPLORED_NOISE * th.randn(n_explored, self.action_space.shape[0], device=self.device)  # type: ignore[index]
+        low, high = observations.amin(dim=0), observations.amax(dim=0)
+        margin = EXPLORED_MARGIN * (high - low)
+        explored = self._compiled(
+            lambda advance: explore_in_model(
+                observations[:n_explored],
+                self.actor,
+                self.rollout_model,  # type: ignore[arg-type]
+                units,
+                n_steps,
+                noise,
+                low - margin,
+                high + margin,
+                advance.held_step if isinstance(advance, StepCompiler) else held_step,
+            )
+        )
+        return th.cat([explored, observations[n_explored:]])
 
     def apply_gradients(self, result: GradientResult) -> bool:
         """

@@ -88,8 +88,9 @@ class MPG(OffPolicyModelAlgorithm):
     Beyond the papers, and by default, the model is corrected by what is recorded (``residual``), and the gradients are
     weighted by their measured errors (``weighting="measured"``) instead of by the clock. As far as these weights trust the
     model, states count alike in the losses of policy and critics, whatever the size of their gradients and values (see
-    ``sb3_mpg.common.balance``), and the critics regress on the returns of the policy's rollouts, too; without trust an update
-    is that of the data-driven gradient. MPG-v2 of the papers is
+    ``sb3_mpg.common.balance``), the critics regress on the returns of the policy's rollouts, too, and half of the states of a
+    policy update are explored in the model (``model_exploration``); without trust an update is that of the data-driven
+    gradient. MPG-v2 of the papers is
     ``residual=False, weighting="rule_based", learning_starts=3000``, and MPG-v1 the same with
     ``value_target="n_step_simulator", batch_reuse=10``; the other defaults are those of Table VI. Networks see sines and
     cosines of the observations unless ``policy_kwargs`` leaves them out (see ``ObservationScaler``). Differences from the

@@ -76,10 +76,10 @@ def make(algorithm: str, seed: int, exploration_noise: float) -> BaseAlgorithm:
     if algorithm == "td3":
         # SB3 scales the noise as it scales the actions
         return TD3("MlpPolicy", ENV_ID, action_noise=NormalActionNoise(np.zeros(1), exploration_noise * np.ones(1)), seed=seed)
-    settings = {"learning_starts": 500, "exploration_noise": exploration_noise, "seed": seed}
+    settings: dict[str, Any] = {}
     if algorithm == "mpg_recorded_states":
-        settings["model_exploration"] = 0.0
-    return MPG("MlpPolicy", ENV_ID, prior_model=MyPendulum(), **settings)
+        settings = {"model_exploration": 0.0, "learning_starts": 500}
+    return MPG("MlpPolicy", ENV_ID, prior_model=MyPendulum(), exploration_noise=exploration_noise, seed=seed, **settings)
 
 
 def main() -> None:

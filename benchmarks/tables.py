@@ -12,6 +12,7 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     :param path: of the file, whose folder is made; it is there as a whole or not at all
     :param rows: by column; columns may be missing in some of them
     """
+    assert rows, path
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".part")
     with unfinished.open("w", newline="", encoding="utf-8") as file:

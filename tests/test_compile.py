@@ -112,23 +112,24 @@ def test_biases_behind_products_change_nothing_else():
 
 
 def test_tensors_in_parts_are_the_same():
-    tensor = th.randn(4, 5)
-    functions = [
-        lambda: tensor.unbind(),
-        lambda: tensor.unbind(-1),
-        lambda: th.unbind(tensor, dim=1),
-        lambda: tensor.split([1, 4], dim=1),
-        lambda: th.split(tensor, (3, 1)),
-        lambda: tensor.split(2, dim=-1),
-        lambda: th.split(tensor, split_size_or_sections=[2, 2]),
-    ]
-    for function in functions:
+    tensor = th.randn(4, 5, requires_grad=True)
+    functions = {
+        lambda: tensor.unbind(): "SelectBackward0",
+        lambda: tensor.unbind(-1): "SelectBackward0",
+        lambda: th.unbind(tensor, dim=1): "SelectBackward0",
+        lambda: tensor.split([1, 4], dim=1): "SliceBackward0",
+        lambda: th.split(tensor, (3, 1)): "SliceBackward0",
+        lambda: tensor.split(2, dim=-1): "SplitBackward0",
+        lambda: th.split(tensor, split_size_or_sections=[2, 2]): "SliceBackward0",
+    }
+    for function, derivative in functions.items():
         expected = function()
         with PartsOneByOne():
             parts = function()
         assert len(parts) == len(expected)
         for part, other in zip(parts, expected, strict=True):
             th.testing.assert_close(part, other, rtol=0, atol=0)
+            assert part.grad_fn.name() == derivative
 
 
 class ManySmallSteps(PriorModel):

@@ -325,10 +325,44 @@ def test_exploring_holds_an_action_and_stays_in_the_region():
         -3.0,  # a step further it ends
         4.0,  # one step of 1.5, clipped
     ]
-    explored = explore_in_model(observations, half, Counter(), IDENTITY, n_steps, noise, th.tensor([-9.0]), th.tensor([4.5]))
+    explored = explore_in_model(
+        observations, half, Counter(), IDENTITY, n_steps, noise, th.tensor([-9.0]), th.tensor([4.5]), 9
+    )
     assert explored.flatten().tolist() == pytest.approx(expected)
     # Nor does it go to where the model knows no number
-    explored = explore_in_model(
-        observations[3:4], half, Counter(), IDENTITY, th.tensor([[99]]), noise[3:4], th.tensor([-th.inf]), th.tensor([th.inf])
-    )
+    inf = th.tensor([th.inf])
+    explored = explore_in_model(observations[3:4], half, Counter(), IDENTITY, th.tensor([[99]]), noise[3:4], -inf, inf, 99)
     assert explored.item() == 10.0
+
+
+class DoubledCounter(PriorModel):
+    """s' = s + a, of which twice is observed, and something else that the model does not know."""
+
+    def state_from_observation(self, observations):
+        return 0.5 * observations[:, :1]
+
+    def observation(self, states):
+        return th.cat([2 * states, th.zeros_like(states)], dim=1)
+
+    def transition(self, states, actions):
+        return states + actions
+
+    def reward(self, states, actions, next_states):
+        return -(states**2)
+
+
+def test_exploring_keeps_to_the_units_of_everything():
+    """Normalised observations for the policy, actions of the environment for the model, its own states."""
+    units = Units(
+        action_centre=th.tensor([10.0]),
+        action_half_range=th.tensor([4.0]),
+        observation_mean=th.tensor([6.0, 0.0]),
+        observation_std=th.tensor([2.0, 1.0]),
+    )
+    actor = LinearActor(th.tensor([[0.25, 0.0]]))
+    observations, noise = th.tensor([[8.0, 7.0], [8.0, 7.0]]), th.tensor([[0.5], [0.5]])
+    inf = th.full((2,), th.inf)
+    explored = explore_in_model(observations, actor, DoubledCounter(), units, th.tensor([[2], [0]]), noise, -inf, inf, 2)
+    # The action is (8 - 6) / 2 / 4 + 0.5 = 0.75, in the environment 13, and 4 + 2 * 13 = 30 is seen as 60. Where no step is
+    # taken, what the model does not know stays, too
+    assert explored.tolist() == [[60.0, 0.0], [8.0, 7.0]]

@@ -13,10 +13,12 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNorm
 
 import sb3_mpg_envs  # noqa: F401
 from sb3_mpg import MPG, NStepADP, NStepDPG, PriorModel
+from sb3_mpg.common.balance import balanced_mse_loss, rollout_value_loss
 from sb3_mpg.common.model_rollout import model_rollout
 from sb3_mpg.common.torch_layers import ObservationScaler
 from sb3_mpg.common.utils import gradient_of
 from sb3_mpg.common.value_targets import SimulatorTarget
+from sb3_mpg.mpg import mpg
 from sb3_mpg_envs.path_tracking.dynamics import VehicleParameters
 
 SMALL = {"policy_kwargs": {"net_arch": [16]}, "learning_starts": 40, "batch_size": 32, "seed": 0, "buffer_size": 2000}
@@ -177,34 +179,47 @@ def test_critic_loss_with_measured_weights_equals_the_one_written_by_hand():
         th.testing.assert_close(gradient, loss_by_hand(is_due), rtol=1e-4, atol=1e-7)
 
 
-def test_half_of_the_states_are_explored_in_a_model_that_is_trusted():
+def test_half_of_the_states_are_explored_in_a_model_that_is_trusted(monkeypatch):
     model = MPG("MlpPolicy", LinearEnv(), horizons=(0, 4), policy_delay=1, max_grad_norm=None, **SMALL).learn(50)
     model.rollout_model.eval()
     units = model._units()
     batch = model._sample_batch(1, 32, units)
+    low, high = batch.observations.amin(dim=0), batch.observations.amax(dim=0)
 
-    def explored(trust):
+    def explored(trust, observations=batch.observations):
         th.manual_seed(0)
-        return model._explored(batch.observations, units, trust)
+        return model._explored(observations, units, trust)
 
-    assert th.equal(explored(0.0), batch.observations)
-    n_moved = []
-    for trust in (1.0, 0.3):
-        observations = explored(trust)
-        moved = (observations != batch.observations).any(dim=1)
-        assert not moved[16:].any()
-        n_moved.append(moved.sum())
-        width = batch.observations.amax(dim=0) - batch.observations.amin(dim=0)
-        assert (observations <= batch.observations.amax(dim=0) + width).all()
-        assert (observations >= batch.observations.amin(dim=0) - width).all()
-    assert 12 <= n_moved[0] and n_moved[1] < 10
+    def moved(observations):
+        return (observations != batch.observations).any(dim=1)
 
-    # The policy is improved there
+    assert not moved(explored(0.0)).any()
+    # Spread over the batch, so that each member of the model gets its share of them
+    assert moved(explored(1.0))[::2].sum() >= 12 and not moved(explored(1.0))[1::2].any()
+    assert moved(explored(0.3)).sum() < 10
+    monkeypatch.setattr(mpg, "EXPLORED_MARGIN", 0.0)
+    within = explored(1.0)
+    assert moved(within).any()
+    assert (within >= low).all() and (within <= high).all()
+    monkeypatch.setattr(mpg, "EXPLORED_MARGIN", 1.0)
+    assert not th.equal(within, explored(1.0))
+    # A dimension that happens to be the same in the whole batch does not hold anyone back
+    flat = batch.observations.clone()
+    flat[:, 0] = 0.5
+    assert (explored(1.0, flat)[:, 1] != flat[:, 1]).sum() >= 12
+
+    # There the policy is improved, and the critics learn from its rollouts
     model.weighting_rule._errors = [np.array([1e30, 1e-30])]
     observations = explored(1.0)
-    expected = model._mixed_policy_gradient(observations, units, {4: 1.0}, 1.0).gradients
+    gradient = model._mixed_policy_gradient(observations, units, {4: 1.0}, 1.0)
+    values = model.critic(observations, gradient.actions)
+    loss = rollout_value_loss(values, gradient.returns, {4: 1.0}, 1.0) + sum(
+        balanced_mse_loss(value, batch.target_q_values, 1.0) for value in model.critic(batch.observations, batch.actions)
+    )
+    expected = gradient.gradients + gradient_of(loss, model.critic)
     th.manual_seed(0)
-    for ours, other in zip(model.compute_gradients(batch, 2, units).actor, expected, strict=True):
+    result = model.compute_gradients(batch, 2, units)
+    for ours, other in zip(result.actor + result.critic, expected, strict=True):
         th.testing.assert_close(ours, other)
 
 

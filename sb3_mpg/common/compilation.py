@@ -148,7 +148,7 @@ class StepCompiler:
     """
     Compiles :func:`advance`, a few steps at a time: with one step for each call, the calls cost a tenth of the gradient,
     and each further step in the graph takes seconds to compile, or minutes, if a model makes many small steps in one. Steps
-    that are left over run as they are: a graph of their own would be compiled for them.
+    that are left over run as they are: a graph of their own would be compiled for them. :meth:`held_step` is compiled, too.
 
     :param chunk: how many steps are compiled into one graph; ``None`` for as many as make a graph of up to
         ``MAX_OPERATIONS``, but not more than ``MAX_CHUNK``

@@ -201,29 +201,34 @@ def explore_in_model(
     noise: th.Tensor,
     low: th.Tensor,
     high: th.Tensor,
+    max_steps: int,
     held_step: HeldStep = held_step,
 ) -> th.Tensor:
     """
     Where the system would be had it been explored from recorded states: some model steps away from them, with an action
-    that is held. A row stops before it leaves the given region or terminates.
+    that is held. A row stops before it leaves the given region or terminates; one that takes no step stays as it is recorded.
 
     :param observations: raw observations, ``(B, *obs_shape)``
     :param actor: the policy
     :param model: the model
     :param units: between the environment and the networks
-    :param n_steps: numbers of model steps, ``(B, 1)``
+    :param n_steps: numbers of model steps, whole numbers, ``(B, 1)``
     :param noise: added to the policy's actions, in [-1, 1] units, ``(B, A)``
     :param low: least raw observations of the region, ``obs_shape``
     :param high: largest raw observations of the region, ``obs_shape``
+    :param max_steps: the largest number of steps
     :param held_step: steps the model; :func:`held_step`, or the same compiled
     :return: raw observations, ``(B, *obs_shape)``
     """
     actions = (actor(units.normalize_observations(observations)) + noise).clamp(-1, 1)
     env_actions = units.unscale_actions(actions)
-    states, n_left = model.state_from_observation(observations), n_steps
-    for _ in range(int(n_steps.max())):
+    start = states = model.state_from_observation(observations)
+    n_left = n_steps
+    for _ in range(max_steps):
         states, n_left = held_step(states, env_actions, n_left, model, low, high)
-    return model.observation(states)
+    # A model need not know all that is observed
+    has_moved = (states != start).any(dim=1).reshape(-1, *[1] * (observations.ndim - 1))
+    return th.where(has_moved, model.observation(states), observations)
 
 
 class PolicyGradient(NamedTuple):

@@ -36,11 +36,11 @@ def randomness_of_update(seed: int, n_updates: int, device: th.device) -> Iterat
 def keep_freed_memory() -> None:
     """
     Let this process keep the memory that a gradient frees, until the next one. By default the C library of Linux gives it
-    back to the system at once, and thousands of pages have to be asked for again at each update. It raises its limits to
-    twice the largest block that was ever freed, as far as that has no more than 32 MiB.
+    back to the system at once, and thousands of pages have to be asked for again at each update. It keeps up to twice the size
+    of the largest block, of those up to 32 MiB, that was ever freed; that holds for the rest of the process.
     """
     # Never written to, so that it takes up no memory; freed at once
-    th.empty(32 * 2**20 - 2**16, dtype=th.uint8)
+    th.empty(32 * 2**20 - 2**16, dtype=th.uint8, device="cpu")
 
 
 @th.no_grad()

@@ -60,7 +60,8 @@ COMPILE_FROM_MODEL_STEPS = 50_000
 N_MEASURED_STATES = 128
 MEASURE_EVERY = 20
 # The model is explored up to so many steps away from recorded states, with noise of this standard deviation on the action,
-# and no further from all that is in the batch than so many times its width, in any dimension
+# and no further from all that is in the batch than so many times its width, in any dimension (`ResidualModel` keeps to half of
+# that by itself)
 MAX_EXPLORED_STEPS = 10
 EXPLORED_NOISE = 1.0
 EXPLORED_MARGIN = 1.0
@@ -88,9 +89,9 @@ class MPG(OffPolicyModelAlgorithm):
     Beyond the papers, and by default, the model is corrected by what is recorded (``residual``), and the gradients are
     weighted by their measured errors (``weighting="measured"``) instead of by the clock. As far as these weights trust the
     model, states count alike in the losses of policy and critics, whatever the size of their gradients and values (see
-    ``sb3_mpg.common.balance``), the critics regress on the returns of the policy's rollouts, too, and half of the states of a
-    policy update are explored in the model (``model_exploration``); without trust an update is that of the data-driven
-    gradient. MPG-v2 of the papers is
+    ``sb3_mpg.common.balance``), the critics regress on the returns of the policy's rollouts, too, and up to half of the
+    states of a policy update are explored in the model (``model_exploration``); without trust an update is that of the
+    data-driven gradient. MPG-v2 of the papers is
     ``residual=False, weighting="rule_based", learning_starts=3000``, and MPG-v1 the same with
     ``value_target="n_step_simulator", batch_reuse=10``; the other defaults are those of Table VI. Networks see sines and
     cosines of the observations unless ``policy_kwargs`` leaves them out (see ``ObservationScaler``). Differences from the
@@ -136,7 +137,7 @@ class MPG(OffPolicyModelAlgorithm):
     :param reward_scale: factor of all rewards, recorded and predicted ones alike
     :param exploration_noise: standard deviation of the Gaussian noise on actions in [-1, 1] when ``action_noise`` is None
     :param model_exploration: share of the states of a policy update that are explored in the model, as far as measured weights
-        trust it: up to ``MAX_EXPLORED_STEPS`` model steps away from replayed ones, with a random action. 0 for none
+        trust it: up to ``MAX_EXPLORED_STEPS`` model steps away from replayed ones, with a noisy action held. 0 for none
     :param max_skipped_updates: how many updates in a row may be skipped for a non-finite gradient before training stops
     :param n_learners: number of processes that compute the gradients while the main process steps the environments and
         applies them; 0 computes them in the main process. The number of updates is the same, they come sooner.
@@ -615,16 +616,19 @@ class MPG(OffPolicyModelAlgorithm):
         n_explored = round(self.model_exploration * len(observations))
         if n_explored == 0 or trust == 0:
             return observations
+        # Spread over the batch, parts of which belong to different members of the model
+        rows = th.arange(n_explored, device=self.device) * len(observations) // n_explored
         shape = (n_explored, 1)
         n_steps = th.randint(1, MAX_EXPLORED_STEPS + 1, shape, device=self.device)
         # Always as many rows, for which it is compiled
         n_steps = n_steps * (th.rand(shape, device=self.device) < trust)
         noise = EXPLORED_NOISE * th.randn(n_explored, self.action_space.shape[0], device=self.device)  # type: ignore[index]
         low, high = observations.amin(dim=0), observations.amax(dim=0)
-        margin = EXPLORED_MARGIN * (high - low)
+        # What is the same in the whole batch says nothing of what it could be
+        margin = th.where(high > low, EXPLORED_MARGIN * (high - low), th.inf)
         explored = self._compiled(
             lambda advance: explore_in_model(
-                observations[:n_explored],
+                observations[rows],
                 self.actor,
                 self.rollout_model,  # type: ignore[arg-type]
                 units,
@@ -632,10 +636,11 @@ class MPG(OffPolicyModelAlgorithm):
                 noise,
                 low - margin,
                 high + margin,
+                MAX_EXPLORED_STEPS,
                 advance.held_step if isinstance(advance, StepCompiler) else held_step,
             )
         )
-        return th.cat([explored, observations[n_explored:]])
+        return observations.index_copy(0, rows, explored)
 
     def apply_gradients(self, result: GradientResult) -> bool:
         """
@@ -693,6 +698,7 @@ class MPG(OffPolicyModelAlgorithm):
         # Its batch once more; unless batches are reused or learners were at other states, when it is one like it
         with randomness_of_update(self._update_seed, self._n_updates, self.device):
             batch = self._draw_batch(self._n_updates, batch_size, units)
+            observations = self._explored(batch.observations, units, self._trust_in_model(self._n_updates))
         reasons = []
         recorded_is_finite = th.isfinite(batch.observations).all() and th.isfinite(batch.target_q_values).all()
         advice = "Check the model with `check_prior_model`, bound what overflows in it, or use shorter horizons."
@@ -703,7 +709,7 @@ class MPG(OffPolicyModelAlgorithm):
             if weight < NEGLIGIBLE_WEIGHT or not recorded_is_finite:
                 continue
             reason = first_non_finite_step(
-                batch.observations, self.actor, self._q_function(0), self.rollout_model, units, horizon, self.gamma
+                observations, self.actor, self._q_function(0), self.rollout_model, units, horizon, self.gamma
             )
             if reason is not None:
                 reasons.append(f"horizon {horizon} (weight {weight:.2g}): {reason}")

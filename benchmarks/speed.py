@@ -313,6 +313,11 @@ def measure_default(table: Table, device: str) -> None:
     model._step_compiler = StepCompiler()
     units = model._units()
     recorded = model._recorded_steps(units)
+    observations = model.replay_buffer.sample(BATCH).observations  # type: ignore[union-attr]
+
+    def explore() -> None:
+        for _ in range(UPDATES):
+            model._explored(observations, units, trust=1.0)
 
     def fit() -> None:
         for _ in range(UPDATES):
@@ -323,6 +328,7 @@ def measure_default(table: Table, device: str) -> None:
             "update": lambda: model.train(2 * MEASURE_EVERY, BATCH),
             "fit": fit,
             "measurement": lambda: model._measure_errors(recorded, units),
+            "exploring": explore,
         },
         device,
         repeats=REPEATS // 2,
@@ -330,10 +336,13 @@ def measure_default(table: Table, device: str) -> None:
     updates = [time / (2 * MEASURE_EVERY) for time in times["update"]]
     fits = [time / UPDATES for time in times["fit"]]
     measurements = [time / MEASURE_EVERY for time in times["measurement"]]
+    # Only where the policy is due
+    explorations = [time / UPDATES / model.policy_delay for time in times["exploring"]]
     added = [fitting + measuring for fitting, measuring in zip(fits, measurements, strict=True)]
-    rest = [update - both for update, both in zip(updates, added, strict=True)]
+    rest = [update - both - exploring for update, both, exploring in zip(updates, added, explorations, strict=True)]
     table.add_ratio("default settings: fitting and measuring / rest of an update", added, rest, "0.25")
-    for name, values in {"update": updates, "fitting": fits, "measuring": measurements}.items():
+    parts = {"update": updates, "fitting": fits, "measuring": measurements, "exploring in the model": explorations}
+    for name, values in parts.items():
         table.add(f"... {name}", [1e3 * time for time in values], "ms")
 
 

@@ -24,8 +24,8 @@ from typing import Any
 
 import torch as th
 from settings import ALGORITHMS, TASKS, evaluate, make_model, make_vec_env
-from tables import write_csv
 from stable_baselines3.common.callbacks import BaseCallback
+from tables import write_csv
 
 from sb3_mpg import MPG
 from sb3_mpg.common.learners import multiprocess

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch as th
 from settings import ALGORITHMS, ENV_SETTINGS, TASKS, Task, evaluate, make_model, make_vec_env
-from tables import write_csv
 from stable_baselines3.common.callbacks import BaseCallback
+from tables import write_csv
 
 RESULTS = Path(__file__).parent / "results" / "learning"
 # The papers' runs are 100,000 updates long, over which the learning rates decay

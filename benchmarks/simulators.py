@@ -18,8 +18,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import gymnasium as gym
 import mujoco
 import numpy as np
-from tables import write_csv
 import stable_baselines3
+from tables import write_csv
 
 import sb3_mpg_envs  # noqa: F401
 from sb3_mpg_envs.inverted_pendulum import InvertedPendulumContiVecEnv

@@ -23,8 +23,8 @@ import numpy as np
 import stable_baselines3
 import torch as th
 from settings import TASKS, make_model, make_vec_env
-from tables import write_csv
 from stable_baselines3 import TD3
+from tables import write_csv
 from torch.profiler import ProfilerActivity, profile
 
 from sb3_mpg import MPG

@@ -18,11 +18,11 @@ import numpy as np
 import torch as th
 from prior_models import MODELS
 from settings import TASKS, Task, evaluate
-from tables import write_csv
 from stable_baselines3 import SAC, TD3
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import NormalActionNoise
+from tables import write_csv
 
 from sb3_mpg import MPG
 from sb3_mpg.common.torch_layers import ObservationScaler

@@ -606,7 +606,7 @@ class MPG(OffPolicyModelAlgorithm):
     def _explored(self, observations: th.Tensor, units: Units, trust: float) -> th.Tensor:
         """
         Recorded trajectories of a policy are narrow, and what lies beside them is heard of only by exploring. A model that is
-        trusted can be explored instead of the system.
+        trusted can be explored besides the system.
 
         :param observations: raw observations of replayed states, ``(B, *obs_shape)``
         :param units: conversions between environment and networks

@@ -1,6 +1,6 @@
 """
 Tasks from outside: the swing-up of Pendulum-v1 with the model of the README, which is all but exact, and the unstable
-InvertedDoublePendulum-v5 with a model that knows nothing; TD3 beside them.
+InvertedDoublePendulum-v5 with a model that knows nothing, or nothing but when an episode ends; TD3 beside them.
 
     python benchmarks/outside.py swing_up mpg --seed 0 1 2
     python benchmarks/outside.py swing_up mpg_recorded_states --seed 0 1 2 --steps 4000 --exploration-noise 0.5
@@ -45,6 +45,15 @@ class MyPendulum(PriorModel):
         return -(th.atan2(sin, cos) ** 2 + 0.1 * speed**2 + 0.001 * actions**2)
 
 
+class KnowsTheEnd(KnowsNothing):
+    """Knows nothing of InvertedDoublePendulum-v5 but when an episode ends: when the tip is below one metre."""
+
+    def terminal(self, states: th.Tensor) -> th.Tensor:
+        sine, other_sine, cosine, other_cosine = states[:, 1:5].unbind(1)
+        height = 0.6 * (cosine + cosine * other_cosine - sine * other_sine)
+        return (height <= 1.0).unsqueeze(1)
+
+
 class OutsideTask(NamedTuple):
     """
     :param env_id: id of the environment
@@ -60,6 +69,7 @@ class OutsideTask(NamedTuple):
 TASKS = {
     "swing_up": OutsideTask("Pendulum-v1", MyPendulum, 5000),
     "double_pendulum": OutsideTask("InvertedDoublePendulum-v5", KnowsNothing, 10_000),
+    "double_pendulum_end": OutsideTask("InvertedDoublePendulum-v5", KnowsTheEnd, 10_000),
 }
 # What they change of the defaults of MPG
 METHODS: dict[str, dict[str, Any]] = {

@@ -1,12 +1,16 @@
 """Measured errors of the action gradients, the weights that follow from them, and the report."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch as th
-from lq import LinearActor, LinearEnv, LinearModel, analytic_gradient, quadratic_q, random_problem
+from gymnasium.wrappers import TimeLimit
+from lq import LIMIT, LinearActor, LinearEnv, LinearModel, analytic_gradient, quadratic_q, random_problem
+from recorded import filled_buffer
 
 from sb3_mpg import MPG, PriorModel
-from sb3_mpg.common.error_estimates import action_gradients, gradient_errors
+from sb3_mpg.common.error_estimates import MATTERING_ENDS, action_gradients, gradient_errors, misjudges_ends
 from sb3_mpg.common.units import Units
 from sb3_mpg.common.weighting import MeasuredWeighting
 
@@ -150,6 +154,60 @@ def test_the_report_says_which_horizon_was_left_out():
     rows = [line for line in str(model.trust_report()).splitlines() if "left out: leads astray" in line]
     assert len(rows) == 1
     assert "10 model steps" in rows[0]
+
+
+class Ends(PriorModel):
+    """LinearEnv's model, which takes all states beyond a limit for terminal."""
+
+    def __init__(self, limit: float):
+        super().__init__()
+        self.right = LinearEnv().prior_model()
+        self.limit = limit
+
+    def transition(self, states, actions):
+        return self.right.transition(states, actions)
+
+    def reward(self, states, actions, next_states):
+        return self.right.reward(states, actions, next_states)
+
+    def terminal(self, states):
+        return states[:, :1].abs() > self.limit
+
+
+@pytest.mark.parametrize(
+    ("ends", "prior_model", "is_blind"),
+    [
+        ("terminated", LinearEnv().prior_model(), True),
+        ("terminated", Ends(LIMIT), False),
+        ("terminated", Ends(1e-3), True),
+        ("truncated", LinearEnv().prior_model(), False),
+        (None, Ends(1e-3), True),
+        (None, Ends(1e3), False),
+    ],
+)
+def test_a_model_that_does_not_know_where_episodes_terminate_is_left_out(ends, prior_model, is_blind):
+    # No member of the ensemble knows: nothing else would tell
+    env = TimeLimit(LinearEnv(ends=ends), 20)
+    model = MPG("MlpPolicy", env, prior_model=prior_model, horizons=(0, 10), **SMALL)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.learn(160)
+    messages = [str(warning.message) for warning in caught]
+    assert any("does not know where episodes terminate" in message for message in messages) == is_blind
+    assert (model.weighting_rule(60)[10] < 1e-20) == is_blind
+    latest = model._measurements[-1].gradients
+    assert latest.misjudges_ends == is_blind and latest.is_left_out.tolist() == [False, is_blind]
+    assert ("10 model steps" in str(model.trust_report())) and (
+        "left out: terminates elsewhere" in str(model.trust_report())
+    ) == is_blind
+
+
+def test_a_termination_that_hardly_a_rollout_comes_to_is_no_reason_to_leave_a_model_out():
+    recorded = filled_buffer(n_steps=200)
+    blind, horizon = LinearEnv().prior_model(), 10
+    rate = recorded.termination_rate()
+    assert rate * horizon > MATTERING_ENDS and misjudges_ends(blind, recorded, horizon)
+    assert rate * 1 < MATTERING_ENDS and not misjudges_ends(blind, recorded, 1)
 
 
 class Overflows(Wrong):

@@ -2,15 +2,14 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch as th
-from gymnasium import spaces
 from lq import LinearEnv
+from recorded import filled_buffer
 from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
 
 from sb3_mpg import MPG, PriorModel
-from sb3_mpg.common.buffers import HELD_OUT_BLOCK, RecordedSteps
+from sb3_mpg.common.buffers import HELD_OUT_BLOCK
 from sb3_mpg.common.models.residual import ResidualModel
 from sb3_mpg.common.models.trainable import Transitions
 from sb3_mpg_envs.path_tracking.model import PathTrackingModel
@@ -220,19 +219,6 @@ class Known1D(Known):
         return states + 0.1 * actions.expand_as(states)
 
 
-def filled_buffer(cls=ReplayBuffer, n_envs=2, n_steps=130, size=200, **kwargs):
-    """Step t of environment e holds observation (t, e), ends every 7 steps, and is followed by (t + 1, e), or (-1, e)."""
-    box = spaces.Box(-1000, 1000, (2,), dtype=np.float32)
-    buffer = cls(size * n_envs, box, spaces.Box(-1, 1, (1,), dtype=np.float32), n_envs=n_envs, device="cpu", **kwargs)
-    for t in range(n_steps):
-        obs = np.array([[t, e] for e in range(n_envs)], dtype=np.float32)
-        done = np.full(n_envs, t % 7 == 6)
-        next_obs = np.array([[-1 if t % 7 == 6 else t + 1, e] for e in range(n_envs)], dtype=np.float32)
-        infos = [{"TimeLimit.truncated": t % 14 == 13} for _ in range(n_envs)]
-        buffer.add(obs, next_obs, np.full((n_envs, 1), 0.5), np.full(n_envs, float(t)), done, infos)
-    return RecordedSteps(buffer, lambda actions: 10 * actions, "cpu")
-
-
 @pytest.mark.parametrize("cls", [ReplayBuffer, NStepReplayBuffer])
 def test_recorded_steps_are_single_steps_in_the_units_of_the_environment(cls):
     recorded = filled_buffer(cls)
@@ -275,3 +261,18 @@ def test_windows_end_with_their_episodes():
         inside = windows.lengths > step
         assert th.equal(windows.rewards[step, inside, 0].long(), t[inside] + step)
     assert th.equal(windows.terminated[:, 0], (t % 7 == 6) & (t % 14 != 13))
+
+
+def test_what_was_observed_behind_terminations_and_behind_other_steps():
+    recorded = filled_buffer(n_steps=250)
+    # Of the last 200 steps, those at 62, 76, ... 244; those at 55, 69, ... were truncated
+    assert recorded.termination_rate() == pytest.approx(14 / 200)
+    assert recorded.observed_last(100, terminated=True).tolist() == [[-1.0, env] for _ in range(14) for env in range(2)]
+    assert recorded.observed_last(3, terminated=True).shape == (3, 2)
+    others = recorded.observed_last(12, terminated=False).tolist()
+    # Step 244 terminated
+    assert others == [[t + 1.0, env] for t in (249, 248, 247, 246, 245, 243) for env in range(2)]
+    assert filled_buffer(n_steps=6).observed_last(10, terminated=True) is None
+    assert filled_buffer(n_steps=6).termination_rate() == 0
+    saving = filled_buffer(optimize_memory_usage=True, handle_timeout_termination=False)
+    assert saving.observed_last(10, terminated=True) is None

@@ -90,6 +90,34 @@ class RecordedSteps:
         usable = self._is_usable(positions, envs, False) | self._is_usable(positions, envs, True)
         return self._gather(positions[usable], envs[usable]) if usable.any() else None
 
+    def _has_terminated(self, positions: np.ndarray | slice) -> np.ndarray:
+        # Time limits and early resets end an episode without terminating it
+        return (self.replay_buffer.dones[positions] > 0) & (self.replay_buffer.timeouts[positions] == 0)
+
+    def termination_rate(self) -> float:
+        """
+        :return: share of the steps that terminated
+        """
+        return float(self._has_terminated(slice(self.replay_buffer.size())).mean())
+
+    def observed_last(self, n_samples: int, terminated: bool) -> th.Tensor | None:
+        """
+        :param n_samples: largest number of steps
+        :param terminated: whether those that terminated or those that did not
+        :return: what was observed behind the steps of that kind that were recorded last, ``(n, *obs_shape)``; ``None`` when
+            there is none, or where the buffer saves the memory for what was observed behind an end
+        """
+        buffer = self.replay_buffer
+        if buffer.optimize_memory_usage:
+            return None
+        # The newest first; only terminations are far apart
+        n_rows = buffer.size() if terminated else min(buffer.size(), 2 * n_samples)
+        positions = (buffer.pos - 1 - np.arange(n_rows)) % buffer.buffer_size
+        rows, envs = np.nonzero(self._has_terminated(positions) == terminated)
+        if len(rows) == 0:
+            return None
+        return self._gather(positions[rows[:n_samples]], envs[:n_samples]).next_observations
+
     def windows(self, n_steps: int, horizon: int) -> Windows | None:
         """
         :param n_steps: number of steps recorded last, of all environments together
@@ -105,11 +133,11 @@ class RecordedSteps:
         rows, envs = np.meshgrid(positions, np.arange(buffer.n_envs), indexing="ij")
         steps = self._gather(rows.ravel(), envs.ravel())
         dones = buffer.dones[positions] > 0
-        # Time limits and early resets end an episode without terminating it
-        timeouts = buffer.timeouts[positions] > 0
         records = {name: getattr(steps, name).cpu().numpy() for name in steps._fields}
         records = {name: array.reshape(n_rows, buffer.n_envs, *array.shape[1:]) for name, array in records.items()}
         records["rewards"] = records["rewards"][..., 0]
         ends = dones.copy()
         ends[-1] = True
-        return cut_windows({**records, "terminated": dones & ~timeouts, "ends": ends}, horizon, th.device(self.device))
+        return cut_windows(
+            {**records, "terminated": self._has_terminated(positions), "ends": ends}, horizon, th.device(self.device)
+        )

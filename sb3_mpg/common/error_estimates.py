@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch as th
 
+from sb3_mpg.common.buffers import RecordedSteps
 from sb3_mpg.common.model_rollout import Advance, QFunction, advance, model_rollout
 from sb3_mpg.common.models.base import PriorModel
 from sb3_mpg.common.models.residual import ResidualModel
@@ -20,6 +21,11 @@ from sb3_mpg.common.units import Units
 
 # How large the error of a judged model must be, over the square of the gradient, for it to be left out
 USELESS_ERROR = 3.0
+# Where episodes terminate is looked up at so many steps; a model that is wrong at more than this share does not know
+N_JUDGED_ENDS = 256
+MAX_MISJUDGED_ENDS = 0.5
+# Terminations that fewer rollouts than this share would come to do not matter
+MATTERING_ENDS = 0.1
 
 
 class GradientErrors(NamedTuple):
@@ -32,6 +38,7 @@ class GradientErrors(NamedTuple):
     :param standard_errors: of these medians, ``(n_horizons,)``
     :param gradient_norm: median of the squared norm of the gradient of the best horizon of a model
     :param is_useless: whether the gradient of a horizon is further from what it should be than none at all, ``(n_horizons,)``
+    :param misjudges_ends: whether the model does not know where episodes terminate, see :func:`misjudges_ends`
     """
 
     horizons: tuple[int, ...]
@@ -39,6 +46,37 @@ class GradientErrors(NamedTuple):
     standard_errors: np.ndarray
     gradient_norm: float
     is_useless: np.ndarray
+    misjudges_ends: bool = False
+
+    @property
+    def is_left_out(self) -> np.ndarray:
+        """Whether a horizon must not count, whatever its measured error, ``(n_horizons,)``."""
+        return self.is_useless | (self.misjudges_ends & (np.array(self.horizons) > 0))
+
+
+@th.no_grad()
+def misjudges_ends(model: PriorModel, recorded: RecordedSteps, horizon: int) -> bool:
+    """
+    Whether a model does not know where episodes terminate. Its errors would not show that: the members of an ensemble agree
+    on what none of them knows, and no correction of the next state and the reward makes up for it.
+
+    :param model: the model
+    :param recorded: the recorded steps
+    :param horizon: number of model steps of its rollouts
+    :return: whether it misses most of the terminations that were recorded, if there are enough of them to matter, or says that
+        most of the steps terminated that did not
+    """
+
+    def share_misjudged(terminated: bool) -> float:
+        observations = recorded.observed_last(N_JUDGED_ENDS, terminated)
+        if observations is None:
+            return 0.0
+        predicted = model.terminal(model.state_from_observation(observations))
+        return (predicted != terminated).float().mean().item()
+
+    if recorded.termination_rate() * horizon > MATTERING_ENDS and share_misjudged(True) > MAX_MISJUDGED_ENDS:
+        return True
+    return model.may_terminate and share_misjudged(False) > MAX_MISJUDGED_ENDS
 
 
 def action_gradients(
@@ -179,6 +217,12 @@ def warn_of_errors(measured: GradientErrors, model_name: str) -> None:
     :param measured: the errors
     :param model_name: what the user calls the model
     """
+    if measured.misjudges_ends:
+        warnings.warn(
+            f"`{model_name}.terminal` does not know where episodes terminate: it misses most of the recorded terminations, or "
+            "takes most other steps for some. Until it does, horizon 0 takes the place of the model, if it is among the "
+            "horizons. It must be true where the environment returns terminated=True; `check_prior_model` compares the two."
+        )
     if measured.is_useless.any():
         warnings.warn(
             f"{model_name} leads astray: its gradient is far from that of the model corrected by what was recorded. "

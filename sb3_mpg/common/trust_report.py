@@ -108,7 +108,9 @@ class TrustReport:
                 weight = latest.weights[index]
                 what = "data-driven" if horizon == 0 else f"{horizon} model steps"
                 mark = "<- trusted most" if index == int(np.argmax(latest.weights)) else ""
-                mark = "left out: leads astray" if latest.gradients.is_useless[index] else mark
+                if latest.gradients.is_left_out[index]:
+                    misjudges_ends = latest.gradients.misjudges_ends
+                    mark = "left out: " + ("terminates elsewhere" if misjudges_ends else "leads astray")
                 rows.append([what, f"{error:.3g}", f"{relative:.0%}", f"{weight:.1%}", mark])
             lines += [
                 f"Errors of the action gradients after {latest.n_updates} updates (medians over states)",

@@ -22,7 +22,13 @@ from stable_baselines3.td3.policies import Actor
 from sb3_mpg.common.balance import balanced_mse_loss, rollout_value_loss
 from sb3_mpg.common.buffers import RecordedSteps
 from sb3_mpg.common.compilation import StepCompiler, compiling
-from sb3_mpg.common.error_estimates import GradientErrors, action_gradients, measure_gradient_errors, warn_of_errors
+from sb3_mpg.common.error_estimates import (
+    GradientErrors,
+    action_gradients,
+    measure_gradient_errors,
+    misjudges_ends,
+    warn_of_errors,
+)
 from sb3_mpg.common.learners.base import InProcessLearner
 from sb3_mpg.common.model_rollout import (
     NEGLIGIBLE_WEIGHT,
@@ -91,7 +97,7 @@ class MPG(OffPolicyModelAlgorithm):
     model, states count alike in the losses of policy and critics, whatever the size of their gradients and values (see
     ``sb3_mpg.common.balance``), the critics regress on the returns of the policy's rollouts, too, and up to half of the
     states of a policy update are explored in the model (``model_exploration``); without trust an update is that of the
-    data-driven gradient. MPG-v2 of the papers is
+    data-driven gradient. A model that does not know where episodes terminate is left out. MPG-v2 of the papers is
     ``residual=False, weighting="rule_based", learning_starts=3000``, and MPG-v1 the same with
     ``value_target="n_step_simulator", batch_reuse=10``; the other defaults are those of Table VI. Networks see sines and
     cosines of the observations unless ``policy_kwargs`` leaves them out (see ``ObservationScaler``). Differences from the
@@ -505,7 +511,7 @@ class MPG(OffPolicyModelAlgorithm):
             if validation_error is not None:
                 logs.setdefault("model/validation_error", []).append(validation_error)
             measured = self._measure_errors(recorded, units)
-            self.weighting_rule.observe(np.where(measured.is_useless, np.inf, measured.errors))
+            self.weighting_rule.observe(np.where(measured.is_left_out, np.inf, measured.errors))
             weights = self.weighting_rule.weights(self._n_updates)
             validation_error = float("nan") if validation_error is None else validation_error
             self._measurements.append(Measurement(self._n_updates, measured, weights, validation_error))
@@ -534,7 +540,7 @@ class MPG(OffPolicyModelAlgorithm):
             self.weighting_rule.horizons,
             self.gamma,
         )
-        return measure_gradient_errors(
+        measured = measure_gradient_errors(
             lambda: self._compiled(gradients),
             model,
             self.weighting_rule.horizons,
@@ -542,6 +548,7 @@ class MPG(OffPolicyModelAlgorithm):
             judges_prior=isinstance(model, ResidualModel) and not self.residual,
             held_out_steps=lambda: self._held_out_steps(recorded),
         )
+        return measured._replace(misjudges_ends=misjudges_ends(model, recorded, max(self.weighting_rule.horizons)))
 
     def trust_report(self) -> TrustReport:
         """

@@ -75,7 +75,6 @@ TASKS = {
 METHODS: dict[str, dict[str, Any]] = {
     "mpg": {},
     "mpg_recorded_states": {"model_exploration": 0.0, "learning_starts": 500},
-    "mpg_three_horizons": {"horizons": (0, 5, 25)},
     "data_driven": {"horizons": (0,), "weighting": "constant", "learning_starts": 500},
 }
 

@@ -110,13 +110,17 @@ class RecordedSteps:
         buffer = self.replay_buffer
         if buffer.optimize_memory_usage:
             return None
-        # The newest first; only terminations are far apart
-        n_rows = buffer.size() if terminated else min(buffer.size(), 2 * n_samples)
-        positions = (buffer.pos - 1 - np.arange(n_rows)) % buffer.buffer_size
-        rows, envs = np.nonzero(self._has_terminated(positions) == terminated)
-        if len(rows) == 0:
+        # The newest rows first
+        if terminated:
+            rows = np.flatnonzero(self._has_terminated(slice(buffer.size())).any(axis=1))
+            rows = np.roll(rows, -np.searchsorted(rows, buffer.pos))[::-1]
+        else:
+            # Only terminations may be far apart
+            rows = (buffer.pos - 1 - np.arange(min(buffer.size(), 2 * n_samples))) % buffer.buffer_size
+        places, envs = np.nonzero(self._has_terminated(rows) == terminated)
+        if len(places) == 0:
             return None
-        return self._gather(positions[rows[:n_samples]], envs[:n_samples]).next_observations
+        return self._gather(rows[places[:n_samples]], envs[:n_samples]).next_observations
 
     def windows(self, n_steps: int, horizon: int) -> Windows | None:
         """

@@ -115,10 +115,15 @@ def make(task: OutsideTask, algorithm: str, seed: int, exploration_noise: float)
         # SB3 scales the noise as it scales the actions
         noise = NormalActionNoise(np.zeros(1), exploration_noise * np.ones(1))
         return TD3("MlpPolicy", task.env_id, action_noise=noise, seed=seed, device="cpu")
-    settings = dict(METHODS[algorithm])
-    if settings.get("horizons") != (0,):
-        settings["prior_model"] = task.make_model()
-    return MPG("MlpPolicy", task.env_id, exploration_noise=exploration_noise, seed=seed, device="cpu", **settings)
+    return MPG(
+        "MlpPolicy",
+        task.env_id,
+        prior_model=task.make_model(),
+        exploration_noise=exploration_noise,
+        seed=seed,
+        device="cpu",
+        **METHODS[algorithm],
+    )
 
 
 def main() -> None:

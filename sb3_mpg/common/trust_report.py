@@ -109,8 +109,8 @@ class TrustReport:
                 what = "data-driven" if horizon == 0 else f"{horizon} model steps"
                 mark = "<- trusted most" if index == int(np.argmax(latest.weights)) else ""
                 if latest.gradients.is_left_out[index]:
-                    misjudges_ends = latest.gradients.misjudges_ends
-                    mark = "left out: " + ("terminates elsewhere" if misjudges_ends else "leads astray")
+                    reason = "terminates elsewhere" if latest.gradients.misjudges_ends else "leads astray"
+                    mark = f"left out: {reason}"
                 rows.append([what, f"{error:.3g}", f"{relative:.0%}", f"{weight:.1%}", mark])
             lines += [
                 f"Errors of the action gradients after {latest.n_updates} updates (medians over states)",

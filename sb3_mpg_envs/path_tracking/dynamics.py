@@ -6,8 +6,11 @@ tracking errors ``(du, v, r, dy, dphi, x)``, each an array of any one shape.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
+
+import numpy as np
 
 Array = Any  # np.ndarray or th.Tensor
 ArrayModule = Any  # numpy or torch
@@ -64,6 +67,28 @@ class VehicleParameters:
 
 
 PAPER_VEHICLE = VehicleParameters()
+
+#: (left, right, place of the result) -> the result
+Operation = Callable[[Array, Array, Array], Array]
+
+
+class Arithmetic(NamedTuple):
+    """Operations that are given a place for their result: NumPy is faster where it need not make a new array for it."""
+
+    add: Operation
+    subtract: Operation
+    multiply: Operation
+    divide: Operation
+
+
+IN_PLACE = Arithmetic(np.add, np.subtract, np.multiply, np.divide)
+# For torch, which must differentiate
+OUT_OF_PLACE = Arithmetic(
+    lambda left, right, _: left + right,
+    lambda left, right, _: left - right,
+    lambda left, right, _: left * right,
+    lambda left, right, _: left / right,
+)
 
 
 class TrackingState(NamedTuple):
@@ -179,25 +204,35 @@ def vehicle_step(
     yaw_steering = (dt**2 * a * c_front / inertia) * steering
     speed_gain = dt * acceleration
 
+    is_numpy = xp is np
+    add, subtract, multiply, divide = IN_PLACE if is_numpy else OUT_OF_PLACE
+    # Of u, v and the angle turned, behind each substep; and of what is needed for a moment only
+    places: Any = np.empty((3, n_substeps, *u.shape)) if is_numpy else 3 * [n_substeps * [None]]
+    spare = np.empty_like(u) if is_numpy else None
+
     # The recursion is written in the yaw per substep, dt * r, which saves an operation in the hottest loop
     yaw = dt * r
     turned = xp.zeros_like(phi)
-    u_steps, v_steps, turned_steps = [], [], []
-    for _ in range(n_substeps):
-        u_steps.append(u)
-        v_steps.append(v)
-        turned_steps.append(turned)
-        turned = turned + yaw
-        next_u = u + speed_gain + yaw * v
-        next_v = (u * (v - v_steering - u * yaw) + v_coupling * yaw) / (u + v_damping)
-        yaw = (u * (yaw - yaw_steering) + yaw_coupling * v) / (u + yaw_damping)
+    # In the axes that the vehicle had at first: in the first substep it has not turned yet
+    ahead, aside = u, v
+    steps = []
+    for u_place, v_place, turned_place in zip(*places, strict=True):
+        turned = add(turned, yaw, turned_place)
+        next_u = add(add(u, speed_gain, u_place), multiply(yaw, v, spare), u_place)
+        # (u (v - v_steering - u yaw) + v_coupling yaw) / (u + v_damping)
+        next_v = subtract(subtract(v, v_steering, v_place), multiply(u, yaw, spare), v_place)
+        next_v = add(multiply(u, next_v, v_place), multiply(v_coupling, yaw, spare), v_place)
+        next_v = divide(next_v, add(u, v_damping, spare), v_place)
+        # (u (yaw - yaw_steering) + yaw_coupling v) / (u + yaw_damping)
+        yaw = multiply(u, subtract(yaw, yaw_steering, yaw), yaw)
+        yaw = add(yaw, multiply(yaw_coupling, v, spare), yaw)
+        yaw = divide(yaw, add(u, yaw_damping, spare), yaw)
         u, v = next_u, next_v
+        steps.append((u, v, turned))
 
-    # The way in the axes that the vehicle had at first: in the first substep it has not turned yet
-    ahead, aside = u_steps[0], v_steps[0]
     if n_substeps > 1:
         # (n_substeps - 1, n)
-        all_u, all_v, all_turned = xp.concatenate(u_steps[1:] + v_steps[1:] + turned_steps[1:]).reshape(3, n_substeps - 1, -1)
+        all_u, all_v, all_turned = places[:, :-1] if is_numpy else map(xp.stack, zip(*steps[:-1], strict=True))
         sin, cos = sine_and_cosine(all_turned, xp)
         ahead = ahead + (all_u * cos - all_v * sin).sum(0)
         aside = aside + (all_u * sin + all_v * cos).sum(0)

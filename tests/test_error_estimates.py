@@ -1,6 +1,7 @@
 """Measured errors of the action gradients, the weights that follow from them, and the report."""
 
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from sb3_mpg import MPG, PriorModel
 from sb3_mpg.common.error_estimates import MATTERING_ENDS, action_gradients, gradient_errors, misjudges_ends
 from sb3_mpg.common.units import Units
 from sb3_mpg.common.weighting import MeasuredWeighting
+from sb3_mpg.mpg import mpg
 
 IDENTITY = Units()
 SMALL = {"policy_kwargs": {"net_arch": [16]}, "learning_starts": 100, "batch_size": 64, "seed": 0, "buffer_size": 5000}
@@ -199,6 +201,40 @@ def test_a_model_that_does_not_know_where_episodes_terminate_is_left_out(ends, p
     assert latest.misjudges_ends == is_blind and latest.is_left_out.tolist() == [False, is_blind]
     (row,) = [line for line in str(model.trust_report()).splitlines() if "10 model steps" in line]
     assert ("left out: terminates elsewhere" in row) == is_blind
+
+
+@pytest.mark.parametrize("compiles", [True, False])
+def test_what_is_wrong_is_said_once(compiles, monkeypatch):
+    # Compiling resets what Python remembers of warnings
+    monkeypatch.setattr(mpg, "StepCompiler", partial(mpg.StepCompiler, backend="eager"))
+    model = MPG("MlpPolicy", LinearEnv(ends="terminated"), horizons=(0, 10), compile=compiles, **SMALL)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.learn(160)
+    assert sum(measurement.gradients.misjudges_ends for measurement in model._measurements) > 1
+    assert sum("does not know where episodes terminate" in str(warning.message) for warning in caught) == 1
+
+
+@pytest.mark.parametrize("n_members", [2, 3, 4])
+def test_members_that_are_compared_have_different_critics(n_members, monkeypatch):
+    seen = []
+
+    def record(observations, actor, q_functions, *args):
+        seen.append([q_function(*inputs).sum().item() for q_function in q_functions])
+        return action_gradients(observations, actor, q_functions, *args)
+
+    inputs = (th.ones(1, 2), th.ones(1, 1))
+    monkeypatch.setattr(mpg, "action_gradients", record)
+    kwargs = {"residual_kwargs": {"n_members": n_members}, "horizons": (0, 3)}
+    MPG("MlpPolicy", LinearEnv(), **kwargs, **SMALL).learn(105)
+    assert len(seen[0]) == n_members and seen[0][0] != seen[0][-1]
+
+
+def test_measured_weights_need_two_critics():
+    settings = {**SMALL, "policy_kwargs": {"net_arch": [16], "n_critics": 1}}
+    with pytest.raises(ValueError, match="compare the critics with each other, of which there is one"):
+        MPG("MlpPolicy", LinearEnv(), **settings)
+    MPG("MlpPolicy", LinearEnv(), weighting="rule_based", **settings)
 
 
 def test_a_termination_that_hardly_a_rollout_comes_to_is_no_reason_to_leave_a_model_out():

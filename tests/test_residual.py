@@ -173,6 +173,88 @@ def test_an_overflow_is_not_learned_from():
         assert th.equal(parameter, other)
 
 
+def test_states_at_which_the_prior_model_overflows_are_left_out():
+    class Overflows(Known):
+        def reward(self, states, actions, next_states):
+            return super().reward(states, actions, next_states) / (states[:, :1] > -0.9)
+
+    model, data = ResidualModel(Overflows(), 2, 2), truth(600)
+    finite = data.observations[:, 0] > -0.9
+    assert 0 < (~finite).sum() < 60
+    model.adapt_to(data)
+    assert th.isfinite(model.target_scale).all()
+    usable = Transitions(*(tensor[finite] for tensor in data))
+    other = ResidualModel(Overflows(), 2, 2)
+    other.adapt_to(usable)
+    th.testing.assert_close(model.target_scale, other.target_scale, rtol=0.02, atol=0)
+    losses = [model.fit(data) for _ in range(3)]
+    assert all(math.isfinite(loss) for loss in losses) and int(model.n_fits) == 3
+    # As if they were not there
+    model.eval()
+    assert model.validation_error(data) == pytest.approx(model.validation_error(usable), rel=1e-5)
+
+
+def noisy(n_rows, n_states, seed=0):
+    """Many dimensions of noise, about which nothing is to be learned."""
+    rng = th.Generator().manual_seed(seed)
+    states, noise = (th.randn(n_rows, n_states, generator=rng) for _ in range(2))
+    actions = 2 * th.rand(n_rows, n_states, generator=rng) - 1
+    rewards = Known().reward(states, actions, states) + 0.1 * th.randn(n_rows, 1, generator=rng)
+    return Transitions(states, actions, rewards, states + 0.1 * actions + 0.1 * noise)
+
+
+def test_nothing_is_solved_for_from_too_few_data():
+    """As many factors as rows reproduce any noise."""
+    model = ResidualModel(Known(), 20, 20).eval()
+    # 41 factors of the linear part, 121 of the quadratic one
+    for n_rows, solves_linear, solves_quadratic in ((100, False, False), (300, True, False), (700, True, True)):
+        data = noisy(n_rows, 20)
+        assert model.is_outgrown(data) == (n_rows != 100)
+        model.adapt_to(data)
+        assert bool(model.linear.any()) == solves_linear
+        assert bool(model.quadratic.any()) == solves_quadratic
+        assert not model.is_outgrown(data)
+    few = noisy(130, 20)
+    model.adapt_to(few)
+    new = noisy(500, 20, seed=1)
+    error = (model.reward(new.observations, new.actions, new.next_observations) - new.rewards).square().mean().sqrt()
+    assert error < 0.11
+
+
+def test_what_the_first_data_did_not_show_is_learned_once_it_is_there():
+    data = truth(600)
+    shown = data.observations[:, 0] < 0
+    # The prior model is right where the first data are from
+    known = Known().transition(data.observations, data.actions)
+    rewards = Known().reward(data.observations, data.actions, known)
+    data = data._replace(next_observations=known, rewards=rewards + 5 * (data.observations[:, :1].clamp(min=0)) ** 3)
+    model = ResidualModel(Known(), 2, 2)
+    first = Transitions(*(tensor[shown] for tensor in data))
+    model.adapt_to(first)
+    for _ in range(5):
+        model.fit(first)
+    assert not model.is_outgrown(first) and model.is_outgrown(data)
+    model.adapt_to(data)
+    # It begins anew
+    assert not model.is_outgrown(data) and int(model.n_fits) == 0 and not model.optimizer.state
+    assert not any(parameter.any() for parameter in model.correction[-1].parameters())
+
+
+def test_preparation_is_repeated_when_twice_as_many_steps_are_not_like_the_first(monkeypatch):
+    calls = []
+    monkeypatch.setattr(ResidualModel, "adapt_to", lambda self, known: calls.append(len(known.rewards)))
+    monkeypatch.setattr(ResidualModel, "is_outgrown", lambda self, known: len(known.rewards) == 84)
+    kwargs = {"policy_kwargs": {"net_arch": [16]}, "learning_starts": 20, "batch_size": 32, "horizons": (0, 2), "seed": 0}
+    MPG("MlpPolicy", LinearEnv(), prior_model=Known1D(), **kwargs).learn(170)
+    # Before the first update and at 84; at 42 and 168 it still fits
+    assert calls == [21, 84]
+
+
+def test_a_batch_smaller_than_the_ensemble():
+    model = ResidualModel(Known(), 2, 2, n_members=5)
+    assert model.transition(*truth(2)[:2]).shape == (2, 2)
+
+
 def test_a_random_prior_model_is_taken_at_its_mean():
     prior = PathTrackingModel(lateral_noise=10.0)
     model = ResidualModel(prior, 6, 2)
@@ -212,6 +294,24 @@ def test_what_was_learned_is_saved_and_follows_to_another_environment(tmp_path):
         assert th.equal(loaded.rollout_model.optimizer.state_dict()["state"][0]["exp_avg"], state)
     model.set_env(LinearEnv())
     assert model.rollout_model.validation_error(data) == expected
+
+
+def test_what_was_learned_of_another_prior_model_is_forgotten(tmp_path):
+    kwargs = {"policy_kwargs": {"net_arch": [16]}, "learning_starts": 60, "batch_size": 32, "horizons": (0, 2), "seed": 0}
+    model = MPG("MlpPolicy", LinearEnv(), prior_model=Known1D, **kwargs).learn(80)
+    model.save(tmp_path / "model.zip")
+    model.save_replay_buffer(tmp_path / "buffer.pkl")
+    learned = model.rollout_model.linear
+
+    same = MPG.load(tmp_path / "model.zip", env=LinearEnv(), prior_model_kwargs=None)
+    assert th.equal(same.rollout_model.linear, learned) and len(same._measurements) == 1
+    right = LinearEnv().prior_model()
+    loaded = MPG.load(tmp_path / "model.zip", env=LinearEnv(), prior_model=right)
+    assert learned.any() and not loaded.rollout_model.linear.any() and loaded._measurements == []
+    loaded.load_replay_buffer(tmp_path / "buffer.pkl")
+    loaded.learn(20, reset_num_timesteps=False)
+    # It is prepared as a new one would be: there is nothing to correct
+    assert loaded.rollout_model.linear.abs().max() < 1e-3 < 0.01 < learned.abs().max()
 
 
 class Known1D(Known):
@@ -263,6 +363,17 @@ def test_windows_end_with_their_episodes():
     assert th.equal(windows.terminated[:, 0], (t % 7 == 6) & (t % 14 != 13))
 
 
+def test_windows_stop_before_what_is_not_held_where_memory_is_saved():
+    recorded = filled_buffer(optimize_memory_usage=True, handle_timeout_termination=False, n_steps=250)
+    windows = recorded.windows(1000, horizon=5)
+    t = windows.observations[:, 0].long()
+    assert t.min() == 51 and t.max() == 249 and (t % 7 != 6).all()
+    assert th.equal(windows.lengths, th.minimum(th.minimum(6 - t % 7, 250 - t), th.tensor(5)))
+    for step in range(5):
+        inside = windows.lengths > step
+        assert th.equal(windows.next_observations[step, inside, 0].long(), t[inside] + step + 1)
+
+
 def test_what_was_observed_behind_terminations_and_behind_other_steps():
     recorded = filled_buffer(n_steps=250)
     # Of the last 200 steps, those at 62, 76, ... 244; those at 55, 69, ... were truncated
@@ -274,5 +385,11 @@ def test_what_was_observed_behind_terminations_and_behind_other_steps():
     assert others == [[t + 1.0, env] for t in (249, 248, 247, 246, 245, 243) for env in range(2)]
     assert filled_buffer(n_steps=6).observed_last(10, terminated=True) is None
     assert filled_buffer(n_steps=6).termination_rate() == 0
-    saving = filled_buffer(optimize_memory_usage=True, handle_timeout_termination=False)
-    assert saving.observed_last(10, terminated=True) is None
+    # Who does not know which ends are time limits knows of no termination
+    for saves_memory in (True, False):
+        ignorant = filled_buffer(optimize_memory_usage=saves_memory, handle_timeout_termination=False, n_steps=250)
+        assert ignorant.termination_rate() == 0
+        assert ignorant.observed_last(10, terminated=True) is None
+        others = ignorant.observed_last(1000, terminated=False)
+        # Steps without an end, of the last 200 or 199
+        assert set(others[:, 0].tolist()) == {t + 1.0 for t in range(50 + saves_memory, 250) if t % 7 != 6}

@@ -91,36 +91,43 @@ class RecordedSteps:
         return self._gather(positions[usable], envs[usable]) if usable.any() else None
 
     def _has_terminated(self, positions: np.ndarray | slice) -> np.ndarray:
-        # Time limits and early resets end an episode without terminating it
-        return (self.replay_buffer.dones[positions] > 0) & (self.replay_buffer.timeouts[positions] == 0)
+        # Time limits and early resets end an episode without terminating it; a buffer that does not handle them does not
+        # know which ends are theirs
+        buffer = self.replay_buffer
+        return (buffer.dones[positions] > 0) & (buffer.timeouts[positions] == 0) & buffer.handle_timeout_termination
 
     def termination_rate(self) -> float:
         """
-        :return: share of the steps that terminated
+        :return: share of the steps that are known to have terminated
         """
         return float(self._has_terminated(slice(self.replay_buffer.size())).mean())
 
     def observed_last(self, n_samples: int, terminated: bool) -> th.Tensor | None:
         """
         :param n_samples: largest number of steps
-        :param terminated: whether those that terminated or those that did not
+        :param terminated: whether those that are known to have terminated or those that are known not to
         :return: what was observed behind the steps of that kind that were recorded last, ``(n, *obs_shape)``; ``None`` when
-            there is none, or where the buffer saves the memory for what was observed behind an end
+            there is none
         """
         buffer = self.replay_buffer
-        if buffer.optimize_memory_usage:
-            return None
         # The newest rows first
         if terminated:
             rows = np.flatnonzero(self._has_terminated(slice(buffer.size())).any(axis=1))
             rows = np.roll(rows, -np.searchsorted(rows, buffer.pos))[::-1]
         else:
             # Only terminations may be far apart
-            rows = (buffer.pos - 1 - np.arange(min(buffer.size(), 2 * n_samples))) % buffer.buffer_size
-        places, envs = np.nonzero(self._has_terminated(rows) == terminated)
+            rows = (buffer.pos - 1 - np.arange(min(self._n_intact_rows(), 2 * n_samples))) % buffer.buffer_size
+        is_wanted = self._has_terminated(rows)
+        if not terminated:
+            is_wanted = ~is_wanted if buffer.handle_timeout_termination else buffer.dones[rows] == 0
+        places, envs = np.nonzero(is_wanted)
         if len(places) == 0:
             return None
         return self._gather(rows[places[:n_samples]], envs[:n_samples]).next_observations
+
+    def _n_intact_rows(self) -> int:
+        # Where memory is saved, the newest observation was written over the oldest step
+        return self.replay_buffer.size() - int(self.replay_buffer.optimize_memory_usage and self.replay_buffer.full)
 
     def windows(self, n_steps: int, horizon: int) -> Windows | None:
         """
@@ -129,8 +136,7 @@ class RecordedSteps:
         :return: one window for each of these steps, or ``None`` when there is none
         """
         buffer = self.replay_buffer
-        # Where memory is saved, the newest observation was written over the oldest step
-        n_rows = min(-(-n_steps // buffer.n_envs), buffer.size() - int(buffer.optimize_memory_usage and buffer.full))
+        n_rows = min(-(-n_steps // buffer.n_envs), self._n_intact_rows())
         if n_rows < 1:
             return None
         positions = (buffer.pos - 1 - np.arange(n_rows)[::-1]) % buffer.buffer_size
@@ -142,6 +148,10 @@ class RecordedSteps:
         records["rewards"] = records["rewards"][..., 0]
         ends = dones.copy()
         ends[-1] = True
-        return cut_windows(
+        if buffer.optimize_memory_usage:
+            # What was observed behind an end is not held: windows stop one step before
+            ends[:-1] |= dones[1:]
+        windows = cut_windows(
             {**records, "terminated": self._has_terminated(positions), "ends": ends}, horizon, th.device(self.device)
         )
+        return windows.select(~dones.ravel()) if buffer.optimize_memory_usage else windows

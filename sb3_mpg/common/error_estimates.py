@@ -212,24 +212,27 @@ def measure_gradient_errors(
     return measured
 
 
-def warn_of_errors(measured: GradientErrors, model_name: str) -> None:
+def warn_of_errors(measured: GradientErrors, model_name: str, earlier: Sequence[GradientErrors] = ()) -> None:
     """
+    Say what is wrong, the first time that it is.
+
     :param measured: the errors
     :param model_name: what the user calls the model
+    :param earlier: what was measured before
     """
-    if measured.misjudges_ends:
+    if measured.misjudges_ends and not any(before.misjudges_ends for before in earlier):
         warnings.warn(
             f"`{model_name}.terminal` does not know where episodes terminate: it misses most of the recorded terminations, or "
             "takes most other steps for some. Until it does, horizon 0 takes the place of the model, if it is among the "
             "horizons. It must be true where the environment returns terminated=True; `check_prior_model` compares the two."
         )
-    if measured.is_useless.any():
+    if measured.is_useless.any() and not any(before.is_useless.any() for before in earlier):
         warnings.warn(
             f"{model_name} leads astray: its gradient is far from that of the model corrected by what was recorded. "
             "Until it is not, horizon 0 takes its place, if it is among the horizons. `residual=True` corrects the model, "
             "`check_prior_model` finds out what is wrong."
         )
-    if not np.isfinite(measured.errors).all():
+    if not np.isfinite(measured.errors).all() and all(np.isfinite(before.errors).all() for before in earlier):
         warnings.warn(
             f"The gradient of {model_name} is not finite at most states; it weighs nothing until it is. Look for what "
             "overflows with `check_prior_model`."

@@ -17,6 +17,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise, NormalActionNoise, VectorizedActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 
 from sb3_mpg.common.buffers import RecordedSteps
@@ -31,7 +32,7 @@ from sb3_mpg.common.models.trainable import TrainableModel, Transitions
 from sb3_mpg.common.torch_layers import ObservationScaler
 from sb3_mpg.common.type_aliases import GradientResult, Simulator, TrainingBatch
 from sb3_mpg.common.units import Units
-from sb3_mpg.common.utils import check_keywords, check_number, keep_freed_memory, randomness_of_update
+from sb3_mpg.common.utils import check_keywords, check_number, is_same_setting, keep_freed_memory, randomness_of_update
 from sb3_mpg.common.value_targets import ValueTarget, make_value_target
 
 SelfOffPolicyModelAlgorithm = TypeVar("SelfOffPolicyModelAlgorithm", bound="OffPolicyModelAlgorithm")
@@ -44,6 +45,8 @@ MAX_PREPARATION_STEPS = 20_000
 MAX_PRETRAINING_STEPS = 2000
 PRETRAINING_PATIENCE = 200
 PRETRAINING_CHECK_EVERY = 50
+# What is learned of a model belongs to these
+MODEL_SETTINGS = frozenset({"prior_model", "prior_model_kwargs", "residual_kwargs"})
 
 
 def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) -> None:
@@ -185,6 +188,8 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         self.residual = residual
         self.residual_kwargs = residual_kwargs
         self._model_state: dict[str, Any] | None = None
+        # How many steps were recorded when the model was last prepared for them, or found to be
+        self._n_prepared_for = 0
         self.max_grad_norm = max_grad_norm
         self.reward_scale = reward_scale
         self.exploration_noise = exploration_noise
@@ -297,16 +302,22 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
 
     def _prepare_model(self, units: Units) -> None:
         """
-        Before the first update: scale a trainable model by the steps recorded so far, and fit it to them.
+        Before the first update: scale a trainable model by the steps recorded so far, and fit it to them. And once more
+        when twice as many are recorded, if these are not what the first ones promised.
 
         :param units: conversions between environment and networks
         """
         model = self.rollout_model
-        if not isinstance(model, TrainableModel):
+        assert self.replay_buffer is not None
+        n_recorded = self.replay_buffer.size() * self.replay_buffer.n_envs
+        if not isinstance(model, TrainableModel) or n_recorded < 2 * self._n_prepared_for:
             return
         recorded = self._recorded_steps(units)
         known = recorded.latest(MAX_PREPARATION_STEPS)
         if known is None:
+            return
+        is_first, self._n_prepared_for = self._n_prepared_for == 0, n_recorded
+        if not is_first and not model.is_outgrown(known):
             return
         model.train()
         model.adapt_to(known)
@@ -560,6 +571,46 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
             super().save(path, exclude, include)
         finally:
             self.__dict__.update(replaced)
+
+    @classmethod
+    def load(
+        cls: type[SelfOffPolicyModelAlgorithm],
+        path: str | pathlib.Path | io.BufferedIOBase,
+        env: GymEnv | None = None,
+        device: th.device | str = "auto",
+        custom_objects: dict[str, Any] | None = None,
+        print_system_info: bool = False,
+        force_reset: bool = True,
+        **kwargs: Any,
+    ) -> SelfOffPolicyModelAlgorithm:
+        """
+        Load as SB3 does. With another prior model than the saved one, what was learned of that one is forgotten: a correction
+        is prepared anew before the next update, from the replay buffer.
+
+        :param path: path to the file (or a file-like) where to load the agent from
+        :param env: the new environment to run the loaded model on (can be None if you only need prediction from a trained
+            model) has priority over any saved environment
+        :param device: Device on which the code should run.
+        :param custom_objects: Dictionary of objects to replace upon loading, see SB3
+        :param print_system_info: Whether to print system info from the saved model and the current system info
+        :param force_reset: Force call to ``reset()`` before training to avoid unexpected behavior.
+        :param kwargs: settings to change
+        :return: the algorithm
+        """
+        given = MODEL_SETTINGS & kwargs.keys()
+        if given:
+            saved, _, _ = load_from_zip_file(path, device="cpu", custom_objects=custom_objects)
+            assert saved is not None, "No data found in the saved file"
+            if any(not is_same_setting(kwargs[name], saved.get(name)) for name in given):
+                kwargs = {**cls._nothing_learned_of_model(), **kwargs}
+        return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+
+    @classmethod
+    def _nothing_learned_of_model(cls) -> dict[str, Any]:
+        """
+        :return: attributes as they are before anything is learned of the model
+        """
+        return {"_model_state": None, "_n_prepared_for": 0}
 
     def _portable_attributes(self) -> dict[str, Any]:
         """

@@ -97,7 +97,8 @@ class MPG(OffPolicyModelAlgorithm):
     model, states count alike in the losses of policy and critics, whatever the size of their gradients and values (see
     ``sb3_mpg.common.balance``), the critics regress on the returns of the policy's rollouts, too, and up to half of the
     states of a policy update are explored in the model (``model_exploration``); without trust an update is that of the
-    data-driven gradient. A model that does not know where episodes terminate is left out. MPG-v2 of the papers is
+    data-driven gradient. A model that does not know where episodes terminate is left out, unless the replay buffer does not
+    tell terminations from time limits (``handle_timeout_termination=False``). MPG-v2 of the papers is
     ``residual=False, weighting="rule_based", learning_starts=3000``, and MPG-v1 the same with
     ``value_target="n_step_simulator", batch_reuse=10``; the other defaults are those of Table VI. Networks see sines and
     cosines of the observations unless ``policy_kwargs`` leaves them out (see ``ObservationScaler``). Differences from the
@@ -294,6 +295,11 @@ class MPG(OffPolicyModelAlgorithm):
 
     def _setup_model(self) -> None:
         super()._setup_model()
+        if self._needs_trainable_model() and self.weighting_rule.needs_errors and len(self.policy.critic.q_networks) < 2:
+            raise ValueError(
+                "Measured weights compare the critics with each other, of which there is one; leave `n_critics` in "
+                "`policy_kwargs` at 2 or take another `weighting`."
+            )
         # As saved: on the CPU
         self._batches = [TrainingBatch(*(tensor.to(self.device) for tensor in batch)) for batch in self._batches]
         self.critic_lr_schedule = FloatSchedule(self.critic_learning_rate)
@@ -515,7 +521,7 @@ class MPG(OffPolicyModelAlgorithm):
             weights = self.weighting_rule.weights(self._n_updates)
             validation_error = float("nan") if validation_error is None else validation_error
             self._measurements.append(Measurement(self._n_updates, measured, weights, validation_error))
-            warn_of_errors(measured, self._model_name())
+            warn_of_errors(measured, self._model_name(), [earlier.gradients for earlier in self._measurements[:-1]])
             for horizon, error, standard_error in zip(*measured[:3], strict=True):
                 logs.setdefault(f"horizons/error_{horizon}", []).append(error)
                 logs.setdefault(f"horizons/error_{horizon}_se", []).append(standard_error)
@@ -529,7 +535,9 @@ class MPG(OffPolicyModelAlgorithm):
         model = self.rollout_model
         assert isinstance(model, TrainableModel)
         observations = self.replay_buffer.sample(N_MEASURED_STATES).observations.float()  # type: ignore[union-attr]
-        q_functions = [self._q_function(member % len(self.critic.q_networks)) for member in range(model.n_members)]
+        # Each member with a critic of its own; the first and the last member are compared, so with different ones
+        last = len(self.critic.q_networks) - 1
+        q_functions = [self._q_function(min(member, last)) for member in range(model.n_members)]
         gradients = partial(
             action_gradients,
             observations,
@@ -736,7 +744,7 @@ class MPG(OffPolicyModelAlgorithm):
         units = self._units()
         if self._n_updates == 0:
             self._fit_observation_scalers(units)
-            self._prepare_model(units)
+        self._prepare_model(units)
 
         # Update learning rates according to their schedules
         self._update_learning_rate(self.actor.optimizer)
@@ -824,6 +832,10 @@ class MPG(OffPolicyModelAlgorithm):
         # Each learner has batches of its own, and compiles for itself
         self._batches, self._n_batch_uses = [], 0
         self._step_compiler = StepCompiler() if self._compiles else None
+
+    @classmethod
+    def _nothing_learned_of_model(cls) -> dict[str, Any]:
+        return {**super()._nothing_learned_of_model(), "_measurements": []}
 
     def _portable_attributes(self) -> dict[str, Any]:
         # Without reuse nothing of the last batch matters

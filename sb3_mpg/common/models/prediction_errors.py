@@ -154,6 +154,21 @@ class Windows(NamedTuple):
     terminated: th.Tensor
     lengths: th.Tensor
 
+    def select(self, is_kept: np.ndarray) -> "Windows":
+        """
+        :param is_kept: which windows, bool ``(B,)``
+        :return: these
+        """
+        kept = th.as_tensor(is_kept, device=self.lengths.device)
+        return Windows(
+            self.observations[kept],
+            self.actions[:, kept],
+            self.next_observations[:, kept],
+            self.rewards[:, kept],
+            self.terminated[kept],
+            self.lengths[kept],
+        )
+
 
 def check_box(space: spaces.Space, name: str) -> spaces.Box:
     if not isinstance(space, spaces.Box) or not np.issubdtype(space.dtype, np.floating):

@@ -15,6 +15,10 @@ from sb3_mpg.common.models.base import PriorModel
 from sb3_mpg.common.models.trainable import TrainableModel, Transitions
 from sb3_mpg.common.torch_layers import n_with_waves, with_waves
 
+# Least squares with fewer rows for each factor than this fit the noise
+MIN_ROWS_PER_FACTOR = 5
+# Targets of this size, in units of their scale, have outgrown it: networks whose steps are bounded take too long to get there
+OUTGROWN = 10.0
 # A dimension that the prior model predicts to less than this share of its change needs no finer correction
 SMALLEST_TARGET_SCALE = 1e-3
 # How far predictions may leave the range of the data, in units of its width
@@ -50,10 +54,10 @@ class ResidualModel(TrainableModel):
 
     .. math:: s' = f(s, a) + \Delta_s(s, a), \quad r = r(s, a, s') + \Delta_r(s, a, s').
 
-    What is simple is solved for, once, by least squares: a part of :math:`\Delta_s` that is linear in :math:`(s, a)` (wrong
-    gains and signs, constant offsets), and one of :math:`\Delta_r` that is a weighted sum of the squares of
-    :math:`s, a, s'` (wrong weights of a quadratic cost). Near an optimum the gradient of a reward is small beside the rewards
-    themselves, and a network alone, whose error is a fixed share of what it is fitted to, would bury it.
+    What is simple is solved for by least squares, as soon as there are data enough: a part of :math:`\Delta_s` that is linear
+    in :math:`(s, a)` (wrong gains and signs, constant offsets), and one of :math:`\Delta_r` that is a weighted sum of the
+    squares of :math:`s, a, s'` (wrong weights of a quadratic cost). Near an optimum the gradient of a reward is small beside
+    the rewards themselves, and a network alone, whose error is a fixed share of what it is fitted to, would bury it.
 
     A small ensemble of networks then learns what is left; their output is zero at first. Their inputs are the scaled states
     and actions with sines and cosines of them, without which small networks are slow to learn what changes along a road or
@@ -84,6 +88,7 @@ class ResidualModel(TrainableModel):
     high: th.Tensor
     linear: th.Tensor
     quadratic: th.Tensor
+    n_rows: th.Tensor
     n_fits: th.Tensor
     gains: th.Tensor
 
@@ -123,6 +128,8 @@ class ResidualModel(TrainableModel):
             "high": th.full((n_states,), float("inf")),
             "linear": th.zeros(1 + n_inputs, n_states),
             "quadratic": th.zeros(1 + 2 * (n_inputs + n_states), 1),
+            # Of what scales and least squares are from
+            "n_rows": th.zeros((), dtype=th.int64),
             "n_fits": th.zeros((), dtype=th.int64),
             # What each member's correction is multiplied by: 0 leaves the prior model as it is
             "gains": th.ones(n_members, 1, 1),
@@ -187,7 +194,7 @@ class ResidualModel(TrainableModel):
             return networks(inputs.expand(self.n_members, *inputs.shape)).mean(dim=0)
         n_missing = -n_rows % self.n_members
         if n_missing > 0:
-            inputs = th.cat([inputs, inputs[-n_missing:]])
+            inputs = th.cat([inputs, inputs[-1:].expand(n_missing, -1)])
         outputs = networks(inputs.reshape(self.n_members, -1, inputs.shape[1]))
         return outputs.reshape(-1, outputs.shape[2])[:n_rows]
 
@@ -289,12 +296,48 @@ class ResidualModel(TrainableModel):
         self.input_std.copy_(th.where(std > 1e-6 * (1 + inputs.abs().mean(dim=0)), std, 1.0))
 
         scaled, next_states, missed = self._missed_by_prior(transitions)
-        self.linear.copy_(_least_squares(scaled, missed[:, : self.n_states]))
-        self.quadratic.copy_(_least_squares(self._squares(scaled, next_states), missed[:, self.n_states :]))
-        left = self._left(scaled, next_states, missed)
-        changes = th.cat([self.state_difference(next_states, states), transitions.rewards], dim=1)
-        smallest = SMALLEST_TARGET_SCALE * changes.square().mean(dim=0).sqrt() + 1e-8
-        self.target_scale.copy_(th.maximum(left.square().mean(dim=0).sqrt(), smallest))
+        # A prior model may overflow in some states
+        finite = th.isfinite(missed).all(dim=1)
+        scaled, next_states, missed, states = (tensor[finite] for tensor in (scaled, next_states, missed, states))
+        self.n_rows.fill_(len(missed))
+        self.linear.zero_()
+        self.quadratic.zero_()
+        if self._is_enough_for(self.linear, len(missed)):
+            self.linear.copy_(_least_squares(scaled, missed[:, : self.n_states]))
+        if self._is_enough_for(self.quadratic, len(missed)):
+            self.quadratic.copy_(_least_squares(self._squares(scaled, next_states), missed[:, self.n_states :]))
+        if len(missed) > 0:
+            left = self._left(scaled, next_states, missed)
+            changes = th.cat([self.state_difference(next_states, states), transitions.rewards[finite]], dim=1)
+            smallest = SMALLEST_TARGET_SCALE * changes.square().mean(dim=0).sqrt() + 1e-8
+            self.target_scale.copy_(th.maximum(left.square().mean(dim=0).sqrt(), smallest))
+
+        # What the networks have learned was in other units, and of what other factors left
+        for networks in (self.fitted, self.correction):
+            for parameter in networks[-1].parameters():
+                parameter.zero_()
+        self.optimizer.state.clear()
+        self.n_fits.zero_()
+
+    @staticmethod
+    def _is_enough_for(factors: th.Tensor, n_rows: int) -> bool:
+        """
+        :param factors: of least squares, ``(n_factors, n_outputs)``
+        :param n_rows: number of recorded steps
+        :return: whether they can be solved for
+        """
+        return n_rows >= MIN_ROWS_PER_FACTOR * len(factors)
+
+    @th.no_grad()
+    def is_outgrown(self, transitions: Transitions) -> bool:
+        _, targets = self._inputs_and_targets(transitions)
+        targets = targets[th.isfinite(targets).all(dim=1)]
+        n_before, n_now = int(self.n_rows), len(targets)
+        could_solve_more = any(
+            self._is_enough_for(factors, n_now) and not self._is_enough_for(factors, n_before)
+            for factors in (self.linear, self.quadratic)
+        )
+        return could_solve_more or (n_now > 0 and bool((targets.square().mean(dim=0).sqrt() > OUTGROWN).any()))
 
     @th.no_grad()
     def _extend_range(self, states: th.Tensor) -> None:
@@ -310,10 +353,8 @@ class ResidualModel(TrainableModel):
     def fit(self, transitions: Transitions) -> float:
         self._extend_range(self.prior.state_from_observation(transitions.observations))
         scaled, targets = self._inputs_and_targets(transitions)
-        # Huber: a jump of the environment, or of a prior model, must not be all that is fitted
-        loss = F.smooth_l1_loss(self._ensemble(self.fitted, scaled), targets)
+        loss = _huber_loss(self._ensemble(self.fitted, scaled), targets)
         value = loss.item()
-        # A prior model that overflows is not to be learned from
         if math.isfinite(value):
             self.optimizer.zero_grad()
             loss.backward()
@@ -328,7 +369,7 @@ class ResidualModel(TrainableModel):
     @th.no_grad()
     def validation_error(self, transitions: Transitions) -> float:
         scaled, targets = self._inputs_and_targets(transitions)
-        return F.smooth_l1_loss(self._ensemble(self.correction, scaled), targets).item()
+        return _huber_loss(self._ensemble(self.correction, scaled), targets).item()
 
     @th.no_grad()
     def improves_on_prior(self, transitions: Transitions) -> bool:
@@ -338,7 +379,7 @@ class ResidualModel(TrainableModel):
         """
         _, _, missed = self._missed_by_prior(transitions)
         missed = missed / self.target_scale
-        return self.validation_error(transitions) < F.smooth_l1_loss(missed, th.zeros_like(missed)).item()
+        return self.validation_error(transitions) < _huber_loss(th.zeros_like(missed), missed).item()
 
     def learned_state(self) -> dict[str, Any]:
         state = {name: value for name, value in self.state_dict().items() if not name.startswith("prior.") and name != "gains"}
@@ -365,12 +406,25 @@ def _least_squares(inputs: th.Tensor, targets: th.Tensor) -> th.Tensor:
     :return: the constants, and the factors of the inputs, ``(1 + n_inputs, n_outputs)``
     """
     regressors = th.cat([th.ones_like(inputs[:, :1]), inputs], dim=1).double()
-    # A prior model may overflow in some states
-    usable = th.isfinite(targets).all(dim=1) & th.isfinite(regressors).all(dim=1)
-    regressors, targets = regressors[usable], targets[usable].double()
     gram = regressors.T @ regressors
     gram.diagonal().mul_(1 + RIDGE).add_(1e-12)
-    return th.linalg.solve(gram, regressors.T @ targets).to(inputs.dtype)
+    return th.linalg.solve(gram, regressors.T @ targets.double()).to(inputs.dtype)
+
+
+def _huber_loss(outputs: th.Tensor, targets: th.Tensor) -> th.Tensor:
+    """
+    A jump of the environment, or of a prior model, must not be all that is fitted; and where a prior model overflows, nothing
+    can be.
+
+    :param outputs: ``(B, n_outputs)``
+    :param targets: ``(B, n_outputs)``
+    :return: the mean over the rows whose targets are finite, NaN if there is none
+    """
+    loss = F.smooth_l1_loss(outputs, targets)
+    if th.isfinite(loss):
+        return loss
+    finite = th.isfinite(targets).all(dim=1)
+    return F.smooth_l1_loss(outputs[finite], targets[finite])
 
 
 def _to_cpu(value: Any) -> Any:

@@ -39,9 +39,16 @@ class TrainableModel(PriorModel):
     @abstractmethod
     def adapt_to(self, transitions: Transitions) -> None:
         """
-        Take the scales of inputs and targets from data, before the first :meth:`fit`.
+        Take the scales of inputs and targets from data, before the first :meth:`fit`; what was learned before is forgotten.
 
         :param transitions: what was recorded so far
+        """
+
+    @abstractmethod
+    def is_outgrown(self, transitions: Transitions) -> bool:
+        """
+        :param transitions: what was recorded so far
+        :return: whether the data that :meth:`adapt_to` saw do not stand for these, and it should see them
         """
 
     @abstractmethod

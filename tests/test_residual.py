@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch as th
 from lq import LinearEnv
@@ -361,6 +362,17 @@ def test_windows_end_with_their_episodes():
         inside = windows.lengths > step
         assert th.equal(windows.rewards[step, inside, 0].long(), t[inside] + step)
     assert th.equal(windows.terminated[:, 0], (t % 7 == 6) & (t % 14 != 13))
+
+
+def test_windows_do_not_cross_a_reset_between_two_trainings():
+    recorded = filled_buffer(n_envs=1, n_steps=6)
+    buffer = recorded.replay_buffer
+    for t in (100.0, 101.0, 102.0):
+        obs, next_obs = np.array([[t, 0.0]]), np.array([[t + 1, 0.0]])
+        buffer.add(obs, next_obs, np.zeros((1, 1)), np.zeros(1), np.array([False]), [{}])
+    windows = recorded.windows(1000, horizon=5)
+    assert windows.observations[:, 0].tolist() == [0, 1, 2, 3, 4, 5, 100, 101, 102]
+    assert windows.lengths.tolist() == [5, 5, 4, 3, 2, 1, 3, 2, 1]
 
 
 def test_windows_stop_before_what_is_not_held_where_memory_is_saved():

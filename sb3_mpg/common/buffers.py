@@ -148,6 +148,9 @@ class RecordedSteps:
         records["rewards"] = records["rewards"][..., 0]
         ends = dones.copy()
         ends[-1] = True
+        # A training that is continued may begin with a reset, of which the buffer knows nothing
+        goes_on = records["next_observations"][:-1] == records["observations"][1:]
+        ends[:-1] |= ~goes_on.all(axis=tuple(range(2, goes_on.ndim)))
         if buffer.optimize_memory_usage:
             # What was observed behind an end is not held: windows stop one step before
             ends[:-1] |= dones[1:]

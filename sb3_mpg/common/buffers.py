@@ -114,12 +114,11 @@ class RecordedSteps:
         if terminated:
             rows = np.flatnonzero(self._has_terminated(slice(buffer.size())).any(axis=1))
             rows = np.roll(rows, -np.searchsorted(rows, buffer.pos))[::-1]
+            is_wanted = self._has_terminated(rows)
         else:
             # Only terminations may be far apart
             rows = (buffer.pos - 1 - np.arange(min(self._n_intact_rows(), 2 * n_samples))) % buffer.buffer_size
-        is_wanted = self._has_terminated(rows)
-        if not terminated:
-            is_wanted = ~is_wanted if buffer.handle_timeout_termination else buffer.dones[rows] == 0
+            is_wanted = (buffer.dones[rows] == 0) | (buffer.timeouts[rows] > 0)
         places, envs = np.nonzero(is_wanted)
         if len(places) == 0:
             return None

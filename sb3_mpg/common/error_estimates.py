@@ -212,7 +212,7 @@ def measure_gradient_errors(
     return measured
 
 
-def warn_of_errors(measured: GradientErrors, model_name: str, earlier: Sequence[GradientErrors] = ()) -> None:
+def warn_of_errors(measured: GradientErrors, model_name: str, earlier: Sequence[GradientErrors]) -> None:
     """
     Say what is wrong, the first time that it is.
 

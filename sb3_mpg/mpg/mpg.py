@@ -520,8 +520,8 @@ class MPG(OffPolicyModelAlgorithm):
             self.weighting_rule.observe(np.where(measured.is_left_out, np.inf, measured.errors))
             weights = self.weighting_rule.weights(self._n_updates)
             validation_error = float("nan") if validation_error is None else validation_error
+            warn_of_errors(measured, self._model_name(), [earlier.gradients for earlier in self._measurements])
             self._measurements.append(Measurement(self._n_updates, measured, weights, validation_error))
-            warn_of_errors(measured, self._model_name(), [earlier.gradients for earlier in self._measurements[:-1]])
             for horizon, error, standard_error in zip(*measured[:3], strict=True):
                 logs.setdefault(f"horizons/error_{horizon}", []).append(error)
                 logs.setdefault(f"horizons/error_{horizon}_se", []).append(standard_error)

@@ -9,6 +9,7 @@ import torch as th
 from gymnasium.wrappers import TimeLimit
 from lq import LIMIT, LinearActor, LinearEnv, LinearModel, analytic_gradient, quadratic_q, random_problem
 from recorded import filled_buffer
+from stable_baselines3.common.logger import configure
 
 from sb3_mpg import MPG, PriorModel
 from sb3_mpg.common.error_estimates import MATTERING_ENDS, action_gradients, gradient_errors, misjudges_ends
@@ -256,6 +257,29 @@ def test_a_model_that_overflows_weighs_nothing_and_training_goes_on():
         model.learn(160)
     assert model.weighting_rule(60)[10] < 1e-20
     assert model.n_skipped_updates == 0
+
+
+class OverflowsBeyond(Wrong):
+    """Not a number at the quarter of the states that lies highest, and learned from elsewhere."""
+
+    def transition(self, states, actions):
+        return super().transition(states, actions) + (0.3 - states[:, :1]).sqrt() * 0
+
+
+@pytest.mark.parametrize("settings", [{}, {"residual": False, "weighting": "constant"}])
+def test_states_at_which_a_model_overflows_are_left_out_with_one_warning(settings):
+    settings = {**SMALL, **settings, "horizons": (0, 5), "policy_delay": 1}
+    model = MPG("MlpPolicy", LinearEnv(), prior_model=OverflowsBeyond(), **settings)
+    logger = configure(None, [])
+    model.set_logger(logger)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.learn(160)
+    assert sum("overflow at some states" in str(warning.message) for warning in caught) == 1
+    assert model.n_skipped_updates == 0
+    assert all(th.isfinite(parameter).all() for parameter in model.policy.parameters())
+    assert 0 < logger.name_to_value["train/states_left_out"] < 0.5
+    assert model.weighting_rule(model._n_updates)[5] > 0.1
 
 
 def test_trust_report(tmp_path):

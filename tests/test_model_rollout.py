@@ -121,11 +121,11 @@ def test_negligible_horizons_cost_nothing(problem):
     states = th.as_tensor(np.random.default_rng(2).normal(size=(4, 3)))
     actor = LinearActor(th.as_tensor(k))
     weights = {0: 1.0, 5: 0.9e-6, 25: 1e-9}
-    _, _, _, returns = mixed_policy_gradient(states, actor, q_function, model, IDENTITY, weights, 0.9)
+    returns = mixed_policy_gradient(states, actor, q_function, model, IDENTITY, weights, 0.9).returns
     assert model.calls == 0
     assert set(returns) == {0}
     weights = {0: 0.25, 5: 0.75}
-    loss, _, actions, returns = mixed_policy_gradient(states, actor, q_function, model, IDENTITY, weights, 0.9)
+    loss, _, actions, returns, _ = mixed_policy_gradient(states, actor, q_function, model, IDENTITY, weights, 0.9)
     assert model.calls == 5
     th.testing.assert_close(loss, -(0.25 * returns[0] + 0.75 * returns[5]).mean())
     th.testing.assert_close(actions, (states @ th.as_tensor(k).T))
@@ -160,6 +160,46 @@ def test_balanced_gradient_equals_the_one_written_by_hand(problem):
         th.as_tensor(states), actor, q_function, model, IDENTITY, weights, 0.9, balance=0.8
     ).gradients[0]
     np.testing.assert_allclose(gradient.numpy(), expected, rtol=1e-9)
+
+
+class OverflowsBeyond(LinearModel):
+    """Not a number where the first element of the state is more than 1."""
+
+    def transition(self, states, actions):
+        return super().transition(states, actions) + (1 - states[:, :1]).sqrt() * 0
+
+
+@pytest.mark.parametrize("balance", [0.0, 0.8])
+def test_states_at_which_the_model_overflows_add_nothing(problem, balance):
+    (a, b, q, r, k, _), model, q_function = problem
+    states = 0.1 * np.random.default_rng(2).normal(size=(9, 3))
+    breaks, sound = OverflowsBeyond(*tensors(a, b, q, r)), th.as_tensor(states)
+    broken = sound.clone()
+    broken[3:6, 0] = 2.0
+    actor = LinearActor(th.as_tensor(k))
+
+    def gradient_at(states, model, horizons=(0, 2)):
+        weights = {horizon: 1 / len(horizons) for horizon in horizons}
+        return mixed_policy_gradient(states, actor, q_function, model, IDENTITY, weights, 0.9, balance=balance)
+
+    everywhere, result = gradient_at(sound, model), gradient_at(broken, breaks)
+    assert everywhere.share_left_out == 0
+    assert result.share_left_out == pytest.approx(3 / 9)
+    assert th.isfinite(result.loss)
+    th.testing.assert_close(result.returns[2][:3], everywhere.returns[2][:3])
+    if balance == 0:
+        # A state is left out as a whole
+        kept = gradient_at(th.cat([broken[:3], broken[6:]]), model).gradients[0] * 6 / 9
+        th.testing.assert_close(result.gradients[0], kept)
+    else:
+        # Of each horizon by itself, and the balance of the others stays as it is: those left out count as of the middle size
+        th.testing.assert_close(gradient_at(broken, breaks, (0,)).gradients[0], gradient_at(broken, model, (0,)).gradients[0])
+        assert th.isfinite(result.gradients[0]).all()
+
+    # Of most states it must be seen
+    broken[:6, 0] = 2.0
+    assert gradient_at(broken, breaks).gradients[0].isnan().any()
+    assert gradient_at(broken, breaks).share_left_out == 0
 
 
 class TerminalModel(LinearModel):

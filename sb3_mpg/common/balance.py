@@ -67,7 +67,7 @@ def rollout_value_loss(
     is discounted by :math:`\gamma^n`. The squares let these targets fade sooner than the gradients of a model in doubt.
 
     :param values: of the policy's actions, one tensor ``(B, 1)`` for each critic
-    :param returns: of each horizon, without gradient, ``(B, 1)``
+    :param returns: of each horizon, without gradient, ``(B, 1)``; some perhaps not finite
     :param weights: weight of each horizon
     :param balance: how much states are balanced, from 0 to 1
     :return: a scalar
@@ -76,8 +76,9 @@ def rollout_value_loss(
     for critic_values in values:
         for horizon, horizon_returns in returns.items():
             if horizon > 0:
-                # A few rollouts that diverge must not be all that is fitted
                 errors = horizon_returns - critic_values.detach()
+                # From a rollout that overflows nothing is learned, and a few that diverge must not be all that is fitted
+                errors = th.where(th.isfinite(errors), errors, 0.0)
                 limit = LARGEST_VALUE_ERROR * errors.abs().median()
                 targets = critic_values.detach() + errors.clamp(-limit, limit)
                 loss = loss + weights[horizon] ** 2 * balanced_mse_loss(critic_values, targets, balance)

@@ -13,7 +13,7 @@ from sb3_mpg.common.balance import balance_states
 from sb3_mpg.common.models.base import PriorModel
 from sb3_mpg.common.type_aliases import Differentiate
 from sb3_mpg.common.units import Units
-from sb3_mpg.common.utils import gradient_of
+from sb3_mpg.common.utils import finite_mean, gradient_of
 
 #: Horizons that weigh less than this are left out of the rollout.
 NEGLIGIBLE_WEIGHT = 1e-6
@@ -233,16 +233,29 @@ def explore_in_model(
 
 class PolicyGradient(NamedTuple):
     """
-    :param loss: the actor loss (eq. 9), a scalar
+    :param loss: the actor loss (eq. 9), a scalar, of the states that count
     :param gradients: of the loss, or of what replaces it, one tensor for each trainable parameter of the actor
     :param actions: of the policy, in [-1, 1], ``(B, A)``
     :param returns: of each horizon that counts, ``(B, 1)``
+    :param share_left_out: of states that a horizon left out, see :func:`finite_rows`, a scalar
     """
 
     loss: th.Tensor
     gradients: list[th.Tensor]
     actions: th.Tensor
     returns: dict[int, th.Tensor]
+    share_left_out: th.Tensor
+
+
+def finite_rows(gradients: th.Tensor) -> th.Tensor:
+    """
+    Which states count: a model that overflows at a few of them says nothing there, and the others must not suffer from it.
+
+    :param gradients: with respect to the first actions, ``(B, A)``
+    :return: rows that are finite, bool ``(B, 1)``; all rows if it is not even half of them, which must not go unnoticed
+    """
+    is_finite = th.isfinite(gradients).all(dim=1, keepdim=True)
+    return is_finite | (2 * is_finite.sum() < len(is_finite))
 
 
 def mixed_policy_gradient(
@@ -259,34 +272,50 @@ def mixed_policy_gradient(
 ) -> PolicyGradient:
     r"""
     The gradient of the loss of the mixed policy gradient (eq. 9; the general form of appendix C-A):
-    :math:`-E_s[\sum_i w_i X_i(s)]`. Horizons of weight below ``NEGLIGIBLE_WEIGHT`` cost nothing.
+    :math:`-E_s[\sum_i w_i X_i(s)]`. Horizons of weight below ``NEGLIGIBLE_WEIGHT`` cost nothing. With
+    ``differentiate="first_action"``, states at which the gradient is not finite add nothing, unless it is most of them.
 
     :param weights: weight of each horizon; see :func:`model_rollout` for the other parameters
     :param balance: how much the action gradients of each horizon are balanced between the states before they are mixed, from
         0 to 1 (see :func:`balance_states`); more than 0 needs ``differentiate="first_action"``
     :return: loss, gradient, and what they were computed from
     """
+    assert balance == 0 or differentiate == "first_action", differentiate
     used = {horizon: weight for horizon, weight in weights.items() if abs(weight) >= NEGLIGIBLE_WEIGHT}
     horizons = sorted(used)
     actions = actor(units.normalize_observations(observations))
-    first_actions = actions.detach().requires_grad_() if balance > 0 else actions
+    # Eq. 6 in two factors, the derivative of the returns by the actions and that of the actions by the parameters
+    first_actions = actions.detach().requires_grad_() if differentiate == "first_action" else actions
     returns = model_rollout(
         observations, actor, q_function, model, units, horizons, gamma, differentiate, advance, first_actions
     )
     loss = -sum(used[horizon] * returns[horizon].mean() for horizon in horizons)
     assert isinstance(loss, th.Tensor)
-    if balance > 0:
-        assert differentiate == "first_action", differentiate
-        ascent = th.zeros_like(actions)
-        for horizon in horizons:
-            keep = horizon != horizons[-1]
-            (gradients,) = th.autograd.grad(returns[horizon].sum(), first_actions, retain_graph=keep)
-            ascent += used[horizon] * gradients * balance_states(gradients.norm(dim=1, keepdim=True), balance)
-        gradients = gradient_of(-(actions * ascent).sum(dim=1).mean(), actor)
-    else:
+    counts = th.ones_like(actions[:, :1], dtype=th.bool)
+    if differentiate == "all_actions":
         gradients = gradient_of(loss, actor)
+    else:
+        if balance == 0:
+            (descent,) = th.autograd.grad(loss, first_actions)
+            counts = finite_rows(descent)
+            descent = th.where(counts, descent, 0.0)
+        else:
+            descent = th.zeros_like(actions)
+            for horizon in horizons:
+                keep = horizon != horizons[-1]
+                (ascent,) = th.autograd.grad(returns[horizon].sum(), first_actions, retain_graph=keep)
+                is_finite = finite_rows(ascent)
+                counts = counts & is_finite
+                sizes = ascent.norm(dim=1, keepdim=True)
+                # What is left out must not unbalance the others
+                sizes = th.where(is_finite, sizes, sizes.nanmedian())
+                ascent = th.where(is_finite, ascent, 0.0)
+                descent -= used[horizon] * ascent * balance_states(sizes, balance) / len(ascent)
+        gradients = gradient_of(actions, actor, descent)
     detached = {horizon: values.detach() for horizon, values in returns.items()}
-    return PolicyGradient(loss.detach(), gradients, actions.detach(), detached)
+    finite_loss = -sum(used[horizon] * finite_mean(values) for horizon, values in detached.items())
+    assert isinstance(finite_loss, th.Tensor)
+    return PolicyGradient(finite_loss, gradients, actions.detach(), detached, 1 - counts.float().mean())
 
 
 def first_non_finite_step(

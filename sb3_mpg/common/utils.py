@@ -63,13 +63,24 @@ def trainable_parameters(network: th.nn.Module) -> list[th.nn.Parameter]:
     return [parameter for parameter in network.parameters() if parameter.requires_grad]
 
 
-def gradient_of(loss: th.Tensor, network: th.nn.Module) -> list[th.Tensor]:
+def gradient_of(output: th.Tensor, network: th.nn.Module, output_gradient: th.Tensor | None = None) -> list[th.Tensor]:
     """
-    :param loss: a scalar
+    :param output: a loss, or what a loss is computed from
     :param network: what it depends on
-    :return: its gradient, one tensor for each trainable parameter, 0 for those that it does not depend on
+    :param output_gradient: the gradient of the loss with respect to ``output``, in its shape; not for the loss itself
+    :return: the gradient of the loss, one tensor for each trainable parameter, 0 for those that it does not depend on
     """
-    return list(th.autograd.grad(loss, trainable_parameters(network), allow_unused=True, materialize_grads=True))
+    parameters = trainable_parameters(network)
+    return list(th.autograd.grad(output, parameters, output_gradient, allow_unused=True, materialize_grads=True))
+
+
+def finite_mean(values: th.Tensor) -> th.Tensor:
+    """
+    :param values: any shape
+    :return: the mean of those that are finite, a scalar; not a number if none is
+    """
+    is_finite = th.isfinite(values)
+    return th.where(is_finite, values, 0.0).sum() / is_finite.sum()
 
 
 def check_keywords(name: str, kwargs: dict[str, Any] | None, function: Callable[..., Any], *taken: str) -> dict[str, Any]:

@@ -49,7 +49,14 @@ from sb3_mpg.common.off_policy_model_algorithm import OffPolicyModelAlgorithm
 from sb3_mpg.common.trust_report import Measurement, TrustReport, make_trust_report
 from sb3_mpg.common.type_aliases import Differentiate, GradientResult, TrainingBatch
 from sb3_mpg.common.units import Units
-from sb3_mpg.common.utils import check_number, gradient_of, polyak_update_all, randomness_of_update, trainable_parameters
+from sb3_mpg.common.utils import (
+    check_number,
+    finite_mean,
+    gradient_of,
+    polyak_update_all,
+    randomness_of_update,
+    trainable_parameters,
+)
 from sb3_mpg.common.value_targets import ValueTarget, target_values_of
 from sb3_mpg.common.weighting import WeightingRule, check_horizons, make_weighting_rule
 from sb3_mpg.mpg.policies import MlpPolicy, MPGPolicy
@@ -269,6 +276,7 @@ class MPG(OffPolicyModelAlgorithm):
         self._batches: list[TrainingBatch] = []
         self._n_batch_uses = 0
         self._measurements: list[Measurement] = []
+        self._has_left_out_states = False
 
         if _init_setup_model:
             self._setup_model()
@@ -608,7 +616,10 @@ class MPG(OffPolicyModelAlgorithm):
             actor_gradients = policy_gradient.gradients
             logs["train/actor_loss"] = policy_gradient.loss.item()
             logs.update({f"horizons/weight_{horizon}": weight for horizon, weight in weights.items()})
-            logs.update({f"horizons/return_{horizon}": x.mean().item() for horizon, x in policy_gradient.returns.items()})
+            logs.update(
+                {f"horizons/return_{horizon}": finite_mean(x).item() for horizon, x in policy_gradient.returns.items()}
+            )
+            logs["train/states_left_out"] = policy_gradient.share_left_out.item()
             if trust > 0:
                 policy_values = self.critic(units.normalize_observations(observations), policy_gradient.actions)
                 value_loss = rollout_value_loss(policy_values, policy_gradient.returns, weights, trust)
@@ -699,6 +710,14 @@ class MPG(OffPolicyModelAlgorithm):
             polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
         return True
 
+    def _warn_of_states_left_out(self, result: GradientResult) -> None:
+        if not self._has_left_out_states and result.logs.get("train/states_left_out", 0.0) > 0:
+            self._has_left_out_states = True
+            warnings.warn(
+                f"Rollouts of {self._model_name()} overflow at some states, which are left out of the policy gradient; "
+                "`train/states_left_out` is their share. Look for what overflows with `check_prior_model`."
+            )
+
     def _stop_if_hopeless(self, batch_size: int, units: Units) -> None:
         """
         An update was just skipped.
@@ -761,6 +780,7 @@ class MPG(OffPolicyModelAlgorithm):
             result = learners.next_result(self._n_updates, batch_size, units)
             if not self.apply_gradients(result):
                 self._stop_if_hopeless(batch_size, units)
+            self._warn_of_states_left_out(result)
             learners.applied(self._n_updates, batch_size, units)
             for key, value in result.logs.items():
                 logs.setdefault(key, []).append(value)

@@ -253,7 +253,7 @@ class Overflows(Wrong):
 
 def test_a_model_that_overflows_weighs_nothing_and_training_goes_on():
     model = MPG("MlpPolicy", LinearEnv(), prior_model=Overflows(), residual=False, horizons=(0, 10), **SMALL)
-    with pytest.warns(UserWarning, match="gradient of Overflows is not finite at most states"):
+    with pytest.warns(UserWarning, match="gradient of Overflows over 10 steps is not finite at most states"):
         model.learn(160)
     assert model.weighting_rule(60)[10] < 1e-20
     assert model.n_skipped_updates == 0

@@ -233,7 +233,10 @@ def warn_of_errors(measured: GradientErrors, model_name: str, earlier: Sequence[
             "`check_prior_model` finds out what is wrong."
         )
     if not np.isfinite(measured.errors).all() and all(np.isfinite(before.errors).all() for before in earlier):
+        pairs = zip(measured.horizons, measured.errors, strict=True)
+        overflowing = ", ".join(str(horizon) for horizon, error in pairs if not np.isfinite(error))
         warnings.warn(
-            f"The gradient of {model_name} is not finite at most states; it weighs nothing until it is. Look for what "
-            "overflows with `check_prior_model`."
+            f"The gradient of {model_name} over {overflowing} steps is not finite at most states; it weighs nothing "
+            "until it is. Shorter horizons beside may be of use, such as horizons=(0, 5, 25). Look for what overflows with "
+            "`check_prior_model`."
         )

@@ -6,6 +6,7 @@ from lq import LinearEnv
 import sb3_mpg_envs  # noqa: F401
 from sb3_mpg import MPG, PriorModel
 from sb3_mpg.common.compilation import BiasBehindProduct, PartsOneByOne, StepCompiler
+from sb3_mpg.common.model_rollout import explore_in_model, held_step
 
 SMALL = {"policy_kwargs": {"net_arch": [16]}, "learning_starts": 40, "batch_size": 32, "seed": 0, "buffer_size": 2000}
 
@@ -29,6 +30,29 @@ def test_compiled_gradient_equals_the_other(env):
     assert model._step_compiler is not None
     scale = expected.abs().max()
     th.testing.assert_close(compiled / scale, expected / scale, rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize(("n_rows", "n_members"), [(31, 2), (32, 3)])
+def test_batches_that_do_not_come_out_even_between_the_members(n_rows, n_members):
+    settings = {**SMALL, "residual_kwargs": {"n_members": n_members, "net_arch": (16,)}, "learning_starts": 80}
+    model = MPG("MlpPolicy", LinearEnv(), compile=False, horizons=(0, 3), **settings).learn(82)
+    observations = th.as_tensor(model.replay_buffer.observations[:n_rows, 0])
+    expected = gradient(model, observations, {0: 0.2, 3: 0.8})
+    noise, steps = th.zeros(n_rows, 1), th.full((n_rows, 1), 2)
+    low, high = observations.amin(dim=0) - 1, observations.amax(dim=0) + 1
+
+    def explored(step):
+        return explore_in_model(
+            observations, model.actor, model.rollout_model, model._units(), steps, noise, low, high, 2, step
+        )
+
+    explored_as_it_is = explored(held_step)
+    model._step_compiler = StepCompiler(chunk=1)
+    compiled = gradient(model, observations, {0: 0.2, 3: 0.8})
+    assert model._step_compiler is not None
+    scale = expected.abs().max()
+    th.testing.assert_close(compiled / scale, expected / scale, rtol=0, atol=5e-6)
+    th.testing.assert_close(explored(model._step_compiler.held_step), explored_as_it_is)
 
 
 class RandomGains(PriorModel):

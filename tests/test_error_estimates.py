@@ -259,6 +259,21 @@ def test_a_model_that_overflows_weighs_nothing_and_training_goes_on():
     assert model.n_skipped_updates == 0
 
 
+class NoNumberButAGradient(Wrong):
+    """The logarithm of a negative number has a derivative that looks right."""
+
+    def reward(self, states, actions, next_states):
+        return super().reward(states, actions, next_states) + 0.01 * (0.3 - states[:, :1].abs()).log()
+
+
+def test_a_model_whose_values_alone_are_not_finite_weighs_nothing():
+    model = MPG("MlpPolicy", LinearEnv(), prior_model=NoNumberButAGradient(), horizons=(0, 5), **SMALL)
+    with pytest.warns(UserWarning, match="over 5 steps is not finite at most states"):
+        model.learn(160)
+    assert model.weighting_rule(60)[5] < 1e-20
+    assert model.n_skipped_updates == 0
+
+
 class OverflowsBeyond(Wrong):
     """Not a number at the quarter of the states that lies highest, and learned from elsewhere."""
 

@@ -154,7 +154,8 @@ def test_rollouts_stay_in_the_range_of_the_data():
     for _ in range(25):
         states, rewards = model.step(states, actions)
         total = total + rewards.sum()
-    low, high = data.observations.min(0).values, data.observations.max(0).values
+    seen = th.cat([data.observations, data.next_observations])
+    low, high = seen.min(0).values, seen.max(0).values
     assert (states >= low - 0.51 * (high - low)).all() and (states <= high + 0.51 * (high - low)).all()
     assert th.isfinite(th.autograd.grad(total, actions)[0]).all()
     # The prior model as it is runs wherever it runs
@@ -297,27 +298,200 @@ def test_what_was_learned_is_saved_and_follows_to_another_environment(tmp_path):
     assert model.rollout_model.validation_error(data) == expected
 
 
+class Known1D(Known):
+    def transition(self, states, actions):
+        return states + 0.1 * actions.expand_as(states)
+
+
+class Offset1D(Known1D):
+    def __init__(self, offset=0.0):
+        super().__init__()
+        self.offset = offset
+
+    def transition(self, states, actions):
+        return super().transition(states, actions) + self.offset
+
+
 def test_what_was_learned_of_another_prior_model_is_forgotten(tmp_path):
     kwargs = {"policy_kwargs": {"net_arch": [16]}, "learning_starts": 60, "batch_size": 32, "horizons": (0, 2), "seed": 0}
-    model = MPG("MlpPolicy", LinearEnv(), prior_model=Known1D, **kwargs).learn(80)
+    model = MPG("MlpPolicy", LinearEnv(), prior_model=Offset1D, prior_model_kwargs={"offset": 0.1}, **kwargs).learn(80)
     model.save(tmp_path / "model.zip")
     model.save_replay_buffer(tmp_path / "buffer.pkl")
     learned = model.rollout_model.linear
+    assert learned.any()
 
-    same = MPG.load(tmp_path / "model.zip", env=LinearEnv(), prior_model_kwargs=None)
-    assert th.equal(same.rollout_model.linear, learned) and len(same._measurements) == 1
+    def load(**kwargs):
+        return MPG.load(tmp_path / "model.zip", env=LinearEnv(), **kwargs)
+
+    # It is not the object or its class that counts, but what it says
+    for same in (load(), load(prior_model=Offset1D(0.1), prior_model_kwargs=None), load(prior_model_kwargs={"offset": 0.1})):
+        assert th.equal(same.rollout_model.linear, learned) and len(same._measurements) == 1
+        assert th.equal(th.as_tensor(same.weighting_rule.weights(20)), th.as_tensor(model.weighting_rule.weights(20)))
     right = LinearEnv().prior_model()
-    loaded = MPG.load(tmp_path / "model.zip", env=LinearEnv(), prior_model=right)
-    assert learned.any() and not loaded.rollout_model.linear.any() and loaded._measurements == []
+    for change in (
+        {"prior_model": right, "prior_model_kwargs": None},
+        {"custom_objects": {"prior_model": right, "prior_model_kwargs": None}},
+        {"prior_model_kwargs": {"offset": -0.1}},
+        {"residual_kwargs": {"net_arch": (32,)}},
+    ):
+        with pytest.warns(UserWarning, match="learned of another model is forgotten"):
+            loaded = load(**change)
+        assert not loaded.rollout_model.linear.any() and loaded._measurements == []
+        assert loaded.weighting_rule.weights(20).tolist() == [0.5, 0.5]
+
+    with pytest.warns(UserWarning, match="forgotten"):
+        loaded = load(prior_model=right, prior_model_kwargs=None)
     loaded.load_replay_buffer(tmp_path / "buffer.pkl")
     loaded.learn(20, reset_num_timesteps=False)
     # It is prepared as a new one would be: there is nothing to correct
     assert loaded.rollout_model.linear.abs().max() < 1e-3 < 0.01 < learned.abs().max()
 
 
-class Known1D(Known):
+class OffersOffset(LinearEnv):
+    def __init__(self, offset):
+        super().__init__()
+        self.offset = offset
+
+    def prior_model(self):
+        return Offset1D(self.offset)
+
+
+def test_the_model_of_another_environment_is_corrected_anew():
+    kwargs = {"policy_kwargs": {"net_arch": [16]}, "learning_starts": 60, "batch_size": 32, "horizons": (0, 2), "seed": 0}
+    model = MPG("MlpPolicy", OffersOffset(0.1), **kwargs).learn(80)
+    model.set_env(OffersOffset(0.1))
+    assert model.rollout_model.linear.any()
+    with pytest.warns(UserWarning, match="learned of another model is forgotten"):
+        model.set_env(OffersOffset(-0.1))
+    assert not model.rollout_model.linear.any()
+
+
+class HiddenVelocity(PriorModel):
+    """p' = p + 0.1 v, v' = v + 0.3 a, of which p is seen."""
+
     def transition(self, states, actions):
-        return states + 0.1 * actions.expand_as(states)
+        return th.cat([states[:, :1] + 0.1 * states[:, 1:], states[:, 1:] + 0.3 * actions], dim=1)
+
+    def reward(self, states, actions, next_states):
+        return -(states[:, :1] ** 2)
+
+    def observation(self, states):
+        return states[:, :1]
+
+    def state_from_observation(self, observations):
+        return th.cat([observations, th.zeros_like(observations)], dim=1)
+
+
+def test_dimensions_that_are_not_observed_are_left_to_the_prior_model():
+    rng = th.Generator().manual_seed(0)
+    positions, velocities = 2 * th.rand(300, 1, generator=rng) - 1, th.randn(300, 1, generator=rng)
+    actions = 2 * th.rand(300, 1, generator=rng) - 1
+    prior = HiddenVelocity()
+    data = Transitions(positions, actions, prior.reward(positions, actions, positions), positions + 0.1 * velocities)
+    model = ResidualModel(prior, 2, 1)
+    model.adapt_to(data)
+    for _ in range(50):
+        model.fit(data)
+    assert model.is_observed.tolist() == [True, False]
+    model.eval()
+    states, expected, ones = th.zeros(1, 2), th.zeros(1, 2), th.ones(1, 1)
+    for _ in range(10):
+        states, expected = model.transition(states, ones), prior.transition(expected, ones)
+    assert states[0, 1] == pytest.approx(expected[0, 1].item())
+    # What is seen is corrected by what was seen, to which the hidden velocity was noise
+    assert states[0, 0] == pytest.approx(expected[0, 0].item(), abs=0.3)
+
+
+def test_predictions_far_beyond_the_range_are_corrected_as_they_are_fitted():
+    class FarOff(Known):
+        def transition(self, states, actions):
+            return super().transition(states, actions) + 50
+
+    model, data = ResidualModel(FarOff(), 2, 2), truth(1000)
+    exact = data._replace(next_observations=data.observations + 0.1 * data.actions)
+    model.adapt_to(exact)
+    next_states = model.transition(exact.observations, exact.actions)
+    th.testing.assert_close(next_states, exact.next_observations, rtol=0, atol=1e-4)
+
+
+def test_the_range_is_that_of_next_observations_too():
+    model, data = ResidualModel(Known(), 2, 2), truth(200)
+    jumps = data._replace(next_observations=data.observations + 10)
+    model.adapt_to(jumps)
+    assert (model.high >= jumps.next_observations.max(dim=0).values).all()
+
+
+class Turntable(PriorModel):
+    """An angle that runs on, a state that wraps."""
+
+    def transition(self, states, actions):
+        return states + 0.5 + 0.1 * actions
+
+    def reward(self, states, actions, next_states):
+        return states.cos()
+
+    def state_difference(self, states, others):
+        difference = states - others
+        return difference - 2 * math.pi * th.round(difference / (2 * math.pi))
+
+
+def test_states_that_wrap_run_through_the_border_of_the_range():
+    rng = th.Generator().manual_seed(0)
+    angles, actions = (2 * th.rand(300, 1, generator=rng) - 1 for _ in range(2))
+    angles = math.pi * angles
+    prior = Turntable()
+    after = prior.transition(angles, actions)
+    model = ResidualModel(prior, 1, 1)
+    model.adapt_to(Transitions(angles, actions, angles.cos(), after - 2 * math.pi * th.round(after / (2 * math.pi))))
+    states, expected = th.zeros(4, 1), th.zeros(4, 1)
+    for _ in range(40):
+        states, expected = model.transition(states, th.zeros(4, 1)), prior.transition(expected, th.zeros(4, 1))
+    assert expected.min() > 3 * math.pi
+    th.testing.assert_close(states.cos(), expected.cos(), rtol=0, atol=1e-3)
+    assert (states.abs() < 2.1 * math.pi).all()
+
+
+def test_a_penalty_where_an_episode_terminates_is_learned_apart():
+    class Ends(Known):
+        def terminal(self, states):
+            return (states[:, :1] > 1.0) & (states[:, 1:] < 10.0)
+
+    data = truth(2000)
+    next_states = data.observations + 0.1 * data.actions
+    ends = Ends().terminal(next_states)
+    assert 0.005 < ends.float().mean() < 0.05
+    rewards = Known().reward(data.observations, data.actions, next_states) - 100.0 * ends
+    data = Transitions(data.observations, data.actions, rewards, next_states)
+    model = ResidualModel(Ends(), 2, 2)
+    model.adapt_to(data)
+    assert model.end_reward.item() == pytest.approx(-100.0, abs=0.01)
+    states = data.observations.clone().requires_grad_()
+    _, predicted = model.step(states, data.actions)
+    th.testing.assert_close(predicted, rewards, rtol=0, atol=0.01)
+    (slopes,) = th.autograd.grad(predicted.sum(), states)
+    th.testing.assert_close(slopes, -2 * data.observations, rtol=0, atol=0.01)
+
+
+def test_what_is_held_out_is_not_solved_for_and_there_is_some_in_few_steps_of_many_environments():
+    for n_envs in range(1, 11):
+        recorded = filled_buffer(n_envs=n_envs, n_steps=-(-250 // n_envs), size=250)
+        held_out, known = recorded.sample(64, held_out=True), recorded.latest(1000)
+        assert held_out is not None, n_envs
+
+        def places(steps):
+            return {tuple(row) for row in steps.observations.int().tolist()}
+
+        assert not places(held_out) & places(known)
+        assert len(places(known)) >= 0.8 * 250
+
+
+def test_a_small_buffer_does_not_keep_the_correction_from_being_prepared_anew(monkeypatch):
+    kwargs = {"policy_kwargs": {"net_arch": [8]}, "learning_starts": 60, "batch_size": 16, "horizons": (0, 2), "seed": 0}
+    model = MPG("MlpPolicy", LinearEnv(), buffer_size=100, **kwargs)
+    asked = []
+    monkeypatch.setattr(ResidualModel, "is_outgrown", lambda self, transitions: asked.append(model.num_timesteps) and False)
+    model.learn(260)
+    assert asked == [122, 244]
 
 
 @pytest.mark.parametrize("cls", [ReplayBuffer, NStepReplayBuffer])

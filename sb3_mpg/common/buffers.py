@@ -34,7 +34,9 @@ class RecordedSteps:
         self.device = device
 
     def _is_usable(self, positions: np.ndarray, envs: np.ndarray, held_out: bool) -> np.ndarray:
-        is_held_out = (positions // HELD_OUT_BLOCK + envs) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+        # Other blocks in each environment: of few steps of several environments some are held out, too
+        shifts = envs * HELD_OUT_EVERY // self.replay_buffer.n_envs
+        is_held_out = (positions // HELD_OUT_BLOCK + shifts) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
         usable = is_held_out == held_out
         if self.replay_buffer.optimize_memory_usage:
             # The next observation is the one stored next: of another episode behind an end; and the newest one was
@@ -81,13 +83,13 @@ class RecordedSteps:
     def latest(self, n_samples: int) -> Transitions | None:
         """
         :param n_samples: number of steps
-        :return: the steps recorded last, both kinds, or ``None`` when there is none
+        :return: those to learn from among the steps recorded last, or ``None`` when there is none
         """
         buffer = self.replay_buffer
         n_rows = min(-(-n_samples // buffer.n_envs), buffer.size())
         rows = (buffer.pos - 1 - np.arange(n_rows)) % buffer.buffer_size
         positions, envs = (array.ravel() for array in np.meshgrid(rows, np.arange(buffer.n_envs), indexing="ij"))
-        usable = self._is_usable(positions, envs, False) | self._is_usable(positions, envs, True)
+        usable = self._is_usable(positions, envs, held_out=False)
         return self._gather(positions[usable], envs[usable]) if usable.any() else None
 
     def _has_terminated(self, positions: np.ndarray | slice) -> np.ndarray:

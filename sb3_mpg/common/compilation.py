@@ -13,6 +13,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sb3_mpg.common.model_rollout import Advance, HeldStep, RolloutState, advance, held_step
+from sb3_mpg.common.models.base import PriorModel
+from sb3_mpg.common.models.trainable import TrainableModel
 
 # At most so many steps are compiled into one graph, and no more than make about so many operations: a hundred of them take a
 # second or more to compile
@@ -144,6 +146,27 @@ def like_a_middle(rollout: RolloutState) -> RolloutState:
     return rollout._replace(states=states, network_inputs=network_inputs)
 
 
+def n_missing_rows(n_rows: int, model: PriorModel) -> int:
+    """
+    An ensemble deals out the rows of a batch in equal parts. When they do not come out even, torch's compiler (2.13, on a CPU)
+    takes a loop over the batch for one over the whole parts in it, and leaves the rest unwritten.
+
+    :param n_rows: size of a batch
+    :param model: the model
+    :return: how many more rows make it come out even
+    """
+    return -n_rows % model.n_members if isinstance(model, TrainableModel) else 0
+
+
+def with_more_rows(tensor: th.Tensor, n_more: int) -> th.Tensor:
+    """
+    :param tensor: ``(B, ...)``
+    :param n_more: a number of rows
+    :return: the same with its last row so many times more, ``(B + n_more, ...)``
+    """
+    return th.cat([tensor, tensor[-1:].expand(n_more, *tensor.shape[1:])]) if n_more > 0 else tensor
+
+
 class StepCompiler:
     """
     Compiles :func:`advance`, a few steps at a time: with one step for each call, the calls cost a tenth of the gradient,
@@ -164,11 +187,14 @@ class StepCompiler:
 
     def __call__(self, rollout: RolloutState, n_steps: int, *args: Any) -> tuple[RolloutState, th.Tensor]:
         """As :func:`advance`."""
+        _, _, model, _, gamma = args
         if self._advance is None:
             self._advance = compile_function(advance, rollout.states.device, self.backend)
         if self.chunk is None:
             self.chunk = max(1, min(MAX_CHUNK, MAX_OPERATIONS // operations_of_step(rollout, *args)))
-        gamma = args[-1]
+        n_rows = len(rollout.states)
+        n_missing = n_missing_rows(n_rows, model)
+        rollout = RolloutState(*(with_more_rows(tensor, n_missing) for tensor in rollout))
         chunk = min(self.chunk, n_steps)
         n_chunks, n_left = divmod(n_steps, chunk)
         rollout, total = self._advance(like_a_middle(rollout), chunk, *args)
@@ -182,13 +208,20 @@ class StepCompiler:
         if n_left > 0:
             rollout, rewards = advance(rollout, n_left, *args)
             total = total + discount * rewards
+        if n_missing > 0:
+            rollout, total = RolloutState(*(tensor[:n_rows] for tensor in rollout)), total[:n_rows]
         return rollout, total
 
-    def held_step(self, states: th.Tensor, *args: Any) -> tuple[th.Tensor, th.Tensor]:
+    def held_step(
+        self, states: th.Tensor, env_actions: th.Tensor, n_left: th.Tensor, model: PriorModel, *args: Any
+    ) -> tuple[th.Tensor, th.Tensor]:
         """As :func:`~sb3_mpg.common.model_rollout.held_step`."""
         if self._held_step is None:
             self._held_step = compile_function(held_step, states.device, self.backend)
-        return self._held_step(states, *args)
+        n_rows, n_missing = len(states), n_missing_rows(len(states), model)
+        padded = (with_more_rows(tensor, n_missing) for tensor in (states, env_actions, n_left))
+        next_states, n_left = self._held_step(*padded, model, *args)
+        return next_states[:n_rows], n_left[:n_rows]
 
 
 @contextmanager

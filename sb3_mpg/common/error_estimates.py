@@ -120,6 +120,8 @@ def action_gradients(
     for index, horizon in enumerate(horizons):
         keep = index + 1 < len(horizons)
         (gradient,) = th.autograd.grad(returns[horizon].sum(), actions, retain_graph=keep)
+        # There is nothing to be said of the gradient of what is not finite
+        gradient = th.where(th.isfinite(returns[horizon].detach()), gradient, th.nan)
         gradients.append(gradient.reshape(n_critics, observations.shape[0], -1))
     return th.stack(gradients)
 

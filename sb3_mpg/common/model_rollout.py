@@ -247,14 +247,15 @@ class PolicyGradient(NamedTuple):
     share_left_out: th.Tensor
 
 
-def finite_rows(gradients: th.Tensor) -> th.Tensor:
+def finite_rows(gradients: th.Tensor, returns: th.Tensor) -> th.Tensor:
     """
     Which states count: a model that overflows at a few of them says nothing there, and the others must not suffer from it.
 
-    :param gradients: with respect to the first actions, ``(B, A)``
-    :return: rows that are finite, bool ``(B, 1)``; all rows if it is not even half of them, which must not go unnoticed
+    :param gradients: of the returns with respect to the first actions, ``(B, A)``
+    :param returns: ``(B, 1)``
+    :return: rows of which both are finite, bool ``(B, 1)``; all rows if it is not even half of them: it must not go unnoticed
     """
-    is_finite = th.isfinite(gradients).all(dim=1, keepdim=True)
+    is_finite = th.isfinite(gradients).all(dim=1, keepdim=True) & th.isfinite(returns)
     return is_finite | (2 * is_finite.sum() < len(is_finite))
 
 
@@ -291,20 +292,21 @@ def mixed_policy_gradient(
     )
     loss = -sum(used[horizon] * returns[horizon].mean() for horizon in horizons)
     assert isinstance(loss, th.Tensor)
+    detached = {horizon: values.detach() for horizon, values in returns.items()}
     counts = th.ones_like(actions[:, :1], dtype=th.bool)
     if differentiate == "all_actions":
         gradients = gradient_of(loss, actor)
     else:
         if balance == 0:
             (descent,) = th.autograd.grad(loss, first_actions)
-            counts = finite_rows(descent)
+            counts = finite_rows(descent, sum(detached.values()))  # type: ignore[arg-type]
             descent = th.where(counts, descent, 0.0)
         else:
             descent = th.zeros_like(actions)
             for horizon in horizons:
                 keep = horizon != horizons[-1]
                 (ascent,) = th.autograd.grad(returns[horizon].sum(), first_actions, retain_graph=keep)
-                is_finite = finite_rows(ascent)
+                is_finite = finite_rows(ascent, detached[horizon])
                 counts = counts & is_finite
                 sizes = ascent.norm(dim=1, keepdim=True)
                 # What is left out must not unbalance the others
@@ -312,7 +314,6 @@ def mixed_policy_gradient(
                 ascent = th.where(is_finite, ascent, 0.0)
                 descent -= used[horizon] * ascent * balance_states(sizes, balance) / len(ascent)
         gradients = gradient_of(actions, actor, descent)
-    detached = {horizon: values.detach() for horizon, values in returns.items()}
     finite_loss = -sum(used[horizon] * finite_mean(values) for horizon, values in detached.items())
     assert isinstance(finite_loss, th.Tensor)
     return PolicyGradient(finite_loss, gradients, actions.detach(), detached, 1 - counts.float().mean())

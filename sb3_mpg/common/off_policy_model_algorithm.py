@@ -17,7 +17,6 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise, NormalActionNoise, VectorizedActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 
 from sb3_mpg.common.buffers import RecordedSteps
@@ -32,7 +31,7 @@ from sb3_mpg.common.models.trainable import TrainableModel, Transitions
 from sb3_mpg.common.torch_layers import ObservationScaler
 from sb3_mpg.common.type_aliases import GradientResult, Simulator, TrainingBatch
 from sb3_mpg.common.units import Units
-from sb3_mpg.common.utils import check_keywords, check_number, is_same_setting, keep_freed_memory, randomness_of_update
+from sb3_mpg.common.utils import check_keywords, check_number, keep_freed_memory, randomness_of_update
 from sb3_mpg.common.value_targets import ValueTarget, make_value_target
 
 SelfOffPolicyModelAlgorithm = TypeVar("SelfOffPolicyModelAlgorithm", bound="OffPolicyModelAlgorithm")
@@ -45,8 +44,6 @@ MAX_PREPARATION_STEPS = 20_000
 MAX_PRETRAINING_STEPS = 2000
 PRETRAINING_PATIENCE = 200
 PRETRAINING_CHECK_EVERY = 50
-# What is learned of a model belongs to these
-MODEL_SETTINGS = frozenset({"prior_model", "prior_model_kwargs", "residual_kwargs"})
 
 
 def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) -> None:
@@ -208,6 +205,8 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         self._n_skipped_in_a_row = 0
         self._simulator: Simulator | None = None
         self._rng_state: dict[str, Any] | None = None
+        # Standard deviation of the action noise if it is not the user's
+        self._own_noise: float | None = None
 
     def _check_settings(self) -> None:
         """
@@ -227,8 +226,8 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
 
     def _setup_model(self) -> None:
         self._check_settings()
-        # As text when given to `load`
-        self.value_target = make_value_target(self.value_target)
+        # As text when given to `load`, which makes its arguments an attribute
+        self.value_target = make_value_target(self.value_target, vars(self).pop("value_target_kwargs", None))
         if self.env is not None:
             self._setup_rollout_model()
         if self.replay_buffer_class is NStepReplayBuffer and self.n_steps > 1:
@@ -241,13 +240,17 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
             # After the seed was set
             self.rollout_model = self._make_trainable(self.rollout_model)
         n_steps = self.value_target.replay_n_steps
-        if n_steps > 1 and (self.replay_buffer.n_steps, self.replay_buffer.gamma) != (n_steps, self.gamma):  # type: ignore[union-attr]
+        of_buffer = getattr(self.replay_buffer, "n_steps", 1), getattr(self.replay_buffer, "gamma", self.gamma)
+        if n_steps > 1 and of_buffer != (n_steps, self.gamma):
             raise ValueError(
                 f"The value target spans {n_steps} recorded steps with gamma={self.gamma}, but the replay buffer was made for "
-                f"n_steps={self.replay_buffer.n_steps}, gamma={self.replay_buffer.gamma}; "  # type: ignore[union-attr]
-                "set them in `replay_buffer_kwargs`."
+                f"n_steps={of_buffer[0]}, gamma={of_buffer[1]}; set them in `replay_buffer_kwargs`."
             )
+        if self._own_noise is not None and self._own_noise != self.exploration_noise:
+            # Given to `load`
+            self.action_noise = None
         if self.action_noise is None and self.exploration_noise > 0:
+            self._own_noise = self.exploration_noise
             n_actions = self.action_space.shape[0]  # type: ignore[index]
             self.action_noise = NormalActionNoise(np.zeros(n_actions), self.exploration_noise * np.ones(n_actions))
 
@@ -293,8 +296,19 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
             residual.gains.fill_(float(self.residual))
             model = residual
         if isinstance(model, TrainableModel) and self._model_state is not None:
-            model.load_learned_state(self._model_state)
+            if model.load_learned_state(self._model_state):
+                return model
+            if self._n_prepared_for > 0:
+                warnings.warn(
+                    "What was learned of another model is forgotten; what is missed by this one is learned from the replay "
+                    "buffer before the next update."
+                )
+            self._forget_model()
         return model
+
+    def _forget_model(self) -> None:
+        """As before anything was learned of the model."""
+        self._model_state, self._n_prepared_for = None, 0
 
     def _recorded_steps(self, units: Units) -> RecordedSteps:
         assert self.replay_buffer is not None
@@ -309,7 +323,8 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         """
         model = self.rollout_model
         assert self.replay_buffer is not None
-        n_recorded = self.replay_buffer.size() * self.replay_buffer.n_envs
+        # Of which a small buffer holds the last ones
+        n_recorded = max(self.replay_buffer.size() * self.replay_buffer.n_envs, self.num_timesteps)
         if not isinstance(model, TrainableModel) or n_recorded < 2 * self._n_prepared_for:
             return
         recorded = self._recorded_steps(units)
@@ -499,18 +514,18 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
 
     def published_tensors(self) -> list[th.Tensor]:
         """
-        :return: what changes while training and gradients depend on: the networks, their targets, and the model if it learns
+        :return: what changes while training, or may be changed by a callback, and gradients depend on: the networks, their
+            targets, and the model
         """
-        modules: list[th.nn.Module] = [self.policy]
-        if isinstance(self.rollout_model, TrainableModel):
-            modules.append(self.rollout_model)
+        assert self.rollout_model is not None
+        modules: list[th.nn.Module] = [self.policy, self.rollout_model]
         return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
 
     def published_attributes(self) -> dict[str, Any]:
         """
         :return: small attributes of the same kind
         """
-        return {}
+        return {"gamma": self.gamma}
 
     def make_replica(self: SelfOffPolicyModelAlgorithm) -> SelfOffPolicyModelAlgorithm:
         """
@@ -571,46 +586,6 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
             super().save(path, exclude, include)
         finally:
             self.__dict__.update(replaced)
-
-    @classmethod
-    def load(
-        cls: type[SelfOffPolicyModelAlgorithm],
-        path: str | pathlib.Path | io.BufferedIOBase,
-        env: GymEnv | None = None,
-        device: th.device | str = "auto",
-        custom_objects: dict[str, Any] | None = None,
-        print_system_info: bool = False,
-        force_reset: bool = True,
-        **kwargs: Any,
-    ) -> SelfOffPolicyModelAlgorithm:
-        """
-        Load as SB3 does. With another prior model than the saved one, what was learned of that one is forgotten: a correction
-        is prepared anew before the next update, from the replay buffer.
-
-        :param path: path to the file (or a file-like) where to load the agent from
-        :param env: the new environment to run the loaded model on (can be None if you only need prediction from a trained
-            model) has priority over any saved environment
-        :param device: Device on which the code should run.
-        :param custom_objects: Dictionary of objects to replace upon loading, see SB3
-        :param print_system_info: Whether to print system info from the saved model and the current system info
-        :param force_reset: Force call to ``reset()`` before training to avoid unexpected behavior.
-        :param kwargs: settings to change
-        :return: the algorithm
-        """
-        given = MODEL_SETTINGS & kwargs.keys()
-        if given:
-            saved, _, _ = load_from_zip_file(path, device="cpu", custom_objects=custom_objects)
-            assert saved is not None, "No data found in the saved file"
-            if any(not is_same_setting(kwargs[name], saved.get(name)) for name in given):
-                kwargs = {**cls._nothing_learned_of_model(), **kwargs}
-        return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
-
-    @classmethod
-    def _nothing_learned_of_model(cls) -> dict[str, Any]:
-        """
-        :return: attributes as they are before anything is learned of the model
-        """
-        return {"_model_state": None, "_n_prepared_for": 0}
 
     def _portable_attributes(self) -> dict[str, Any]:
         """

@@ -100,18 +100,6 @@ def check_keywords(name: str, kwargs: dict[str, Any] | None, function: Callable[
     return kwargs
 
 
-def is_same_setting(value: Any, other: Any) -> bool:
-    """
-    :param value: of a setting
-    :param other: of the same setting
-    :return: whether they are certainly the same; what cannot be compared, such as networks, equals only itself
-    """
-    try:
-        return bool(value == other)
-    except (TypeError, ValueError):  # arrays in dictionaries
-        return False
-
-
 def is_finite_number(number: Any) -> bool:
     """
     :param number: anything

@@ -54,6 +54,9 @@ class WeightingRule(ABC):
         :param errors: squared error of the action gradient of each horizon, in the order of ``horizons``, ``(n_horizons,)``
         """
 
+    def forget(self) -> None:  # noqa: B027  # as above
+        """Forget what was observed: it was of another model."""
+
     def __call__(self, n_updates: int) -> dict[int, float]:
         """
         :param n_updates: number of the update, from 1
@@ -95,7 +98,10 @@ class RuleBasedWeighting(WeightingRule):
         lambda_ = 1 - self.eta + 2 * self.eta * min(n_updates / self.total_updates, 1.0)
         horizons = np.array(self.horizons)
         # The softmax takes inverse errors: logarithms of weights, which may be very large (0.1 ** -25)
-        scores = lambda_**-horizons if lambda_ <= 1 else (2 - lambda_) ** (horizons - horizons.max())
+        with np.errstate(over="ignore"):
+            scores = lambda_**-horizons if lambda_ <= 1 else (2 - lambda_) ** (horizons - horizons.max())
+        # So large that they are infinite, they are not to be compared
+        scores = np.minimum(scores, np.finfo(np.float64).max)
         exponentials = np.exp(scores - scores.max())
         return exponentials / exponentials.sum()
 
@@ -166,6 +172,9 @@ class MeasuredWeighting(WeightingRule):
     def observe(self, errors: np.ndarray) -> None:
         # Neither zero nor infinite, so that their ratios are numbers
         self._errors = [*self._errors, np.clip(np.nan_to_num(errors, nan=np.inf), 1e-30, 1e30)][-self.window :]
+
+    def forget(self) -> None:
+        self._errors = []
 
     def weights(self, n_updates: int) -> np.ndarray:
         if not self._errors:

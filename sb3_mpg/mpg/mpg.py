@@ -308,6 +308,9 @@ class MPG(OffPolicyModelAlgorithm):
                 "Measured weights compare the critics with each other, of which there is one; leave `n_critics` in "
                 "`policy_kwargs` at 2 or take another `weighting`."
             )
+        # Those of a rule that `load` replaced say nothing
+        if any(measurement.gradients.horizons != self.weighting_rule.horizons for measurement in self._measurements):
+            self._measurements = []
         # As saved: on the CPU
         self._batches = [TrainingBatch(*(tensor.to(self.device) for tensor in batch)) for batch in self._batches]
         self.critic_lr_schedule = FloatSchedule(self.critic_learning_rate)
@@ -816,7 +819,7 @@ class MPG(OffPolicyModelAlgorithm):
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
         setup = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
-        if reset_num_timesteps or self._compiles is None:
+        if reset_num_timesteps or self._compiles is None or self.compile != "auto":
             # A continued training does as it did before: compiled gradients differ in the last bits
             self._compiles = self._is_worth_compiling(setup[0])
         self._step_compiler = StepCompiler() if self._compiles else None
@@ -844,7 +847,8 @@ class MPG(OffPolicyModelAlgorithm):
         return GradientResult([*trainable_parameters(self.critic)], [*trainable_parameters(self.actor)], {})
 
     def published_attributes(self) -> dict[str, Any]:
-        return {"weighting_rule": self.weighting_rule}
+        own = {name: getattr(self, name) for name in ("weighting_rule", "policy_delay", "model_exploration")}
+        return {**super().published_attributes(), **own}
 
     def setup_replica(self) -> None:
         super().setup_replica()
@@ -853,9 +857,10 @@ class MPG(OffPolicyModelAlgorithm):
         self._batches, self._n_batch_uses = [], 0
         self._step_compiler = StepCompiler() if self._compiles else None
 
-    @classmethod
-    def _nothing_learned_of_model(cls) -> dict[str, Any]:
-        return {**super()._nothing_learned_of_model(), "_measurements": []}
+    def _forget_model(self) -> None:
+        super()._forget_model()
+        self._measurements = []
+        self.weighting_rule.forget()
 
     def _portable_attributes(self) -> dict[str, Any]:
         # Without reuse nothing of the last batch matters

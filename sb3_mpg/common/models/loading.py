@@ -66,9 +66,15 @@ def make_prior_model(prior_model: PriorModelLike, env: VecEnv, prior_model_kwarg
             )
         model = prior_model
     elif prior_model == "auto":
-        if not env.has_attr("prior_model") or not all(callable(method) for method in env.get_attr("prior_model")):
+        if not env.has_attr("prior_model"):
             raise ValueError(f"No `prior_model` was given and the environment offers none.\n{HOW_TO_WRITE_A_MODEL}")
-        model = env.env_method("prior_model", indices=[0], **kwargs)[0]
+        try:
+            model = env.env_method("prior_model", indices=[0], **kwargs)[0]
+        except EOFError as error:
+            raise ValueError(
+                "The environment's `prior_model()` failed in its worker process, or its model cannot be sent from there, as "
+                "one whose class is defined in the script itself. Move the class into a module, or pass `prior_model=`."
+            ) from error
     elif isinstance(prior_model, str):
         model = import_from_path(prior_model)(**kwargs)
     elif callable(prior_model) and not isinstance(prior_model, th.nn.Module):

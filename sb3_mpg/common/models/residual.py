@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from sb3_mpg.common.models.base import PriorModel
 from sb3_mpg.common.models.trainable import TrainableModel, Transitions
 from sb3_mpg.common.torch_layers import n_with_waves, with_waves
+from sb3_mpg.common.utils import is_whole
 
 # Least squares with fewer rows for each factor than this fit the noise
 MIN_ROWS_PER_FACTOR = 5
@@ -25,6 +26,8 @@ SMALLEST_TARGET_SCALE = 1e-3
 RANGE_MARGIN = 0.5
 # Of the running average of the networks' parameters
 AVERAGING_RATE = 0.02
+# At so many recorded steps it is looked up whether what was learned was learned of the same prior model
+N_PROBES = 16
 # Of the least squares, relative to the squares of each regressor: enough for regressors that depend on each other
 RIDGE = 1e-8
 
@@ -66,7 +69,9 @@ class ResidualModel(TrainableModel):
 
     Inputs and targets are scaled by the statistics of the data. Differences between states are the prior model's
     (``state_difference``, ``state_add``). Predicted states are kept within the range of the data and a margin: a rollout that
-    runs further is a guess, and one that explodes would take the gradient with it.
+    runs further is a guess, and one that explodes would take the gradient with it. Dimensions of the state that cannot be
+    seen in observations are left to the prior model. What it misses where it says that an episode terminates, such as a
+    penalty, is learned apart.
 
     A random prior model is taken at its mean: what it draws at random is an allowance for its own errors, and those are
     what is learned here.
@@ -86,8 +91,13 @@ class ResidualModel(TrainableModel):
     seen_high: th.Tensor
     low: th.Tensor
     high: th.Tensor
+    middle: th.Tensor
+    is_observed: th.Tensor
     linear: th.Tensor
     quadratic: th.Tensor
+    end_reward: th.Tensor
+    probes: th.Tensor
+    probed: th.Tensor
     n_rows: th.Tensor
     n_fits: th.Tensor
     gains: th.Tensor
@@ -105,6 +115,10 @@ class ResidualModel(TrainableModel):
         if n_members < 2:
             raise ValueError(
                 f"The correction is judged by comparing networks, so `n_members` must be 2 or more, got {n_members}."
+            )
+        if not is_architecture(net_arch):
+            raise ValueError(
+                f"`net_arch` of the correction lists the sizes of its hidden layers, as in (64, 64), got {net_arch!r}."
             )
         self.prior = prior
         self.n_states, self.n_members = n_states, n_members
@@ -126,8 +140,15 @@ class ResidualModel(TrainableModel):
             "seen_high": th.full((n_states,), -float("inf")),
             "low": th.full((n_states,), -float("inf")),
             "high": th.full((n_states,), float("inf")),
+            "middle": th.zeros(n_states),
+            "is_observed": th.ones(n_states, dtype=th.bool),
             "linear": th.zeros(1 + n_inputs, n_states),
             "quadratic": th.zeros(1 + 2 * (n_inputs + n_states), 1),
+            # What the prior model misses of the reward where it terminates
+            "end_reward": th.zeros(1),
+            # Recorded states and actions, and what the prior model said of them
+            "probes": th.zeros(N_PROBES, n_inputs),
+            "probed": th.zeros(N_PROBES, n_states + 1),
             # Of what scales and least squares are from
             "n_rows": th.zeros((), dtype=th.int64),
             "n_fits": th.zeros((), dtype=th.int64),
@@ -209,6 +230,15 @@ class ResidualModel(TrainableModel):
         return self.gains.expand(self.n_members, n_rows_each, 1).reshape(-1, 1)[:n_rows]
 
     def _bounded(self, states: th.Tensor) -> th.Tensor:
+        """
+        :param states: ``(B, S)``
+        :return: the same, within the range of the data and a margin, ``(B, S)``
+        """
+        if type(self.prior).state_difference is not PriorModel.state_difference:
+            # A state that wraps may be within the range, some turns away
+            middle = self.middle.expand_as(states)
+            wrapped = self.state_add(middle, self.state_difference(states, middle))
+            states = th.where((states < self.low) | (states > self.high), wrapped, states)
         return th.minimum(th.maximum(states, self.low), self.high)
 
     def _squares(self, scaled: th.Tensor, next_states: th.Tensor) -> th.Tensor:
@@ -232,16 +262,29 @@ class ResidualModel(TrainableModel):
         :param learned: what the networks say, in the units of the environment, ``(B, S + 1)``
         :return: ``(B, 1)``
         """
-        changes = learned[:, self.n_states :] + _affine(self.quadratic, self._squares(scaled, next_states))
+        changes = learned[:, self.n_states :] + self._solved_reward(scaled, next_states)
         return self.prior.reward(states, actions, next_states) + self._gains_of_rows(states.shape[0]) * changes
+
+    def _solved_reward(self, scaled: th.Tensor, next_states: th.Tensor) -> th.Tensor:
+        """
+        :param scaled: of :meth:`_scaled`, ``(B, S + A)``
+        :param next_states: ``(B, S)``
+        :return: what was solved for of what the prior model misses in the reward, ``(B, 1)``
+        """
+        solved = _affine(self.quadratic, self._squares(scaled, next_states))
+        if self.may_terminate:
+            solved = solved + th.where(self.terminal(next_states), self.end_reward, 0.0)
+        return solved
 
     def step(self, states: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         scaled = self._scaled(states, actions)
         gains = self._gains_of_rows(states.shape[0])
         learned = self._ensemble(self.correction, scaled) * self.target_scale
         changes = gains * (learned[:, : self.n_states] + _affine(self.linear, scaled))
-        next_states = self.state_add(self.prior.transition(states, actions), changes)
-        next_states = th.where(gains > 0, self._bounded(next_states), next_states)
+        predicted = self.prior.transition(states, actions)
+        # As it is fitted: to what the prior model says within the range
+        corrected = self._bounded(self.state_add(self._bounded(predicted), changes))
+        next_states = th.where(gains > 0, corrected, predicted)
         return next_states, self._corrected_reward(states, actions, next_states, scaled, learned)
 
     def transition(self, states: th.Tensor, actions: th.Tensor) -> th.Tensor:
@@ -262,7 +305,7 @@ class ResidualModel(TrainableModel):
         next_states = self.prior.state_from_observation(transitions.next_observations)
         # What the prior model predicts beyond the range cannot be told from the range's border
         predicted = self._bounded(self.prior.transition(states, transitions.actions))
-        missed = self.state_difference(next_states, predicted)
+        missed = th.where(self.is_observed, self.state_difference(next_states, predicted), 0.0)
         # The reward is corrected at the state that was reached
         missed_reward = transitions.rewards - self.prior.reward(states, transitions.actions, next_states)
         return self._scaled(states, transitions.actions), next_states, th.cat([missed, missed_reward], dim=1)
@@ -282,30 +325,41 @@ class ResidualModel(TrainableModel):
 
         :return: what is missed by the prior model and by what was solved for, ``(B, S + 1)``
         """
-        solved = [_affine(self.linear, scaled), _affine(self.quadratic, self._squares(scaled, next_states))]
+        solved = [_affine(self.linear, scaled), self._solved_reward(scaled, next_states)]
         return missed - th.cat(solved, dim=1)
 
     @th.no_grad()
     def adapt_to(self, transitions: Transitions) -> None:
         states = self.prior.state_from_observation(transitions.observations)
-        self._extend_range(states)
         inputs = th.cat([states, transitions.actions], dim=1)
+        self.probes.copy_(inputs[th.arange(N_PROBES, device=inputs.device) % len(inputs)])
+        self.probed.copy_(self._answers(self.prior, self.probes))
+        self.is_observed.copy_(self._are_observed(states, transitions.actions))
+        self._extend_range(transitions)
         self.input_mean.copy_(inputs.mean(dim=0))
         # A dimension that never changes says nothing, and must not be blown up when it does
         std = inputs.std(dim=0)
         self.input_std.copy_(th.where(std > 1e-6 * (1 + inputs.abs().mean(dim=0)), std, 1.0))
+        # Nor does one that is only guessed
+        self.input_std[: self.n_states][~self.is_observed] = float("inf")
 
+        self.linear.zero_()
+        self.quadratic.zero_()
+        self.end_reward.zero_()
         scaled, next_states, missed = self._missed_by_prior(transitions)
         # A prior model may overflow in some states
         finite = th.isfinite(missed).all(dim=1)
         scaled, next_states, missed, states = (tensor[finite] for tensor in (scaled, next_states, missed, states))
         self.n_rows.fill_(len(missed))
-        self.linear.zero_()
-        self.quadratic.zero_()
+        # A penalty is none of the factors
+        ends = self.terminal(next_states).squeeze(1) if self.may_terminate else th.zeros_like(missed[:, 0], dtype=th.bool)
+        squares = self._squares(scaled, next_states)
         if self._is_enough_for(self.linear, len(missed)):
             self.linear.copy_(_least_squares(scaled, missed[:, : self.n_states]))
-        if self._is_enough_for(self.quadratic, len(missed)):
-            self.quadratic.copy_(_least_squares(self._squares(scaled, next_states), missed[:, self.n_states :]))
+        if self._is_enough_for(self.quadratic, int((~ends).sum())):
+            self.quadratic.copy_(_least_squares(squares[~ends], missed[~ends, self.n_states :]))
+        if ends.any():
+            self.end_reward.copy_((missed[ends, self.n_states :] - _affine(self.quadratic, squares[ends])).mean(dim=0))
         if len(missed) > 0:
             left = self._left(scaled, next_states, missed)
             changes = th.cat([self.state_difference(next_states, states), transitions.rewards[finite]], dim=1)
@@ -318,6 +372,29 @@ class ResidualModel(TrainableModel):
                 parameter.zero_()
         self.optimizer.state.clear()
         self.n_fits.zero_()
+
+    def _are_observed(self, states: th.Tensor, actions: th.Tensor) -> th.Tensor:
+        """
+        :param states: ``(B, S)``
+        :param actions: ``(B, A)``
+        :return: of which dimensions observations tell, bool ``(S,)``: the others are not what was predicted when they are read
+            from what would be observed
+        """
+        predicted = self.prior.transition(states, actions)
+        gaps = self.state_difference(self.state_from_observation(self.observation(predicted)), predicted).abs()
+        is_same = gaps <= 1e-3 * (1 + predicted.abs())
+        is_finite = th.isfinite(gaps)
+        return 2 * (is_same & is_finite).sum(dim=0) >= is_finite.sum(dim=0)
+
+    def _answers(self, prior: PriorModel, probes: th.Tensor) -> th.Tensor:
+        """
+        :param prior: a prior model
+        :param probes: states and actions, ``(N, S + A)``
+        :return: next states and rewards, ``(N, S + 1)``
+        """
+        states, actions = probes[:, : self.n_states], probes[:, self.n_states :]
+        next_states = prior.transition(states, actions)
+        return th.cat([next_states, prior.reward(states, actions, next_states)], dim=1)
 
     @staticmethod
     def _is_enough_for(factors: th.Tensor, n_rows: int) -> bool:
@@ -340,18 +417,21 @@ class ResidualModel(TrainableModel):
         return could_solve_more or (n_now > 0 and bool((targets.square().mean(dim=0).sqrt() > OUTGROWN).any()))
 
     @th.no_grad()
-    def _extend_range(self, states: th.Tensor) -> None:
+    def _extend_range(self, transitions: Transitions) -> None:
         """
-        :param states: where the data have been, ``(B, S)``
+        :param transitions: where the data have been
         """
-        self.seen_low.copy_(th.minimum(self.seen_low, states.min(dim=0).values))
-        self.seen_high.copy_(th.maximum(self.seen_high, states.max(dim=0).values))
+        for observations in (transitions.observations, transitions.next_observations):
+            states = self.prior.state_from_observation(observations)
+            self.seen_low.copy_(th.minimum(self.seen_low, states.min(dim=0).values))
+            self.seen_high.copy_(th.maximum(self.seen_high, states.max(dim=0).values))
         margin = RANGE_MARGIN * (self.seen_high - self.seen_low)
-        self.low.copy_(self.seen_low - margin)
-        self.high.copy_(self.seen_high + margin)
+        self.low.copy_(th.where(self.is_observed, self.seen_low - margin, -float("inf")))
+        self.high.copy_(th.where(self.is_observed, self.seen_high + margin, float("inf")))
+        self.middle.copy_(0.5 * (self.seen_low + self.seen_high))
 
     def fit(self, transitions: Transitions) -> float:
-        self._extend_range(self.prior.state_from_observation(transitions.observations))
+        self._extend_range(transitions)
         scaled, targets = self._inputs_and_targets(transitions)
         loss = _huber_loss(self._ensemble(self.fitted, scaled), targets)
         value = loss.item()
@@ -385,9 +465,25 @@ class ResidualModel(TrainableModel):
         state = {name: value for name, value in self.state_dict().items() if not name.startswith("prior.") and name != "gains"}
         return copy.deepcopy(_to_cpu({"model": state, "optimizer": self.optimizer.state_dict()}))
 
-    def load_learned_state(self, state: dict[str, Any]) -> None:
-        self.load_state_dict(state["model"], strict=False)
+    @th.no_grad()
+    def load_learned_state(self, state: dict[str, Any]) -> bool:
+        own, saved = self.state_dict(), state["model"]
+        if any(name not in own or own[name].shape != tensor.shape for name, tensor in saved.items()):
+            return False
+        answers = self._answers(self.prior, saved["probes"].to(self.probes.device)).cpu()
+        if int(saved["n_rows"]) > 0 and not th.allclose(answers, saved["probed"].cpu(), rtol=1e-3, atol=1e-5, equal_nan=True):
+            return False
+        self.load_state_dict(saved, strict=False)
         self.optimizer.load_state_dict(state["optimizer"])
+        return True
+
+
+def is_architecture(net_arch: Any) -> bool:
+    """
+    :param net_arch: sizes of hidden layers
+    :return: whether it is a list of one or more of them
+    """
+    return isinstance(net_arch, (tuple, list)) and len(net_arch) > 0 and all(is_whole(size) and size > 0 for size in net_arch)
 
 
 def _affine(factors: th.Tensor, inputs: th.Tensor) -> th.Tensor:

@@ -74,7 +74,9 @@ class TrainableModel(PriorModel):
         """
 
     @abstractmethod
-    def load_learned_state(self, state: dict[str, Any]) -> None:
+    def load_learned_state(self, state: dict[str, Any]) -> bool:
         """
         :param state: what :meth:`learned_state` returned
+        :return: whether it is of this model. What was learned of another one, a correction of another prior model, say, is
+            of no use and is not taken
         """

@@ -143,6 +143,8 @@ def test_models_that_break_the_rules(prior_model, message):
         ({"residual": "no"}, "`residual` says whether"),
         ({"reward_scale": 0}, "`reward_scale` must be a number, more than 0"),
         ({"max_grad_norm": -1.0}, "`max_grad_norm` must be a number, more than 0"),
+        ({"residual_kwargs": {"net_arch": []}}, "lists the sizes of its hidden layers"),
+        ({"residual_kwargs": {"net_arch": 64}}, "lists the sizes of its hidden layers"),
         ({"exploration_noise": -0.1}, "`exploration_noise` must be a number, 0.0 or more"),
         ({"model_exploration": 1.5}, "`model_exploration` is a share, from 0 to 1, got 1.5"),
         ({"model_exploration": "half"}, "`model_exploration` must be a number, 0.0 or more, got 'half'"),

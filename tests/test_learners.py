@@ -136,6 +136,20 @@ IDENTICAL = {
 }
 
 
+class HasGain(PriorModel):
+    """Has a buffer, which a callback may change."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("gain", th.tensor(0.1))
+
+    def transition(self, states, actions):
+        return states + self.gain * actions
+
+    def reward(self, states, actions, next_states):
+        return -(states**2).sum(1, keepdim=True)
+
+
 class TestSameAsInProcess:
     @pytest.mark.parametrize("name", IDENTICAL)
     def test_bit_identical(self, name):
@@ -152,6 +166,20 @@ class TestSameAsInProcess:
         for key, value in first.logger.name_to_value.items():
             if key.startswith(("train/", "horizons/", "model/")):
                 assert log[key] == value, key
+
+    def test_what_a_callback_changes(self):
+        class Changes(BaseCallback):
+            def _on_step(self):
+                if self.num_timesteps == 50:
+                    self.model.gamma, self.model.policy_delay = 0.5, 1
+                    self.model.rollout_model.gain.fill_(-0.2)
+                return True
+
+        runs = []
+        for kwargs in ({}, {"n_learners": 1, "max_staleness": 0}):
+            settings = {"prior_model": HasGain(), "residual": False, "weighting": "constant", **kwargs}
+            runs.append(small_model(LinearEnv(noise=0.1), **settings).learn(70, callback=Changes()))
+        assert_same_parameters(*runs)
 
     def test_with_changing_statistics_and_many_environments(self):
         runs = []

@@ -18,6 +18,7 @@ from sb3_mpg.common.model_rollout import model_rollout
 from sb3_mpg.common.torch_layers import ObservationScaler
 from sb3_mpg.common.utils import gradient_of
 from sb3_mpg.common.value_targets import SimulatorTarget
+from sb3_mpg.common.weighting import make_weighting_rule
 from sb3_mpg.mpg import mpg
 from sb3_mpg_envs.path_tracking.dynamics import VehicleParameters
 
@@ -462,6 +463,32 @@ def test_value_target_can_be_changed_at_loading(tmp_path):
     loaded = MPG.load(tmp_path / "model.zip", env=LinearEnv(), value_target="n_step_simulator")
     assert isinstance(loaded.value_target, SimulatorTarget)
     loaded.learn(50)
+
+
+def test_settings_that_load_changes_are_followed(tmp_path):
+    path = tmp_path / "model.zip"
+    MPG("MlpPolicy", LinearEnv(), compile=True, horizons=(0, 2), **SMALL).learn(30).save(path)
+
+    def load(**kwargs):
+        return MPG.load(path, env=LinearEnv(), **kwargs)
+
+    assert load().action_noise._sigma[0] == pytest.approx(0.1)
+    assert load(exploration_noise=0.7).action_noise._sigma[0] == pytest.approx(0.7)
+    assert load(exploration_noise=0.0).action_noise is None
+    smoothed = load(value_target="clipped_double_q", value_target_kwargs={"noise_std": 0.2})
+    assert smoothed.value_target.noise_std == 0.2
+    with pytest.raises(ValueError, match="the replay buffer was made for n_steps=1"):
+        load(value_target="n_step_replay")
+    uncompiled = load(compile=False).learn(1, reset_num_timesteps=False)
+    assert uncompiled._step_compiler is None
+
+
+def test_a_report_under_other_horizons_than_those_that_were_measured(tmp_path):
+    MPG("MlpPolicy", LinearEnv(), horizons=(0, 5), **SMALL).learn(80).save(tmp_path / "model.zip")
+    rule = make_weighting_rule("measured", (0, 2, 3))
+    loaded = MPG.load(tmp_path / "model.zip", env=LinearEnv(), weighting_rule=rule).learn(80)
+    assert {measurement.gradients.horizons for measurement in loaded._measurements} == {(0, 2, 3)}
+    assert "3 model steps" in str(loaded.trust_report())
 
 
 def test_wrappers_that_change_units_are_pointed_out():

@@ -43,6 +43,8 @@ def test_rule_for_many_horizons():
 def test_rule_does_not_overflow():
     weights = RuleBasedWeighting((0, 200), eta=0.9, total_updates=10)(0)
     assert weights == {0: 0.0, 200: 1.0}
+    # Not even where all that there is to compare is infinite
+    assert RuleBasedWeighting((0, 200), eta=0.99)(1) == {0: 0.0, 200: 1.0}
 
 
 def test_constant_weights_are_divided_by_their_sum():

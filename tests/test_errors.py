@@ -1,12 +1,16 @@
 """What bad input gets: one sentence, before the first environment step."""
 
+import threading
+
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from lq import LinearEnv
+from lq import LinearEnv, LinearModel
 from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import SubprocVecEnv
 
 from sb3_mpg import MPG, NStepADP, NStepDPG, PriorModel
 from sb3_mpg.common.value_targets import ReplayTarget
@@ -203,3 +207,35 @@ def test_attribute_that_is_no_prior_model():
     env.prior_model = None
     with pytest.raises(ValueError, match="the environment offers none"):
         MPG("MlpPolicy", env)
+
+
+def test_attribute_that_is_a_prior_model():
+    env = LinearEnv()
+    env.prior_model = model = env.prior_model()
+    assert MPG("MlpPolicy", env).rollout_model.prior is model
+
+
+class NeedsArgument(LinearEnv):
+    def prior_model(self, friction):
+        raise AssertionError
+
+
+def test_error_of_the_method_itself():
+    with pytest.raises(TypeError, match="friction"):
+        MPG("MlpPolicy", NeedsArgument())
+
+
+class HoldsLock(LinearEnv):
+    """As environments that talk to another program do: it cannot be sent to another process."""
+
+    def __init__(self):
+        super().__init__()
+        self.lock = threading.Lock()
+
+
+def test_model_of_an_environment_in_a_worker_process():
+    env = make_vec_env(HoldsLock, 1, vec_env_cls=SubprocVecEnv)
+    try:
+        assert isinstance(MPG("MlpPolicy", env).rollout_model.prior, LinearModel)
+    finally:
+        env.close()

@@ -417,7 +417,8 @@ def test_another_environment_brings_its_own_model_and_simulator():
     model = MPG("MlpPolicy", heavy(1500.0), value_target="n_step_simulator", batch_reuse=2, **SMALL).learn(50)
     assert model._make_simulator(4).vehicle.mass == model.rollout_model.prior.vehicle.mass == 1500.0
     assert len(model._batches) == 2
-    model.set_env(heavy(3000.0))
+    with pytest.warns(UserWarning, match="learned of another model is forgotten"):
+        model.set_env(heavy(3000.0))
     assert model._make_simulator(4).vehicle.mass == model.rollout_model.prior.vehicle.mass == 3000.0
     assert model._batches == []
     model.learn(20)

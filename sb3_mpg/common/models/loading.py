@@ -66,10 +66,18 @@ def make_prior_model(prior_model: PriorModelLike, env: VecEnv, prior_model_kwarg
             )
         model = prior_model
     elif prior_model == "auto":
+        offers_none = f"No `prior_model` was given and the environment offers none.\n{HOW_TO_WRITE_A_MODEL}"
         if not env.has_attr("prior_model"):
-            raise ValueError(f"No `prior_model` was given and the environment offers none.\n{HOW_TO_WRITE_A_MODEL}")
+            raise ValueError(offers_none)
         try:
             model = env.env_method("prior_model", indices=[0], **kwargs)[0]
+        except (TypeError, NotImplementedError):
+            # Not asked before: a worker process would have to send all of its environment along with a method
+            model = env.get_attr("prior_model", indices=[0])[0]
+            if callable(model) and not isinstance(model, PriorModel):
+                raise
+            if model is None:
+                raise ValueError(offers_none) from None
         except EOFError as error:
             raise ValueError(
                 "The environment's `prior_model()` failed in its worker process, or its model cannot be sent from there, as "

@@ -22,8 +22,9 @@ MIN_ROWS_PER_FACTOR = 5
 OUTGROWN = 10.0
 # A dimension that the prior model predicts to less than this share of its change needs no finer correction
 SMALLEST_TARGET_SCALE = 1e-3
-# How far predictions may leave the range of the data, in units of its width
+# How far predictions may leave the range of the data, in units of its width; and those of the prior model, which are corrected
 RANGE_MARGIN = 0.5
+PRIOR_MARGIN = 10.0
 # Of the running average of the networks' parameters
 AVERAGING_RATE = 0.02
 # At so many recorded steps it is looked up whether what was learned was learned of the same prior model
@@ -89,6 +90,8 @@ class ResidualModel(TrainableModel):
     target_scale: th.Tensor
     seen_low: th.Tensor
     seen_high: th.Tensor
+    reached_low: th.Tensor
+    reached_high: th.Tensor
     low: th.Tensor
     high: th.Tensor
     middle: th.Tensor
@@ -138,6 +141,8 @@ class ResidualModel(TrainableModel):
             "target_scale": th.ones(n_states + 1),
             "seen_low": th.full((n_states,), float("inf")),
             "seen_high": th.full((n_states,), -float("inf")),
+            "reached_low": th.full((n_states,), float("inf")),
+            "reached_high": th.full((n_states,), -float("inf")),
             "low": th.full((n_states,), -float("inf")),
             "high": th.full((n_states,), float("inf")),
             "middle": th.zeros(n_states),
@@ -241,6 +246,14 @@ class ResidualModel(TrainableModel):
             states = th.where((states < self.low) | (states > self.high), wrapped, states)
         return th.minimum(th.maximum(states, self.low), self.high)
 
+    def _roughly_bounded(self, states: th.Tensor) -> th.Tensor:
+        """
+        :param states: that the prior model predicts, ``(B, S)``
+        :return: the same, but those so far from the data that they would be all that is fitted, ``(B, S)``
+        """
+        more = (PRIOR_MARGIN - RANGE_MARGIN) / (1 + 2 * RANGE_MARGIN) * (self.high - self.low)
+        return th.minimum(th.maximum(states, self.low - more), self.high + more)
+
     def _squares(self, scaled: th.Tensor, next_states: th.Tensor) -> th.Tensor:
         """
         :param scaled: of :meth:`_scaled`, ``(B, S + A)``
@@ -282,8 +295,8 @@ class ResidualModel(TrainableModel):
         learned = self._ensemble(self.correction, scaled) * self.target_scale
         changes = gains * (learned[:, : self.n_states] + _affine(self.linear, scaled))
         predicted = self.prior.transition(states, actions)
-        # As it is fitted: to what the prior model says within the range
-        corrected = self._bounded(self.state_add(self._bounded(predicted), changes))
+        # As it is fitted
+        corrected = self._bounded(self.state_add(self._roughly_bounded(predicted), changes))
         next_states = th.where(gains > 0, corrected, predicted)
         return next_states, self._corrected_reward(states, actions, next_states, scaled, learned)
 
@@ -303,8 +316,7 @@ class ResidualModel(TrainableModel):
         """
         states = self.prior.state_from_observation(transitions.observations)
         next_states = self.prior.state_from_observation(transitions.next_observations)
-        # What the prior model predicts beyond the range cannot be told from the range's border
-        predicted = self._bounded(self.prior.transition(states, transitions.actions))
+        predicted = self._roughly_bounded(self.prior.transition(states, transitions.actions))
         missed = th.where(self.is_observed, self.state_difference(next_states, predicted), 0.0)
         # The reward is corrected at the state that was reached
         missed_reward = transitions.rewards - self.prior.reward(states, transitions.actions, next_states)
@@ -421,13 +433,20 @@ class ResidualModel(TrainableModel):
         """
         :param transitions: where the data have been
         """
-        for observations in (transitions.observations, transitions.next_observations):
+        for observations, low, high in (
+            (transitions.observations, self.seen_low, self.seen_high),
+            (transitions.next_observations, self.reached_low, self.reached_high),
+        ):
             states = self.prior.state_from_observation(observations)
-            self.seen_low.copy_(th.minimum(self.seen_low, states.min(dim=0).values))
-            self.seen_high.copy_(th.maximum(self.seen_high, states.max(dim=0).values))
+            low.copy_(th.minimum(low, states.min(dim=0).values))
+            high.copy_(th.maximum(high, states.max(dim=0).values))
+        # Where an episode ended something was reached from which nobody went on: there is no margin around it
         margin = RANGE_MARGIN * (self.seen_high - self.seen_low)
-        self.low.copy_(th.where(self.is_observed, self.seen_low - margin, -float("inf")))
-        self.high.copy_(th.where(self.is_observed, self.seen_high + margin, float("inf")))
+        low, high = th.minimum(self.seen_low - margin, self.reached_low), th.maximum(
+            self.seen_high + margin, self.reached_high
+        )
+        self.low.copy_(th.where(self.is_observed, low, -float("inf")))
+        self.high.copy_(th.where(self.is_observed, high, float("inf")))
         self.middle.copy_(0.5 * (self.seen_low + self.seen_high))
 
     def fit(self, transitions: Transitions) -> float:

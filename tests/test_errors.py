@@ -1,5 +1,6 @@
 """What bad input gets: one sentence, before the first environment step."""
 
+import sys
 import threading
 
 import gymnasium as gym
@@ -8,6 +9,7 @@ import pytest
 import torch as th
 from gymnasium import spaces
 from lq import LinearEnv, LinearModel
+from stable_baselines3 import TD3
 from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import SubprocVecEnv
@@ -147,6 +149,9 @@ def test_models_that_break_the_rules(prior_model, message):
         ({"residual": "no"}, "`residual` says whether"),
         ({"reward_scale": 0}, "`reward_scale` must be a number, more than 0"),
         ({"max_grad_norm": -1.0}, "`max_grad_norm` must be a number, more than 0"),
+        ({"batch_size": 0}, "`batch_size` must be a number, 1 or more"),
+        ({"gamma": 1.5}, "`gamma` must lie between 0 and 1"),
+        ({"tau": 2.0}, "`tau` must lie between 0 and 1"),
         ({"residual_kwargs": {"net_arch": []}}, "lists the sizes of its hidden layers"),
         ({"residual_kwargs": {"net_arch": 64}}, "lists the sizes of its hidden layers"),
         ({"exploration_noise": -0.1}, "`exploration_noise` must be a number, 0.0 or more"),
@@ -200,6 +205,19 @@ def test_settings_given_to_load(tmp_path, kwargs, message):
     rule = make_weighting_rule("constant", (0, 3))
     loaded = MPG.load(tmp_path / "model.zip", env=LinearEnv(), weighting_rule=rule)
     assert loaded.weighting_rule.horizons == (0, 3)
+
+
+def test_file_of_another_algorithm(tmp_path):
+    TD3("MlpPolicy", LinearEnv(), buffer_size=10).save(tmp_path / "td3.zip")
+    with pytest.raises(TypeError, match="MPG needs an MPGPolicy, got TD3Policy"):
+        MPG.load(tmp_path / "td3.zip", env=LinearEnv())
+
+
+def test_picture_without_matplotlib(monkeypatch):
+    report = MPG("MlpPolicy", LinearEnv(), learning_starts=50, policy_kwargs={"net_arch": [8]}).learn(50).trust_report()
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'sb3-mpg\[plots\]'"):
+        report.plot()
 
 
 def test_attribute_that_is_no_prior_model():

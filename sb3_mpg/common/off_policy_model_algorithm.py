@@ -221,6 +221,12 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         check_number("reward_scale", self.reward_scale, 0.0, includes_low=False)
         check_number("exploration_noise", self.exploration_noise, 0.0)
         check_number("max_skipped_updates", self.max_skipped_updates, 0)
+        check_number("batch_size", self.batch_size, 1)
+        for name in ("gamma", "tau"):
+            share = getattr(self, name)
+            check_number(name, share, 0.0)
+            if share > 1:
+                raise ValueError(f"`{name}` must lie between 0 and 1, got {share!r}.")
         if self.max_grad_norm is not None:
             check_number("max_grad_norm", self.max_grad_norm, 0.0, includes_low=False)
 
@@ -274,7 +280,8 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         if self.value_target.needs_simulator and not self.env.has_attr("make_simulator"):
             raise ValueError(
                 "The value target runs the policy in the simulator from recorded states, but the environment has no method "
-                "`make_simulator(num_agents)` and cannot be put into a state; use value_target='n_step_replay'."
+                "`make_simulator(num_agents)` and cannot be put into a state; use MPG with value_target='n_step_replay' (and "
+                "horizons=(0,), weighting='constant' to do without a model)."
             )
 
     def _needs_trainable_model(self) -> bool:

@@ -142,7 +142,10 @@ class TrustReport:
         :return: the figure
         """
         # matplotlib is optional: import it only where it is needed
-        from matplotlib.figure import Figure
+        try:
+            from matplotlib.figure import Figure
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(f"{error}; pictures need matplotlib: pip install 'sb3-mpg[plots]'") from error
 
         figure = Figure(figsize=(13, 4), layout="constrained")
         predictions, gradients, weights = figure.subplots(1, 3)

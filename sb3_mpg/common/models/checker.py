@@ -295,7 +295,8 @@ def _call(model: PriorModel, method: _Method, inputs: tuple[th.Tensor, ...]) -> 
         arguments = ", ".join(f"{name}s {tuple(tensor.shape)}" for name, tensor in zip(method.inputs, inputs, strict=True))
         raise ValueError(
             f"{_where(model, method)} failed for {arguments} ({inputs[0].dtype} on {inputs[0].device}) with "
-            f"{type(error).__name__}: {error}; it must take such batches of torch tensors and stay in torch all the way."
+            f"{type(error).__name__}: {error}; it must take such batches of torch tensors and stay in torch all the way. "
+            "A state is an observation, unless the model has an `observation` and a `state_from_observation` of its own."
         ) from error
     if not isinstance(output, th.Tensor):
         raise TypeError(

@@ -285,8 +285,8 @@ class MPG(OffPolicyModelAlgorithm):
         super()._check_settings()
         if not issubclass(self.policy_class, MPGPolicy):
             raise TypeError(
-                f"{type(self).__name__} needs an MPGPolicy, got {self.policy_class.__name__}, which is another algorithm's, as "
-                "may be the file it is from."
+                f"{type(self).__name__} needs an MPGPolicy, got {self.policy_class.__name__}, which is another algorithm's, "
+                "as may be the file it is from."
             )
         if self.compile not in (True, False, "auto"):
             raise ValueError(f"`compile` must be True, False or 'auto', got {self.compile!r}.")

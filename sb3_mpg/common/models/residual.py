@@ -442,9 +442,8 @@ class ResidualModel(TrainableModel):
             high.copy_(th.maximum(high, states.max(dim=0).values))
         # Where an episode ended something was reached from which nobody went on: there is no margin around it
         margin = RANGE_MARGIN * (self.seen_high - self.seen_low)
-        low, high = th.minimum(self.seen_low - margin, self.reached_low), th.maximum(
-            self.seen_high + margin, self.reached_high
-        )
+        low = th.minimum(self.seen_low - margin, self.reached_low)
+        high = th.maximum(self.seen_high + margin, self.reached_high)
         self.low.copy_(th.where(self.is_observed, low, -float("inf")))
         self.high.copy_(th.where(self.is_observed, high, float("inf")))
         self.middle.copy_(0.5 * (self.seen_low + self.seen_high))

@@ -374,7 +374,7 @@ class TestFaults:
 
     def test_one_that_hangs_is_replaced(self, tmp_path):
         kwargs = {"prior_model": HangsOnce(tmp_path / "flag")}
-        model = small_model(n_learners=1, learner_kwargs={"timeout": 1.0}, **kwargs)
+        model = small_model(n_learners=1, learner_kwargs={"timeout": 3.0}, **kwargs)
         with pytest.warns(UserWarning, match="did not answer in time and is replaced"):
             model.learn(100)
         assert model._n_updates == 60

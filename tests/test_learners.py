@@ -210,7 +210,8 @@ class TestAhead:
 
     @pytest.mark.parametrize("max_staleness", [1, None])
     def test_staleness_is_bounded_and_no_gradient_is_used_twice(self, max_staleness):
-        model, notes = self.run(n_learners=2, max_staleness=max_staleness)
+        # So slow that both are at work at once, whatever else the machine does
+        model, notes = self.run(n_learners=2, max_staleness=max_staleness, prior_model=SlowInLearners())
         staleness, updates = zip(*notes, strict=True)
         bound = 4 if max_staleness is None else max_staleness
         assert 0 < max(staleness) <= bound
@@ -253,6 +254,13 @@ class Tired(PriorModel):
 
     def reward(self, states, actions, next_states):
         return -(states**2).sum(1, keepdim=True)
+
+
+class SlowInLearners(Tired):
+    def transition(self, states, actions):
+        if in_learner():
+            time.sleep(0.005)
+        return states + 0.1 * actions
 
 
 class Custom(Exception):

@@ -252,6 +252,12 @@ def test_preparation_is_repeated_when_twice_as_many_steps_are_not_like_the_first
     assert calls == [21, 84]
 
 
+def test_a_single_step_is_little_to_adapt_to_but_no_reason_to_warn():
+    model = ResidualModel(Known(), 2, 2)
+    model.adapt_to(truth(1))
+    assert (model.input_std == 1).all() and math.isfinite(model.fit(truth(1)))
+
+
 def test_a_batch_smaller_than_the_ensemble():
     model = ResidualModel(Known(), 2, 2, n_members=5)
     assert model.transition(*truth(2)[:2]).shape == (2, 2)

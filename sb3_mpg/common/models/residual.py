@@ -350,7 +350,7 @@ class ResidualModel(TrainableModel):
         self._extend_range(transitions)
         self.input_mean.copy_(inputs.mean(dim=0))
         # A dimension that never changes says nothing, and must not be blown up when it does
-        std = inputs.std(dim=0)
+        std = inputs.std(dim=0) if len(inputs) > 1 else th.zeros_like(self.input_std)
         self.input_std.copy_(th.where(std > 1e-6 * (1 + inputs.abs().mean(dim=0)), std, 1.0))
         # Nor does one that is only guessed
         self.input_std[: self.n_states][~self.is_observed] = float("inf")

@@ -1,7 +1,7 @@
 """Model and policy compiled for rollouts: the same numbers, sooner."""
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from types import FunctionType
 from typing import Any
@@ -146,25 +146,16 @@ def like_a_middle(rollout: RolloutState) -> RolloutState:
     return rollout._replace(states=states, network_inputs=network_inputs)
 
 
-def n_missing_rows(n_rows: int, model: PriorModel) -> int:
+def even_rows(tensors: Iterable[th.Tensor], model: PriorModel) -> list[th.Tensor]:
     """
     An ensemble deals out the rows of a batch in equal parts. When they do not come out even, torch's compiler (2.13, on a CPU)
     takes a loop over the batch for one over the whole parts in it, and leaves the rest unwritten.
 
-    :param n_rows: size of a batch
+    :param tensors: each ``(B, ...)``
     :param model: the model
-    :return: how many more rows make it come out even
+    :return: the same, if need be with more rows, so that they come out even
     """
-    return -n_rows % model.n_members if isinstance(model, TrainableModel) else 0
-
-
-def with_more_rows(tensor: th.Tensor, n_more: int) -> th.Tensor:
-    """
-    :param tensor: ``(B, ...)``
-    :param n_more: a number of rows
-    :return: the same with its last row so many times more, ``(B + n_more, ...)``
-    """
-    return th.cat([tensor, tensor[-1:].expand(n_more, *tensor.shape[1:])]) if n_more > 0 else tensor
+    return [model.even_rows(tensor) if isinstance(model, TrainableModel) else tensor for tensor in tensors]
 
 
 class StepCompiler:
@@ -193,8 +184,7 @@ class StepCompiler:
         if self.chunk is None:
             self.chunk = max(1, min(MAX_CHUNK, MAX_OPERATIONS // operations_of_step(rollout, *args)))
         n_rows = len(rollout.states)
-        n_missing = n_missing_rows(n_rows, model)
-        rollout = RolloutState(*(with_more_rows(tensor, n_missing) for tensor in rollout))
+        rollout = RolloutState(*even_rows(rollout, model))
         chunk = min(self.chunk, n_steps)
         n_chunks, n_left = divmod(n_steps, chunk)
         rollout, total = self._advance(like_a_middle(rollout), chunk, *args)
@@ -208,7 +198,7 @@ class StepCompiler:
         if n_left > 0:
             rollout, rewards = advance(rollout, n_left, *args)
             total = total + discount * rewards
-        if n_missing > 0:
+        if len(total) > n_rows:
             rollout, total = RolloutState(*(tensor[:n_rows] for tensor in rollout)), total[:n_rows]
         return rollout, total
 
@@ -218,10 +208,8 @@ class StepCompiler:
         """As :func:`~sb3_mpg.common.model_rollout.held_step`."""
         if self._held_step is None:
             self._held_step = compile_function(held_step, states.device, self.backend)
-        n_rows, n_missing = len(states), n_missing_rows(len(states), model)
-        padded = (with_more_rows(tensor, n_missing) for tensor in (states, env_actions, n_left))
-        next_states, n_left = self._held_step(*padded, model, *args)
-        return next_states[:n_rows], n_left[:n_rows]
+        next_states, n_left = self._held_step(*even_rows((states, env_actions, n_left), model), model, *args)
+        return next_states[: len(states)], n_left[: len(states)]
 
 
 @contextmanager

@@ -218,10 +218,7 @@ class ResidualModel(TrainableModel):
         n_rows = inputs.shape[0]
         if not self.training:
             return networks(inputs.expand(self.n_members, *inputs.shape)).mean(dim=0)
-        n_missing = -n_rows % self.n_members
-        if n_missing > 0:
-            inputs = th.cat([inputs, inputs[-1:].expand(n_missing, -1)])
-        outputs = networks(inputs.reshape(self.n_members, -1, inputs.shape[1]))
+        outputs = networks(self.even_rows(inputs).reshape(self.n_members, -1, inputs.shape[1]))
         return outputs.reshape(-1, outputs.shape[2])[:n_rows]
 
     def _gains_of_rows(self, n_rows: int) -> th.Tensor:
@@ -345,7 +342,7 @@ class ResidualModel(TrainableModel):
         states = self.prior.state_from_observation(transitions.observations)
         inputs = th.cat([states, transitions.actions], dim=1)
         self.probes.copy_(inputs[th.arange(N_PROBES, device=inputs.device) % len(inputs)])
-        self.probed.copy_(self._answers(self.prior, self.probes))
+        self.probed.copy_(self._prior_answers(self.probes))
         self.is_observed.copy_(self._are_observed(states, transitions.actions))
         self._extend_range(transitions)
         self.input_mean.copy_(inputs.mean(dim=0))
@@ -398,15 +395,14 @@ class ResidualModel(TrainableModel):
         is_finite = th.isfinite(gaps)
         return 2 * (is_same & is_finite).sum(dim=0) >= is_finite.sum(dim=0)
 
-    def _answers(self, prior: PriorModel, probes: th.Tensor) -> th.Tensor:
+    def _prior_answers(self, probes: th.Tensor) -> th.Tensor:
         """
-        :param prior: a prior model
         :param probes: states and actions, ``(N, S + A)``
-        :return: next states and rewards, ``(N, S + 1)``
+        :return: the next states and rewards of the prior model, ``(N, S + 1)``
         """
         states, actions = probes[:, : self.n_states], probes[:, self.n_states :]
-        next_states = prior.transition(states, actions)
-        return th.cat([next_states, prior.reward(states, actions, next_states)], dim=1)
+        next_states = self.prior.transition(states, actions)
+        return th.cat([next_states, self.prior.reward(states, actions, next_states)], dim=1)
 
     @staticmethod
     def _is_enough_for(factors: th.Tensor, n_rows: int) -> bool:
@@ -488,7 +484,7 @@ class ResidualModel(TrainableModel):
         own, saved = self.state_dict(), state["model"]
         if any(name not in own or own[name].shape != tensor.shape for name, tensor in saved.items()):
             return False
-        answers = self._answers(self.prior, saved["probes"].to(self.probes.device)).cpu()
+        answers = self._prior_answers(saved["probes"].to(self.probes.device)).cpu()
         if int(saved["n_rows"]) > 0 and not th.allclose(answers, saved["probed"].cpu(), rtol=1e-3, atol=1e-5, equal_nan=True):
             return False
         self.load_state_dict(saved, strict=False)

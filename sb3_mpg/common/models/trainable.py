@@ -36,6 +36,14 @@ class TrainableModel(PriorModel):
     #: Number of members of the ensemble
     n_members: int
 
+    def even_rows(self, tensor: th.Tensor) -> th.Tensor:
+        """
+        :param tensor: ``(B, ...)``
+        :return: the same, with the last row repeated until each member gets as many, ``(B', ...)``
+        """
+        n_missing = -len(tensor) % self.n_members
+        return th.cat([tensor, tensor[-1:].expand(n_missing, *tensor.shape[1:])]) if n_missing > 0 else tensor
+
     @abstractmethod
     def adapt_to(self, transitions: Transitions) -> None:
         """

@@ -203,6 +203,9 @@ class TestAhead:
                     notes.append((staleness, outcome.n_updates)),
                     note(staleness, waited, outcome),
                 )
+            # On a busy machine one may start so late that the other does everything
+            while learners._learners and not all(learner.is_ready for learner in learners._learners):
+                learners._receive(0.05)
 
         model.learn(200, callback=Each(watch))
         assert model._n_updates == model.logger.name_to_value["train/n_updates"] == 160
@@ -249,7 +252,7 @@ class Tired(PriorModel):
 
     def transition(self, states, actions):
         if mp.current_process().name == "learner-1":
-            time.sleep(0.02)
+            time.sleep(0.05)
         return states + 0.1 * actions
 
     def reward(self, states, actions, next_states):
@@ -320,13 +323,14 @@ class TestFaults:
             os.kill(learner_pids(model)[0], signal.SIGKILL)
             killed = time.monotonic()
             while model._learners.n_restarts == 0:
-                model._learners._receive(0.05)
+                # Its death wakes the optimizer, long before that time has passed
+                model._learners._receive(60.0)
             noticed.append(time.monotonic() - killed)
 
         model = small_model(n_learners=2)
         with pytest.warns(UserWarning, match="exit code -9 and is replaced"):
             model.learn(200, callback=when_learning(kill))
-        assert noticed[0] < 1
+        assert noticed[0] < 60
         assert model._n_updates == 160
         assert model.logger.name_to_value["learners/restarts"] == 1
 
@@ -640,11 +644,13 @@ if __name__ == "__main__":
 
 
 def read_parameters(connection, parameters, n_reads):
-    """In another process: fetch again and again while they are written."""
+    """In another process: fetch again and again while they are written, until many versions were seen."""
     tensors = [th.zeros(1000) for _ in range(20)]
     torn, versions = 0, set()
     connection.send("ready")
-    for _ in range(n_reads):
+    for number in range(100 * n_reads):
+        if number >= n_reads and len(versions) > 10:
+            break
         version = parameters.fetch(tensors)
         versions.add(version)
         torn += any((tensor != version).any() for tensor in tensors)
@@ -656,7 +662,9 @@ def read_buffer(connection, buffer, parts, n_reads):
     np.random.seed(0)
     torn, newest = 0, 0.0
     connection.send("ready")
-    for _ in range(n_reads):
+    for number in range(100 * n_reads):
+        if number >= n_reads and newest > 30:
+            break
         samples = reader.sample(32)
         torn += not th.equal(samples.observations, samples.rewards.expand(-1, 2))
         torn += not th.equal(samples.next_observations, samples.observations + 1)

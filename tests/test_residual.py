@@ -11,6 +11,7 @@ from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
 
 from sb3_mpg import MPG, PriorModel
 from sb3_mpg.common.buffers import HELD_OUT_BLOCK
+from sb3_mpg.common.models.prediction_errors import Windows
 from sb3_mpg.common.models.residual import ResidualModel
 from sb3_mpg.common.models.trainable import Transitions
 from sb3_mpg_envs.path_tracking.model import PathTrackingModel
@@ -406,6 +407,68 @@ def test_dimensions_that_are_not_observed_are_left_to_the_prior_model():
     assert states[0, 1] == pytest.approx(expected[0, 1].item())
     # What is seen is corrected by what was seen, to which the hidden velocity was noise
     assert states[0, 0] == pytest.approx(expected[0, 0].item(), abs=0.3)
+
+
+class ForgetsItself(Known):
+    """Right for two steps, which it counts where nobody sees it, and then off by a factor of a thousand in each."""
+
+    def transition(self, states, actions):
+        next_states = states[:, :2] + 0.1 * actions
+        return th.cat([th.where(states[:, 2:] < 2, next_states, 1000 * next_states), states[:, 2:] + 1], dim=1)
+
+    def reward(self, states, actions, next_states):
+        return super().reward(states[:, :2], actions, next_states[:, :2])
+
+    def observation(self, states):
+        return states[:, :2]
+
+    def state_from_observation(self, observations):
+        return th.cat([observations, th.zeros_like(observations[:, :1])], dim=1)
+
+
+def recorded_rollouts(transition, states, n_observed, n_steps=10):
+    """Windows of random actions, and what a system whose state is partly hidden does with them."""
+    rng = th.Generator().manual_seed(1)
+    n_rows, n_actions = len(states), n_observed
+    actions = 2 * th.rand(n_steps, n_rows, n_actions, generator=rng) - 1
+    start, reached = states[:, :n_observed], []
+    for step in range(n_steps):
+        states = transition(states, actions[step])
+        reached.append(states[:, :n_observed])
+    return Windows(
+        start,
+        actions,
+        th.stack(reached),
+        th.zeros(n_steps, n_rows, 1),
+        th.zeros(n_rows, 1, dtype=th.bool),
+        th.full((n_rows,), n_steps),
+    )
+
+
+@pytest.mark.parametrize(
+    ("prior", "n_observed", "transition", "has_memory"),
+    [
+        (HiddenVelocity(), 1, HiddenVelocity().transition, True),
+        (ForgetsItself(), 2, lambda states, actions: states + 0.1 * actions, False),
+    ],
+)
+def test_what_is_not_observed_is_carried_along_where_that_predicts_better(prior, n_observed, transition, has_memory):
+    starts = th.rand(300, 2, generator=th.Generator().manual_seed(0)) - 0.5
+    windows = recorded_rollouts(transition, starts, n_observed)
+    n_states = prior.state_from_observation(windows.observations).shape[1]
+    model = ResidualModel(prior, n_states, n_observed)
+    model.adapt_to(Transitions(windows.observations, windows.actions[0], windows.rewards[0], windows.next_observations[0]))
+    assert not model.is_observed.all() and model.has_memory
+    model.adapt_to_rollouts(windows)
+    assert model.has_memory == has_memory and model.training
+    other = ResidualModel(prior, n_states, n_observed)
+    assert other.load_learned_state(model.learned_state()) and other.has_memory == has_memory
+    if not has_memory:
+        other.eval()
+        states = prior.state_from_observation(windows.observations)
+        for actions in windows.actions:
+            states = other.transition(states, actions)
+        th.testing.assert_close(states[:, :n_observed], windows.next_observations[-1], rtol=0, atol=1e-4)
 
 
 def test_predictions_far_beyond_the_range_are_corrected_as_they_are_fitted():

@@ -44,6 +44,9 @@ MAX_PREPARATION_STEPS = 20_000
 MAX_PRETRAINING_STEPS = 2000
 PRETRAINING_PATIENCE = 200
 PRETRAINING_CHECK_EVERY = 50
+# What only rollouts show is settled by as many, of so many steps
+N_ROLLOUTS = 1000
+ROLLOUT_STEPS = 25
 
 
 def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) -> None:
@@ -324,7 +327,8 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
     def _prepare_model(self, units: Units) -> None:
         """
         Before the first update: scale a trainable model by the steps recorded so far, and fit it to them. And once more
-        when twice as many are recorded, if these are not what the first ones promised.
+        when twice as many are recorded, if these are not what the first ones promised. What only rollouts show is settled
+        each time.
 
         :param units: conversions between environment and networks
         """
@@ -339,8 +343,18 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         if known is None:
             return
         is_first, self._n_prepared_for = self._n_prepared_for == 0, n_recorded
-        if not is_first and not model.is_outgrown(known):
-            return
+        if is_first or model.is_outgrown(known):
+            self._adapt_model(model, recorded, known)
+        windows = recorded.windows(N_ROLLOUTS, ROLLOUT_STEPS)
+        if windows is not None:
+            model.adapt_to_rollouts(windows)
+
+    def _adapt_model(self, model: TrainableModel, recorded: RecordedSteps, known: Transitions) -> None:
+        """
+        :param model: what is scaled and fitted
+        :param recorded: the recorded steps
+        :param known: those that its scales come from
+        """
         model.train()
         model.adapt_to(known)
         best_error, best_step = float("inf"), 0

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sb3_mpg.common.models.base import PriorModel
+from sb3_mpg.common.models.prediction_errors import Windows
 from sb3_mpg.common.models.trainable import TrainableModel, Transitions
 from sb3_mpg.common.torch_layers import n_with_waves, with_waves
 from sb3_mpg.common.utils import is_whole
@@ -71,8 +72,10 @@ class ResidualModel(TrainableModel):
     Inputs and targets are scaled by the statistics of the data. Differences between states are the prior model's
     (``state_difference``, ``state_add``). Predicted states are kept within the range of the data and a margin: a rollout that
     runs further is a guess, and one that explodes would take the gradient with it. Dimensions of the state that cannot be
-    seen in observations are left to the prior model. What it misses where it says that an episode terminates, such as a
-    penalty, is learned apart.
+    seen in observations are left to the prior model, as long as what they lead to is what happens: where recorded rollouts
+    are predicted better without that memory, they are read anew from what would be observed in each step, as they are when
+    the correction is fitted. What the prior model misses where it says that an episode terminates, such as a penalty, is
+    learned apart.
 
     A random prior model is taken at its mean: what it draws at random is an allowance for its own errors, and those are
     what is learned here.
@@ -96,6 +99,7 @@ class ResidualModel(TrainableModel):
     high: th.Tensor
     middle: th.Tensor
     is_observed: th.Tensor
+    has_memory: th.Tensor
     linear: th.Tensor
     quadratic: th.Tensor
     end_reward: th.Tensor
@@ -147,6 +151,8 @@ class ResidualModel(TrainableModel):
             "high": th.full((n_states,), float("inf")),
             "middle": th.zeros(n_states),
             "is_observed": th.ones(n_states, dtype=th.bool),
+            # Whether dimensions that are not observed are carried along
+            "has_memory": th.ones((), dtype=th.bool),
             "linear": th.zeros(1 + n_inputs, n_states),
             "quadratic": th.zeros(1 + 2 * (n_inputs + n_states), 1),
             # What the prior model misses of the reward where it terminates
@@ -251,6 +257,16 @@ class ResidualModel(TrainableModel):
         more = (PRIOR_MARGIN - RANGE_MARGIN) / (1 + 2 * RANGE_MARGIN) * (self.high - self.low)
         return th.minimum(th.maximum(states, self.low - more), self.high + more)
 
+    def _remembered(self, states: th.Tensor) -> th.Tensor:
+        """
+        :param states: ``(B, S)``
+        :return: the same, what is not observed read anew if that is better, ``(B, S)``
+        """
+        if type(self.prior).observation is PriorModel.observation:
+            return states  # all is observed
+        read = self.state_from_observation(self.observation(states))
+        return th.where(self.is_observed | self.has_memory, states, read)
+
     def _squares(self, scaled: th.Tensor, next_states: th.Tensor) -> th.Tensor:
         """
         :param scaled: of :meth:`_scaled`, ``(B, S + A)``
@@ -293,7 +309,7 @@ class ResidualModel(TrainableModel):
         changes = gains * (learned[:, : self.n_states] + _affine(self.linear, scaled))
         predicted = self.prior.transition(states, actions)
         # As it is fitted
-        corrected = self._bounded(self.state_add(self._roughly_bounded(predicted), changes))
+        corrected = self._remembered(self._bounded(self.state_add(self._roughly_bounded(predicted), changes)))
         next_states = th.where(gains > 0, corrected, predicted)
         return next_states, self._corrected_reward(states, actions, next_states, scaled, learned)
 
@@ -381,6 +397,35 @@ class ResidualModel(TrainableModel):
                 parameter.zero_()
         self.optimizer.state.clear()
         self.n_fits.zero_()
+
+    @th.no_grad()
+    def adapt_to_rollouts(self, windows: Windows) -> None:
+        if self.is_observed.all():
+            return
+        was_training = self.training
+        self.eval()
+        errors = []
+        for has_memory in (True, False):
+            self.has_memory.fill_(has_memory)
+            errors.append(self._rollout_error(windows))
+        self.has_memory.fill_(errors[0] <= errors[1])
+        self.train(was_training)
+
+    def _rollout_error(self, windows: Windows) -> float:
+        """
+        :param windows: recorded steps, and what followed them
+        :return: mean squared error of the observed dimensions in rollouts along the recorded actions, in units of their
+            variance in the data, of which each error is at most 1: a few that explode must not decide
+        """
+        states = self.state_from_observation(windows.observations)
+        total = 0.0
+        for step, actions in enumerate(windows.actions):
+            states = self.transition(states, actions)
+            actual = self.state_from_observation(windows.next_observations[step])
+            missed = self.state_difference(actual, states) / self.input_std[: self.n_states]
+            errors = missed[:, self.is_observed].square().nan_to_num(nan=1.0).clamp(max=1.0).mean(dim=1)
+            total += float(errors[windows.lengths > step].sum())
+        return total / float(windows.lengths.sum())
 
     def _are_observed(self, states: th.Tensor, actions: th.Tensor) -> th.Tensor:
         """

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch as th
 
 from sb3_mpg.common.models.base import PriorModel
+from sb3_mpg.common.models.prediction_errors import Windows
 
 
 class Transitions(NamedTuple):
@@ -50,6 +51,13 @@ class TrainableModel(PriorModel):
         Take the scales of inputs and targets from data, before the first :meth:`fit`; what was learned before is forgotten.
 
         :param transitions: what was recorded so far
+        """
+
+    def adapt_to_rollouts(self, windows: Windows) -> None:
+        """
+        Settle what single steps cannot tell, when the model is fitted. By default there is nothing to settle.
+
+        :param windows: recorded steps, and what followed them
         """
 
     @abstractmethod

@@ -409,18 +409,22 @@ def test_dimensions_that_are_not_observed_are_left_to_the_prior_model():
     assert states[0, 0] == pytest.approx(expected[0, 0].item(), abs=0.3)
 
 
-class ForgetsItself(Known):
+class LosesItself(PriorModel):
     """Right for two steps, which it counts where nobody sees it, and then off by a factor of a thousand in each."""
 
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
     def transition(self, states, actions):
-        next_states = states[:, :2] + 0.1 * actions
-        return th.cat([th.where(states[:, 2:] < 2, next_states, 1000 * next_states), states[:, 2:] + 1], dim=1)
+        next_states = self.model.transition(states[:, :-1], actions)
+        return th.cat([th.where(states[:, -1:] < 2, next_states, 1000 * next_states), states[:, -1:] + 1], dim=1)
 
     def reward(self, states, actions, next_states):
-        return super().reward(states[:, :2], actions, next_states[:, :2])
+        return self.model.reward(states[:, :-1], actions, next_states[:, :-1])
 
     def observation(self, states):
-        return states[:, :2]
+        return states[:, :-1]
 
     def state_from_observation(self, observations):
         return th.cat([observations, th.zeros_like(observations[:, :1])], dim=1)
@@ -445,22 +449,25 @@ def recorded_rollouts(transition, states, n_observed, n_steps=10):
     )
 
 
+@pytest.mark.parametrize("gain", [1.0, 0.0])
 @pytest.mark.parametrize(
     ("prior", "n_observed", "transition", "has_memory"),
     [
         (HiddenVelocity(), 1, HiddenVelocity().transition, True),
-        (ForgetsItself(), 2, lambda states, actions: states + 0.1 * actions, False),
+        (LosesItself(Known()), 2, Known().transition, False),
     ],
 )
-def test_what_is_not_observed_is_carried_along_where_that_predicts_better(prior, n_observed, transition, has_memory):
+def test_what_is_not_observed_is_carried_along_where_that_predicts_better(prior, n_observed, transition, has_memory, gain):
     starts = th.rand(300, 2, generator=th.Generator().manual_seed(0)) - 0.5
     windows = recorded_rollouts(transition, starts, n_observed)
     n_states = prior.state_from_observation(windows.observations).shape[1]
     model = ResidualModel(prior, n_states, n_observed)
+    # Without correction it is there to judge, and must be no worse for that
+    model.gains.fill_(gain)
     model.adapt_to(Transitions(windows.observations, windows.actions[0], windows.rewards[0], windows.next_observations[0]))
     assert not model.is_observed.all() and model.has_memory
     model.adapt_to_rollouts(windows)
-    assert model.has_memory == has_memory and model.training
+    assert model.has_memory == has_memory and model.training and (model.gains == gain).all()
     other = ResidualModel(prior, n_states, n_observed)
     assert other.load_learned_state(model.learned_state()) and other.has_memory == has_memory
     if not has_memory:
@@ -469,6 +476,16 @@ def test_what_is_not_observed_is_carried_along_where_that_predicts_better(prior,
         for actions in windows.actions:
             states = other.transition(states, actions)
         th.testing.assert_close(states[:, :n_observed], windows.next_observations[-1], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("residual", [True, False])
+def test_a_memory_that_leads_astray_is_not_trusted_while_training(residual):
+    env = LinearEnv()
+    kwargs = {"policy_kwargs": {"net_arch": [16]}, "learning_starts": 200, "batch_size": 32, "horizons": (0, 5), "seed": 0}
+    model = MPG("MlpPolicy", env, prior_model=LosesItself(env.prior_model()), residual=residual, **kwargs).learn(220)
+    assert not model.rollout_model.has_memory
+    if residual:
+        assert model.trust_report().corrected.relative[-1, :-1].max() < 0.1
 
 
 def test_predictions_far_beyond_the_range_are_corrected_as_they_are_fitted():

@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -196,15 +196,24 @@ class ResidualModel(TrainableModel):
         return self.prior.state_add(states, differences)
 
     @contextmanager
-    def compared_with_prior(self) -> Iterator[None]:
-        """Within this context the first member is the prior model as it is, and all others are corrected."""
+    def _with_gains(self, first: float, others: float) -> Iterator[None]:
+        """
+        :param first: what the correction of the first member is multiplied by within this context
+        :param others: the same of all others
+        """
         gains = self.gains.clone()
-        self.gains.fill_(1.0)
-        self.gains[0] = 0.0
+        self.gains.fill_(others)
+        self.gains[0] = first
         try:
             yield
         finally:
             self.gains.copy_(gains)
+
+    def compared_with_prior(self) -> AbstractContextManager[None]:
+        """
+        :return: within this context the first member is the prior model as it is, and all others are corrected
+        """
+        return self._with_gains(0.0, 1.0)
 
     def _scaled(self, states: th.Tensor, actions: th.Tensor) -> th.Tensor:
         """
@@ -405,9 +414,11 @@ class ResidualModel(TrainableModel):
         was_training = self.training
         self.eval()
         errors = []
-        for has_memory in (True, False):
-            self.has_memory.fill_(has_memory)
-            errors.append(self._rollout_error(windows))
+        # Where the correction only judges the prior model, too
+        with self._with_gains(1.0, 1.0):
+            for has_memory in (True, False):
+                self.has_memory.fill_(has_memory)
+                errors.append(self._rollout_error(windows))
         self.has_memory.fill_(errors[0] <= errors[1])
         self.train(was_training)
 

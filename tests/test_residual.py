@@ -484,8 +484,10 @@ def test_a_memory_that_leads_astray_is_not_trusted_while_training(residual):
     kwargs = {"policy_kwargs": {"net_arch": [16]}, "learning_starts": 200, "batch_size": 32, "horizons": (0, 5), "seed": 0}
     model = MPG("MlpPolicy", env, prior_model=LosesItself(env.prior_model()), residual=residual, **kwargs).learn(220)
     assert not model.rollout_model.has_memory
+    report = model.trust_report()
+    assert report.dimensions[-2:] == ("state[1]", "state[2], hidden, read anew")
     if residual:
-        assert model.trust_report().corrected.relative[-1, :-1].max() < 0.1
+        assert report.corrected.relative[-1, :-1].max() < 0.1
 
 
 def test_predictions_far_beyond_the_range_are_corrected_as_they_are_fitted():

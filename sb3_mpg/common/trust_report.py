@@ -84,7 +84,8 @@ class TrustReport:
     :param measurements: the errors of the gradients and the weights, in the order of the updates
     :param prior: prediction errors of the prior model
     :param corrected: those of the model that the gradient runs through, or ``None`` when it is the prior model
-    :param dimensions: names of the dimensions of the state
+    :param dimensions: names of the dimensions of the state. Of hidden ones the errors are those of what is read from
+        observations, which the corrected model may do anew in each step (see ``ResidualModel``)
     """
 
     horizons: tuple[int, ...]
@@ -204,7 +205,18 @@ def make_trust_report(
             measurements=list(measurements),
             prior=prediction_errors(prior, windows, gamma),
             corrected=prediction_errors(model, windows, gamma) if prior is not model and is_corrected else None,
-            dimensions=tuple(f"state[{dim}]" for dim in range(n_states)),
+            dimensions=tuple(f"state[{dim}]{_remark(model, dim)}" for dim in range(n_states)),
         )
     finally:
         model.train(was_training)
+
+
+def _remark(model: PriorModel, dimension: int) -> str:
+    """
+    :param model: the model of the rollouts
+    :param dimension: of its state
+    :return: what a user must know of it, to be put behind its name
+    """
+    if not isinstance(model, ResidualModel) or model.is_observed[dimension]:
+        return ""
+    return ", hidden" if model.has_memory else ", hidden, read anew"

@@ -410,84 +410,128 @@ def test_dimensions_that_are_not_observed_are_left_to_the_prior_model():
 
 
 class LosesItself(PriorModel):
-    """Right for two steps, which it counts where nobody sees it, and then off by a factor of a thousand in each."""
+    """Right for some steps, which it counts where nobody sees it, and then off by a factor of a thousand in each."""
 
-    def __init__(self, model):
+    def __init__(self, model, n_right=2):
         super().__init__()
-        self.model = model
+        self.model, self.n_right = model, n_right
 
     def transition(self, states, actions):
-        next_states = self.model.transition(states[:, :-1], actions)
-        return th.cat([th.where(states[:, -1:] < 2, next_states, 1000 * next_states), states[:, -1:] + 1], dim=1)
+        next_states, count = self.model.transition(states[:, :-1], actions), states[:, -1:]
+        return th.cat([th.where(count < self.n_right, next_states, 1000 * next_states), count + 1], dim=1)
 
     def reward(self, states, actions, next_states):
         return self.model.reward(states[:, :-1], actions, next_states[:, :-1])
 
     def observation(self, states):
-        return states[:, :-1]
+        return self.model.observation(states[:, :-1])
 
     def state_from_observation(self, observations):
-        return th.cat([observations, th.zeros_like(observations[:, :1])], dim=1)
+        return th.cat([self.model.state_from_observation(observations), th.zeros_like(observations[:, :1])], dim=1)
 
 
-def recorded_rollouts(transition, states, n_observed, n_steps=10):
-    """Windows of random actions, and what a system whose state is partly hidden does with them."""
+class Sum(PriorModel):
+    """Two tanks, of which the sum is seen: what is read from it is neither."""
+
+    def transition(self, states, actions):
+        return states * th.tensor([0.5, 0.9]) + actions
+
+    def reward(self, states, actions, next_states):
+        return -states.sum(1, keepdim=True)
+
+    def observation(self, states):
+        return states.sum(1, keepdim=True)
+
+    def state_from_observation(self, observations):
+        return 0.5 * observations.expand(-1, 2)
+
+
+def recorded_rollouts(model, states, n_steps=10):
+    """Windows of random actions, and what a system does with them that is as the model says."""
     rng = th.Generator().manual_seed(1)
-    n_rows, n_actions = len(states), n_observed
-    actions = 2 * th.rand(n_steps, n_rows, n_actions, generator=rng) - 1
-    start, reached = states[:, :n_observed], []
+    n_rows, start, reached = len(states), model.observation(states), []
+    actions = 2 * th.rand(n_steps, n_rows, start.shape[1], generator=rng) - 1
     for step in range(n_steps):
-        states = transition(states, actions[step])
-        reached.append(states[:, :n_observed])
-    return Windows(
-        start,
-        actions,
-        th.stack(reached),
-        th.zeros(n_steps, n_rows, 1),
-        th.zeros(n_rows, 1, dtype=th.bool),
-        th.full((n_rows,), n_steps),
-    )
+        states = model.transition(states, actions[step])
+        reached.append(model.observation(states))
+    never, lengths = th.zeros(n_rows, 1, dtype=th.bool), th.full((n_rows,), n_steps)
+    return Windows(start, actions, th.stack(reached), th.zeros(n_steps, n_rows, 1), never, lengths)
 
 
 @pytest.mark.parametrize("gain", [1.0, 0.0])
 @pytest.mark.parametrize(
-    ("prior", "n_observed", "transition", "has_memory"),
+    ("prior", "system", "is_carried"),
     [
-        (HiddenVelocity(), 1, HiddenVelocity().transition, True),
-        (LosesItself(Known()), 2, Known().transition, False),
+        (HiddenVelocity(), HiddenVelocity(), [True, True]),
+        (LosesItself(Known()), Known(), [True, True, False]),
+        (LosesItself(HiddenVelocity()), HiddenVelocity(), [True, True, False]),
+        (LosesItself(LosesItself(Known())), Known(), [True, True, False, False]),
+        (Sum(), Sum(), [True, True]),
     ],
 )
-def test_what_is_not_observed_is_carried_along_where_that_predicts_better(prior, n_observed, transition, has_memory, gain):
-    starts = th.rand(300, 2, generator=th.Generator().manual_seed(0)) - 0.5
-    windows = recorded_rollouts(transition, starts, n_observed)
+def test_what_is_not_observed_is_carried_along_where_that_predicts_better(prior, system, is_carried, gain):
+    windows = recorded_rollouts(system, th.rand(300, 2, generator=th.Generator().manual_seed(0)) - 0.5)
     n_states = prior.state_from_observation(windows.observations).shape[1]
-    model = ResidualModel(prior, n_states, n_observed)
+    model = ResidualModel(prior, n_states, windows.actions.shape[2])
     # Without correction it is there to judge, and must be no worse for that
     model.gains.fill_(gain)
     model.adapt_to(Transitions(windows.observations, windows.actions[0], windows.rewards[0], windows.next_observations[0]))
-    assert not model.is_observed.all() and model.has_memory
+    # Whatever was found before
+    model._carry(th.nonzero(~model.is_observed).flatten().tolist())
+    assert not model.is_observed.all() and model.reads_anew
     model.adapt_to_rollouts(windows)
-    assert model.has_memory == has_memory and model.training and (model.gains == gain).all()
-    other = ResidualModel(prior, n_states, n_observed)
-    assert other.load_learned_state(model.learned_state()) and other.has_memory == has_memory
-    if not has_memory:
+    assert model.is_carried.tolist() == is_carried and model.reads_anew == (not all(is_carried))
+    assert model.training and (model.gains == gain).all()
+
+    other = ResidualModel(prior, n_states, windows.actions.shape[2])
+    assert other.load_learned_state(model.learned_state())
+    assert other.is_carried.tolist() == is_carried and other.reads_anew == model.reads_anew
+    if system is not prior and model.is_observed.sum() > 1:
         other.eval()
         states = prior.state_from_observation(windows.observations)
         for actions in windows.actions:
             states = other.transition(states, actions)
-        th.testing.assert_close(states[:, :n_observed], windows.next_observations[-1], rtol=0, atol=1e-4)
+        th.testing.assert_close(prior.observation(states), windows.next_observations[-1], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("residual", [True, False])
-def test_a_memory_that_leads_astray_is_not_trusted_while_training(residual):
+@pytest.mark.parametrize(("n_right", "horizon"), [(2, 5), (30, 33)])
+def test_a_memory_that_leads_astray_is_not_trusted_while_training(n_right, horizon, residual):
     env = LinearEnv()
-    kwargs = {"policy_kwargs": {"net_arch": [16]}, "learning_starts": 200, "batch_size": 32, "horizons": (0, 5), "seed": 0}
-    model = MPG("MlpPolicy", env, prior_model=LosesItself(env.prior_model()), residual=residual, **kwargs).learn(220)
-    assert not model.rollout_model.has_memory
+    kwargs = {"policy_kwargs": {"net_arch": [16]}, "learning_starts": 200, "batch_size": 32, "horizons": (0, horizon)}
+    prior = LosesItself(env.prior_model(), n_right)
+    model = MPG("MlpPolicy", env, prior_model=prior, residual=residual, seed=0, **kwargs).learn(210)
+    assert model.rollout_model.is_carried.tolist() == [True, True, False]
     report = model.trust_report()
-    assert report.dimensions[-2:] == ("state[1]", "state[2], hidden, read anew")
+    lines = [line.split("  ")[0] for line in str(report).splitlines() if "hidden" in line]
     if residual:
+        assert lines == ["state[2], hidden", "state[2], hidden, read anew"]
         assert report.corrected.relative[-1, :-1].max() < 0.1
+    else:
+        assert lines == ["state[2], hidden"]
+
+    # A learner that started before this was found
+    replica = model.make_replica()
+    replica.rollout_model.reads_anew = False
+    replica.take_published(model.published_attributes())
+    assert replica.rollout_model.reads_anew
+
+
+def test_what_is_carried_along_is_not_read():
+    class Root(Known):
+        def observation(self, states):
+            return states**3
+
+        def state_from_observation(self, observations):
+            return observations.sign() * observations.abs() ** (1 / 3)
+
+    data = truth(300)
+    model = ResidualModel(Root(), 2, 2)
+    model.adapt_to(data)
+    assert model.is_observed.all()
+    states = th.zeros(4, 2, requires_grad=True)
+    (gradient,) = th.autograd.grad(model.transition(states, th.zeros(4, 2)).sum(), states)
+    assert th.isfinite(gradient).all()
 
 
 def test_predictions_far_beyond_the_range_are_corrected_as_they_are_fitted():
@@ -624,6 +668,22 @@ def test_windows_end_with_their_episodes():
         inside = windows.lengths > step
         assert th.equal(windows.rewards[step, inside, 0].long(), t[inside] + step)
     assert th.equal(windows.terminated[:, 0], (t % 7 == 6) & (t % 14 != 13))
+
+
+def test_windows_are_long_enough_however_many_environments_there_are():
+    windows = filled_buffer(n_envs=40, n_steps=60, size=60).windows(100, horizon=5)
+    assert 100 <= len(windows.lengths) <= 110
+    assert sorted({int(env) for env in windows.observations[:, 1]}) == list(range(0, 40, 4))
+    assert windows.observations[:, 0].min() == 50 and (windows.lengths == 5).sum() > 10
+    for step in range(5):
+        inside = windows.lengths > step
+        assert th.equal(windows.rewards[step, inside, 0], windows.observations[inside, 0] + step)
+
+
+def test_there_are_no_windows_where_every_step_is_an_end():
+    recorded = filled_buffer(optimize_memory_usage=True, handle_timeout_termination=False)
+    recorded.replay_buffer.dones[:] = 1
+    assert recorded.windows(100, horizon=5) is None
 
 
 def test_windows_do_not_cross_a_reset_between_two_trainings():

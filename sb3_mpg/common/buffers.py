@@ -132,20 +132,22 @@ class RecordedSteps:
 
     def windows(self, n_steps: int, horizon: int) -> Windows | None:
         """
-        :param n_steps: number of steps recorded last, of all environments together
+        :param n_steps: about how many steps, of those recorded last; of so many environments that there are windows of full
+            length among them
         :param horizon: longest window
         :return: one window for each of these steps, or ``None`` when there is none
         """
         buffer = self.replay_buffer
-        n_rows = min(-(-n_steps // buffer.n_envs), self._n_intact_rows())
+        n_rows = min(max(-(-n_steps // buffer.n_envs), 2 * horizon), self._n_intact_rows())
         if n_rows < 1:
             return None
         positions = (buffer.pos - 1 - np.arange(n_rows)[::-1]) % buffer.buffer_size
-        rows, envs = np.meshgrid(positions, np.arange(buffer.n_envs), indexing="ij")
+        chosen = np.arange(buffer.n_envs)[:: max(n_rows * buffer.n_envs // n_steps, 1)]
+        rows, envs = np.meshgrid(positions, chosen, indexing="ij")
         steps = self._gather(rows.ravel(), envs.ravel())
-        dones = buffer.dones[positions] > 0
+        dones = buffer.dones[rows, envs] > 0
         records = {name: getattr(steps, name).cpu().numpy() for name in steps._fields}
-        records = {name: array.reshape(n_rows, buffer.n_envs, *array.shape[1:]) for name, array in records.items()}
+        records = {name: array.reshape(*rows.shape, *array.shape[1:]) for name, array in records.items()}
         records["rewards"] = records["rewards"][..., 0]
         ends = dones.copy()
         ends[-1] = True
@@ -156,6 +158,10 @@ class RecordedSteps:
             # What was observed behind an end is not held: windows stop one step before
             ends[:-1] |= dones[1:]
         windows = cut_windows(
-            {**records, "terminated": self._has_terminated(positions), "ends": ends}, horizon, th.device(self.device)
+            {**records, "terminated": self._has_terminated(positions)[:, chosen], "ends": ends},
+            horizon,
+            th.device(self.device),
         )
-        return windows.select(~dones.ravel()) if buffer.optimize_memory_usage else windows
+        if buffer.optimize_memory_usage:
+            windows = windows.select(~dones.ravel())
+        return windows if len(windows.lengths) > 0 else None

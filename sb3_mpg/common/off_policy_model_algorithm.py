@@ -44,9 +44,8 @@ MAX_PREPARATION_STEPS = 20_000
 MAX_PRETRAINING_STEPS = 2000
 PRETRAINING_PATIENCE = 200
 PRETRAINING_CHECK_EVERY = 50
-# What only rollouts show is settled by as many, of so many steps
-N_ROLLOUTS = 1000
-ROLLOUT_STEPS = 25
+# What only rollouts show is settled by those from about as many steps
+N_JUDGED_STEPS = 1000
 
 
 def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) -> None:
@@ -345,9 +344,15 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         is_first, self._n_prepared_for = self._n_prepared_for == 0, n_recorded
         if is_first or model.is_outgrown(known):
             self._adapt_model(model, recorded, known)
-        windows = recorded.windows(N_ROLLOUTS, ROLLOUT_STEPS)
+        windows = recorded.windows(N_JUDGED_STEPS, self._longest_rollout())
         if windows is not None:
             model.adapt_to_rollouts(windows)
+
+    def _longest_rollout(self) -> int:
+        """
+        :return: the largest number of model steps of a gradient
+        """
+        raise NotImplementedError
 
     def _adapt_model(self, model: TrainableModel, recorded: RecordedSteps, known: Transitions) -> None:
         """
@@ -547,6 +552,16 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         :return: small attributes of the same kind
         """
         return {"gamma": self.gamma}
+
+    def take_published(self, attributes: dict[str, Any]) -> None:
+        """
+        Called on a replica, when its tensors have the published values.
+
+        :param attributes: those published
+        """
+        vars(self).update(attributes)
+        if isinstance(self.rollout_model, TrainableModel):
+            self.rollout_model.follow()
 
     def make_replica(self: SelfOffPolicyModelAlgorithm) -> SelfOffPolicyModelAlgorithm:
         """

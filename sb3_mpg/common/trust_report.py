@@ -84,8 +84,8 @@ class TrustReport:
     :param measurements: the errors of the gradients and the weights, in the order of the updates
     :param prior: prediction errors of the prior model
     :param corrected: those of the model that the gradient runs through, or ``None`` when it is the prior model
-    :param dimensions: names of the dimensions of the state. Of hidden ones the errors are those of what is read from
-        observations, which the corrected model may do anew in each step (see ``ResidualModel``)
+    :param dimensions: names of the dimensions of the state; what hidden ones were in truth can only be read from observations
+    :param read_anew: those that the corrected model reads so in each step, see ``ResidualModel``
     """
 
     horizons: tuple[int, ...]
@@ -93,6 +93,7 @@ class TrustReport:
     prior: PredictionErrors
     corrected: PredictionErrors | None
     dimensions: tuple[str, ...]
+    read_anew: tuple[str, ...] = ()
 
     def _models(self) -> dict[str, PredictionErrors]:
         models = {"prior model": self.prior}
@@ -123,7 +124,8 @@ class TrustReport:
             steps = sorted({step for step in (1, 5, 10, 25, n_steps) if step <= n_steps})
             rows = [["dimension", *[f"{step} step{'s' * (step > 1)}" for step in steps], ""]]
             for index, dimension in enumerate(self.dimensions):
-                rows.append([dimension, *[f"{errors.relative[step - 1, index]:.1%}" for step in steps], ""])
+                remark = ", read anew" if errors is self.corrected and dimension in self.read_anew else ""
+                rows.append([f"{dimension}{remark}", *[f"{errors.relative[step - 1, index]:.1%}" for step in steps], ""])
             rows.append(
                 ["return", *[f"{errors.returns[step - 1]:.3g} of {errors.return_spread[step - 1]:.3g}" for step in steps], ""]
             )
@@ -200,23 +202,17 @@ def make_trust_report(
     try:
         prior = model.prior if isinstance(model, ResidualModel) else model
         n_states = prior.state_from_observation(windows.observations[:1]).shape[1]
+        is_hidden, is_read = np.zeros(n_states, dtype=bool), np.zeros(n_states, dtype=bool)
+        if isinstance(model, ResidualModel):
+            is_hidden, is_read = (to_numpy(~mask).astype(bool) for mask in (model.is_observed, model.is_carried))
+        names = [f"state[{dim}]{', hidden' if is_hidden[dim] else ''}" for dim in range(n_states)]
         return TrustReport(
             horizons=horizons,
             measurements=list(measurements),
             prior=prediction_errors(prior, windows, gamma),
             corrected=prediction_errors(model, windows, gamma) if prior is not model and is_corrected else None,
-            dimensions=tuple(f"state[{dim}]{_remark(model, dim)}" for dim in range(n_states)),
+            dimensions=tuple(names),
+            read_anew=tuple(name for name, is_anew in zip(names, is_read, strict=True) if is_anew),
         )
     finally:
         model.train(was_training)
-
-
-def _remark(model: PriorModel, dimension: int) -> str:
-    """
-    :param model: the model of the rollouts
-    :param dimension: of its state
-    :return: what a user must know of it, to be put behind its name
-    """
-    if not isinstance(model, ResidualModel) or model.is_observed[dimension]:
-        return ""
-    return ", hidden" if model.has_memory else ", hidden, read anew"

@@ -340,7 +340,7 @@ class MPG(OffPolicyModelAlgorithm):
         self._batches, self._n_batch_uses = [], 0
 
     def _needs_prior_model(self) -> bool:
-        return max(self.weighting_rule.horizons) > 0
+        return self._longest_rollout() > 0
 
     def _needs_trainable_model(self) -> bool:
         # Without a correction that is used, measured errors still need one to compare the prior model with
@@ -572,7 +572,10 @@ class MPG(OffPolicyModelAlgorithm):
             judges_prior=isinstance(model, ResidualModel) and not self.residual,
             held_out_steps=lambda: self._held_out_steps(recorded),
         )
-        return measured._replace(misjudges_ends=misjudges_ends(model, recorded, max(self.weighting_rule.horizons)))
+        return measured._replace(misjudges_ends=misjudges_ends(model, recorded, self._longest_rollout()))
+
+    def _longest_rollout(self) -> int:
+        return max(self.weighting_rule.horizons)
 
     def trust_report(self) -> TrustReport:
         """
@@ -588,7 +591,7 @@ class MPG(OffPolicyModelAlgorithm):
             )
         windows = None
         if self.replay_buffer is not None:
-            windows = self._recorded_steps(self._units()).windows(N_REPORTED_STEPS, max(self.weighting_rule.horizons))
+            windows = self._recorded_steps(self._units()).windows(N_REPORTED_STEPS, self._longest_rollout())
         if windows is None or len(windows.lengths) < MIN_WINDOWS:
             raise ValueError("Nothing is recorded to compare the model with: call `learn` or `load_replay_buffer` first.")
         return make_trust_report(
@@ -813,7 +816,7 @@ class MPG(OffPolicyModelAlgorithm):
             updates = steps / (self.n_envs * self.train_freq.frequency) * self.gradient_steps
         else:
             updates = steps if self.gradient_steps < 0 else 0  # who knows how long episodes are
-        return updates / self.policy_delay * max(self.weighting_rule.horizons) >= COMPILE_FROM_MODEL_STEPS
+        return updates / self.policy_delay * self._longest_rollout() >= COMPILE_FROM_MODEL_STEPS
 
     def _setup_learn(
         self,

@@ -97,6 +97,13 @@ class Learnable(Protocol):
         :return: small attributes that change while training
         """
 
+    def take_published(self, attributes: dict[str, Any]) -> None:
+        """
+        Called in the learner, on the replica, when its tensors have the published values.
+
+        :param attributes: those published
+        """
+
     def gradient_template(self) -> GradientResult:
         """
         :return: tensors of the shapes and types of the gradients

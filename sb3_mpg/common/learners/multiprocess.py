@@ -125,8 +125,8 @@ def run_learner(
         if task is None:
             return
         started = time.perf_counter()
-        vars(algorithm).update(task.attributes)
         version = parameters.fetch(tensors)
+        algorithm.take_published(task.attributes)
         result = algorithm.gradients_of_update(task.n_updates, task.batch_size, units)
         gradients = flat_gradients(result)
         with th.no_grad():

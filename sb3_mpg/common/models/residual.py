@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import pairwise
 from typing import Any
@@ -72,10 +72,9 @@ class ResidualModel(TrainableModel):
     Inputs and targets are scaled by the statistics of the data. Differences between states are the prior model's
     (``state_difference``, ``state_add``). Predicted states are kept within the range of the data and a margin: a rollout that
     runs further is a guess, and one that explodes would take the gradient with it. Dimensions of the state that cannot be
-    seen in observations are left to the prior model, as long as what they lead to is what happens: where recorded rollouts
-    are predicted better without that memory, they are read anew from what would be observed in each step, as they are when
-    the correction is fitted. What the prior model misses where it says that an episode terminates, such as a penalty, is
-    learned apart.
+    seen in observations are left to the prior model, but those without which recorded rollouts are predicted better: these
+    are read anew from what would be observed in each step, as they are when the correction is fitted. What the prior model
+    misses where it says that an episode terminates, such as a penalty, is learned apart.
 
     A random prior model is taken at its mean: what it draws at random is an allowance for its own errors, and those are
     what is learned here.
@@ -99,7 +98,7 @@ class ResidualModel(TrainableModel):
     high: th.Tensor
     middle: th.Tensor
     is_observed: th.Tensor
-    has_memory: th.Tensor
+    is_carried: th.Tensor
     linear: th.Tensor
     quadratic: th.Tensor
     end_reward: th.Tensor
@@ -151,8 +150,8 @@ class ResidualModel(TrainableModel):
             "high": th.full((n_states,), float("inf")),
             "middle": th.zeros(n_states),
             "is_observed": th.ones(n_states, dtype=th.bool),
-            # Whether dimensions that are not observed are carried along
-            "has_memory": th.ones((), dtype=th.bool),
+            # The others are not observed, and read anew in each step
+            "is_carried": th.ones(n_states, dtype=th.bool),
             "linear": th.zeros(1 + n_inputs, n_states),
             "quadratic": th.zeros(1 + 2 * (n_inputs + n_states), 1),
             # What the prior model misses of the reward where it terminates
@@ -167,9 +166,14 @@ class ResidualModel(TrainableModel):
             "gains": th.ones(n_members, 1, 1),
         }.items():
             self.register_buffer(name, buffer)
+        # Whether anything is read anew: a plain attribute, so that nothing is read, and compiled, for no purpose
+        self.reads_anew = False
         self.learning_rate = learning_rate
         self.train()
         self.optimizer = th.optim.Adam(self.fitted.parameters(), lr=learning_rate, fused=True)
+
+    def follow(self) -> None:
+        self.reads_anew = not bool(self.is_carried.all())
 
     def train(self, mode: bool = True) -> "ResidualModel":
         super().train(mode)
@@ -269,12 +273,11 @@ class ResidualModel(TrainableModel):
     def _remembered(self, states: th.Tensor) -> th.Tensor:
         """
         :param states: ``(B, S)``
-        :return: the same, what is not observed read anew if that is better, ``(B, S)``
+        :return: the same, but what is not carried along is read from what would be observed, ``(B, S)``
         """
-        if type(self.prior).observation is PriorModel.observation:
-            return states  # all is observed
-        read = self.state_from_observation(self.observation(states))
-        return th.where(self.is_observed | self.has_memory, states, read)
+        if not self.reads_anew:
+            return states
+        return th.where(self.is_carried, states, self.state_from_observation(self.observation(states)))
 
     def _squares(self, scaled: th.Tensor, next_states: th.Tensor) -> th.Tensor:
         """
@@ -369,6 +372,7 @@ class ResidualModel(TrainableModel):
         self.probes.copy_(inputs[th.arange(N_PROBES, device=inputs.device) % len(inputs)])
         self.probed.copy_(self._prior_answers(self.probes))
         self.is_observed.copy_(self._are_observed(states, transitions.actions))
+        self._carry()
         self._extend_range(transitions)
         self.input_mean.copy_(inputs.mean(dim=0))
         # A dimension that never changes says nothing, and must not be blown up when it does
@@ -409,18 +413,47 @@ class ResidualModel(TrainableModel):
 
     @th.no_grad()
     def adapt_to_rollouts(self, windows: Windows) -> None:
-        if self.is_observed.all():
-            return
+        self._carry()
+        hidden = th.nonzero(~self.is_observed).flatten().tolist()
+        if len(hidden) in (0, self.n_states):
+            return  # there is nothing to read, or nothing to judge by
         was_training = self.training
         self.eval()
-        errors = []
-        # Where the correction only judges the prior model, too
-        with self._with_gains(1.0, 1.0):
-            for has_memory in (True, False):
-                self.has_memory.fill_(has_memory)
-                errors.append(self._rollout_error(windows))
-        self.has_memory.fill_(errors[0] <= errors[1])
-        self.train(was_training)
+        try:
+            # Where the correction only judges the prior model, too
+            with self._with_gains(1.0, 1.0):
+                self._carry(self._left_behind(hidden, windows))
+        finally:
+            self.train(was_training)
+
+    def _carry(self, left_behind: Sequence[int] = ()) -> None:
+        """
+        :param left_behind: the dimensions that are read anew in each step; all others are carried along
+        """
+        self.is_carried.fill_(True)
+        self.is_carried[list(left_behind)] = False
+        self.follow()
+
+    def _left_behind(self, hidden: list[int], windows: Windows) -> list[int]:
+        """
+        :param hidden: the dimensions that are not observed
+        :param windows: recorded steps, and what followed them
+        :return: those without which rollouts come closer to what happened: what helps most alone is left behind first, and
+            all of them together are tried, too
+        """
+
+        def error_without(dimensions: list[int]) -> float:
+            self._carry(dimensions)
+            return self._rollout_error(windows)
+
+        left_behind: list[int] = []
+        least = error_without(left_behind)
+        errors_alone = {dimension: error_without([dimension]) for dimension in hidden}
+        for dimension in sorted(hidden, key=lambda dimension: errors_alone[dimension]):
+            error = error_without([*left_behind, dimension])
+            if error < least:
+                left_behind, least = [*left_behind, dimension], error
+        return hidden if error_without(hidden) < least else left_behind
 
     def _rollout_error(self, windows: Windows) -> float:
         """
@@ -544,6 +577,7 @@ class ResidualModel(TrainableModel):
         if int(saved["n_rows"]) > 0 and not th.allclose(answers, saved["probed"].cpu(), rtol=1e-3, atol=1e-5, equal_nan=True):
             return False
         self.load_state_dict(saved, strict=False)
+        self.follow()
         self.optimizer.load_state_dict(state["optimizer"])
         return True
 

@@ -60,6 +60,9 @@ class TrainableModel(PriorModel):
         :param windows: recorded steps, and what followed them
         """
 
+    def follow(self) -> None:
+        """What to do when parameters and buffers were written to from outside. By default there is nothing to do."""
+
     @abstractmethod
     def is_outgrown(self, transitions: Transitions) -> bool:
         """

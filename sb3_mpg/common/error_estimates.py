@@ -21,6 +21,8 @@ from sb3_mpg.common.units import Units
 
 # How large the error of a judged model must be, over the square of the gradient, for it to be left out
 USELESS_ERROR = 3.0
+# A judged model whose squared gradient is less than this share of what it should be says nothing
+SILENT_GRADIENT = 0.01
 # Where episodes terminate is looked up at so many steps; a model that is wrong at more than this share does not know
 N_JUDGED_ENDS = 256
 MAX_MISJUDGED_ENDS = 0.5
@@ -37,7 +39,8 @@ class GradientErrors(NamedTuple):
     :param errors: one for each horizon, ``(n_horizons,)``
     :param standard_errors: of these medians, ``(n_horizons,)``
     :param gradient_norm: median of the squared norm of the gradient of the best horizon of a model
-    :param is_useless: whether the gradient of a horizon is further from what it should be than none at all, ``(n_horizons,)``
+    :param is_useless: whether the gradient of a horizon is further from what it should be than none at all, or next to none,
+        ``(n_horizons,)``
     :param misjudges_ends: whether the model does not know where episodes terminate, see :func:`misjudges_ends`
     """
 
@@ -152,7 +155,8 @@ def gradient_errors(gradients: np.ndarray, horizons: Sequence[int], with_judge: 
     the first, and the critics are judged by the second. What that tells of the model is a bias, which no number of updates
     averages out, as they do the noise of the critics. A horizon is of no use when its error is ``USELESS_ERROR`` times the
     square of the gradient itself, as it is of the opposite direction (4) or much too large: noise alone gives 2, where the
-    gradient vanishes.
+    gradient vanishes. Nor is it when it is silent, as that of a model that knows of no effect of the actions: its error is 1,
+    no more than that of critics that know as little, but they learn.
 
     :param gradients: of :func:`action_gradients`, ``(n_horizons, 2, B, A)``
     :param horizons: numbers of model steps, ascending
@@ -177,8 +181,10 @@ def gradient_errors(gradients: np.ndarray, horizons: Sequence[int], with_judge: 
             if distance > errors[critic]:
                 errors[critic], standard_errors[critic] = distance, distance_error
         gradient_norm, _ = _median((references[best] ** 2).sum(-1))
+        norms = np.array([_median((gradient**2).sum(-1))[0] for gradient in gradients[:, 0]])
     is_judged = np.array([with_judge and horizon > 0 for horizon in horizons])
-    is_useless = is_judged & np.isfinite(errors) & (errors > USELESS_ERROR * gradient_norm)
+    is_wrong, is_silent = errors > USELESS_ERROR * gradient_norm, norms < SILENT_GRADIENT * gradient_norm
+    is_useless = is_judged & np.isfinite(errors) & (is_wrong | is_silent)
     return GradientErrors(tuple(horizons), errors, standard_errors, gradient_norm, is_useless)
 
 
@@ -230,7 +236,7 @@ def warn_of_errors(measured: GradientErrors, model_name: str, earlier: Sequence[
         )
     if measured.is_useless.any() and not any(before.is_useless.any() for before in earlier):
         warnings.warn(
-            f"{model_name} leads astray: its gradient is far from that of the model corrected by what was recorded. "
+            f"{model_name} is of no use: its gradient is far from that of the model corrected by what was recorded. "
             "Until it is not, horizon 0 takes its place, if it is among the horizons. `residual=True` corrects the model, "
             "`check_prior_model` finds out what is wrong."
         )

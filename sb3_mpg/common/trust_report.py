@@ -111,7 +111,7 @@ class TrustReport:
                 what = "data-driven" if horizon == 0 else f"{horizon} model steps"
                 mark = "<- trusted most" if index == int(np.argmax(latest.weights)) else ""
                 if latest.gradients.is_left_out[index]:
-                    reason = "terminates elsewhere" if latest.gradients.misjudges_ends else "leads astray"
+                    reason = "terminates elsewhere" if latest.gradients.misjudges_ends else "of no use"
                     mark = f"left out: {reason}"
                 rows.append([what, f"{error:.3g}", f"{relative:.0%}", f"{weight:.1%}", mark])
             lines += [

@@ -180,6 +180,26 @@ def test_critic_loss_with_measured_weights_equals_the_one_written_by_hand():
         th.testing.assert_close(gradient, loss_by_hand(is_due), rtol=1e-4, atol=1e-7)
 
 
+def test_critics_learn_nothing_from_a_model_that_is_not_corrected():
+    """However much it weighs: an update is that of the papers."""
+    model = MPG("MlpPolicy", LinearEnv(), horizons=(0, 4), residual=False, policy_delay=1, **SMALL).learn(50)
+    model.weighting_rule._errors = [np.array([1.0, 1e-30])]
+    assert model.weighting_rule(2)[4] > 0.99
+    units = model._units()
+    next_observations = model.replay_buffer.sample(32).next_observations
+    least = th.cat(model.critic_target(next_observations, model.actor_target(next_observations)), dim=1).amin(1, keepdim=True)
+    actions = model.actor_target(next_observations)
+    th.testing.assert_close(model._target_values(2)(next_observations, actions), least)
+
+    batch = model._sample_batch(2, 32, units)
+    result = model.compute_gradients(batch, 2, units)
+    loss = sum(th.nn.functional.mse_loss(q, batch.target_q_values) for q in model.critic(batch.observations, batch.actions))
+    for ours, other in zip(result.critic, gradient_of(loss, model.critic), strict=True):
+        th.testing.assert_close(ours, other)
+    policy_gradient = -th.cat([gradient.flatten() for gradient in result.actor])
+    th.testing.assert_close(policy_gradient, model.policy_gradient(batch.observations, 4), rtol=1e-4, atol=1e-7)
+
+
 def test_half_of_the_states_are_explored_in_a_model_that_is_trusted(monkeypatch):
     model = MPG("MlpPolicy", LinearEnv(), horizons=(0, 4), policy_delay=1, max_grad_norm=None, **SMALL).learn(50)
     model.rollout_model.eval()

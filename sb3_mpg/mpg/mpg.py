@@ -101,8 +101,8 @@ class MPG(OffPolicyModelAlgorithm):
 
     Beyond the papers, and by default, the model is corrected by what is recorded (``residual``), and the gradients are
     weighted by their measured errors (``weighting="measured"``) instead of by the clock. As far as these weights trust the
-    model, states count alike in the losses of policy and critics, whatever the size of their gradients and values (see
-    ``sb3_mpg.common.balance``), the critics regress on the returns of the policy's rollouts, too, and up to half of the
+    corrected model, states count alike in the losses of policy and critics, whatever the size of their gradients and values
+    (see ``sb3_mpg.common.balance``), the critics regress on the returns of the policy's rollouts, too, and up to half of the
     states of a policy update are explored in the model (``model_exploration``); without trust an update is that of the
     data-driven gradient. A model that does not know where episodes terminate is left out, unless the replay buffer does not
     tell terminations from time limits (``handle_timeout_termination=False``). MPG-v2 of the papers is
@@ -142,16 +142,17 @@ class MPG(OffPolicyModelAlgorithm):
         gradient (eq. 6), ``"all_actions"`` the model policy gradient (eq. 5 of the first version), in which states are not
         balanced
     :param value_target: what the critics regress on: ``"clipped_double_q"`` (MPG-v2), ``"n_step_simulator"`` (MPG-v1),
-        ``"n_step_replay"``, or a ``ValueTarget``. With measured weights, the least of the critics counts as much as horizon 0
-        does, and otherwise their mean (see ``target_values_of``)
+        ``"n_step_replay"``, or a ``ValueTarget``. With a corrected model and measured weights, the least of the critics counts
+        as much as horizon 0 does, and otherwise their mean (see ``target_values_of``)
     :param value_target_kwargs: arguments of the named value target
     :param batch_reuse: in how many updates a batch and its targets are used; as many batches take turns
     :param policy_delay: Policy and target networks will only be updated once every policy_delay updates
     :param max_grad_norm: largest norm of the gradient of each network, ``None`` for no limit
     :param reward_scale: factor of all rewards, recorded and predicted ones alike
     :param exploration_noise: standard deviation of the Gaussian noise on actions in [-1, 1] when ``action_noise`` is None
-    :param model_exploration: share of the states of a policy update that are explored in the model, as far as measured weights
-        trust it: up to ``MAX_EXPLORED_STEPS`` model steps away from replayed ones, with a noisy action held. 0 for none
+    :param model_exploration: share of the states of a policy update that are explored in the corrected model, as far as
+        measured weights trust it: up to ``MAX_EXPLORED_STEPS`` model steps away from replayed ones, with a noisy action held.
+        0 for none
     :param max_skipped_updates: how many updates in a row may be skipped for a non-finite gradient before training stops
     :param n_learners: number of processes that compute the gradients while the main process steps the environments and
         applies them; 0 computes them in the main process. The number of updates is the same, they come sooner.
@@ -452,10 +453,11 @@ class MPG(OffPolicyModelAlgorithm):
     def _trust_in_model(self, n_updates: int) -> float:
         """
         :param n_updates: number of the update
-        :return: the weight of all model steps, from 0 to 1; 0 where nothing is measured
+        :return: the weight of all model steps, from 0 to 1; 0 where nothing is measured or nothing corrected: what is wrong
+            with a prior model all of its rollouts share, and critics would learn it
         """
         rule = self.weighting_rule
-        return 1 - rule(n_updates).get(0, 0.0) if rule.needs_errors else 0.0
+        return 1 - rule(n_updates).get(0, 0.0) if rule.needs_errors and self.residual else 0.0
 
     def _target_values(self, n_updates: int) -> QFunction:
         """

@@ -442,9 +442,14 @@ class ResidualModel(TrainableModel):
             all of them together are tried, too
         """
 
+        errors: dict[frozenset[int], float] = {}
+
         def error_without(dimensions: list[int]) -> float:
-            self._carry(dimensions)
-            return self._rollout_error(windows)
+            chosen = frozenset(dimensions)
+            if chosen not in errors:
+                self._carry(dimensions)
+                errors[chosen] = self._rollout_error(windows)
+            return errors[chosen]
 
         left_behind: list[int] = []
         least = error_without(left_behind)

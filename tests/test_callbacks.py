@@ -3,6 +3,7 @@
 import gc
 import multiprocessing as mp
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -26,6 +27,8 @@ from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecMonitor, VecNormalize
 
 from sb3_mpg import MPG, AsyncEvalCallback
+from sb3_mpg.common import callbacks
+from sb3_mpg.common.processes import SharedBytes
 
 SMALL = {"policy_kwargs": {"net_arch": [8]}, "learning_starts": 20, "batch_size": 16, "seed": 0, "buffer_size": 2000}
 FAST = {**SMALL, "residual": False, "weighting": "constant", "horizons": (0, 1)}
@@ -176,6 +179,16 @@ def test_callbacks_on_results():
     callback = AsyncEvalCallback(eval_env(), callback_after_eval=after, eval_freq=5, n_eval_episodes=1, verbose=0)
     model = small_model(learning_starts=2_000_000).learn(1_000_000, callback=callback)
     assert model.num_timesteps < 1_000_000
+
+
+def test_the_evaluator_gets_no_optimizers(monkeypatch):
+    """Their tensors stay where they are when a policy is moved."""
+    payloads = []
+    monkeypatch.setattr(callbacks, "SharedBytes", lambda payload: payloads.append(payload) or SharedBytes(payload))
+    model = small_model().learn(60, callback=AsyncEvalCallback(eval_env(), eval_freq=30, verbose=0))
+    ((policy, *_),) = (pickle.loads(payload) for payload in payloads)
+    assert policy.actor.optimizer is policy.critic.optimizer is None
+    assert model.actor.optimizer is not None
 
 
 def test_a_dead_evaluator_is_replaced(tmp_path):

@@ -169,6 +169,17 @@ def test_a_model_that_is_of_no_use_is_trusted_once_it_is_corrected(prior_model):
     assert weight_of_model(prior_model=prior_model) > 0.9
 
 
+def test_the_model_of_another_environment_is_measured_at_once():
+    model = MPG("MlpPolicy", LinearEnv(), residual=False, horizons=(0, 10), **SMALL).learn(63)
+    assert model._n_updates == 23
+    model.prior_model = Wrong()
+    model.set_env(LinearEnv())
+    assert not model._measurements
+    with pytest.warns(UserWarning, match="Wrong is of no use"):
+        model.learn(64, reset_num_timesteps=False)
+    assert [measurement.n_updates for measurement in model._measurements][:1] == [24]
+
+
 def test_the_report_says_which_horizon_was_left_out():
     model = MPG("MlpPolicy", LinearEnv(), prior_model=Wrong(), residual=False, horizons=(0, 10), **SMALL)
     with pytest.warns(UserWarning, match="Wrong is of no use"):

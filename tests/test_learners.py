@@ -12,6 +12,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
@@ -19,9 +20,11 @@ from lq import LinearEnv, LinearModel
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
 
 from sb3_mpg import MPG, NStepADP, NStepDPG, PriorModel
+from sb3_mpg.common.learners import multiprocess
 from sb3_mpg.common.learners.shared_memory import SharedParameters, SharedReplayBuffer, SharedReplayReader
 from sb3_mpg.common.processes import Worker, process_context
 from sb3_mpg.common.utils import randomness_of_update
@@ -55,7 +58,10 @@ def in_learner():
 
 
 def shared_files(pid):
-    return list(Path("/dev/shm").glob(f"*{pid}*"))
+    """Those with a name, and those without that are still open."""
+    named = list(Path("/dev/shm").glob(f"*{pid}*"))
+    opened = Path(f"/proc/{pid}/fd")
+    return named + [fd for fd in opened.glob("*") if fd.is_symlink() and str(os.readlink(fd)).startswith("/dev/shm/")]
 
 
 @pytest.fixture(autouse=True)
@@ -241,10 +247,15 @@ class TestAhead:
         assert model._n_updates == 30
 
     def test_learns_as_well(self):
+        def mean_return(model):
+            return evaluate_policy(model, make_vec_env(lambda: gym.wrappers.TimeLimit(LinearEnv(), 50), 1, seed=0), 10)[0]
+
         model = small_model(n_learners=2, learning_starts=100, value_target="n_step_replay", buffer_size=100)
+        before = mean_return(model)
         model.learn(300)
         assert model.n_skipped_updates == 0
-        assert all(th.isfinite(parameter).all() for parameter in model.policy.parameters())
+        in_process = small_model(learning_starts=100, value_target="n_step_replay", buffer_size=100).learn(300)
+        assert mean_return(model) > before + 0.8 * (mean_return(in_process) - before) > before
 
 
 class Tired(PriorModel):
@@ -361,6 +372,21 @@ class TestFaults:
         with pytest.warns(UserWarning, match="ran out of memory and is replaced"):
             model.learn(60)
         assert model._n_updates == 20
+
+    def test_one_that_cannot_be_replaced(self, monkeypatch):
+        def fail(*args):
+            raise BlockingIOError("no more processes")
+
+        def kill(model):
+            monkeypatch.setattr(multiprocess, "Worker", fail)
+            model._learners._learners[0].worker.process.kill()
+
+        model = small_model(n_learners=1)
+        with pytest.warns(UserWarning, match="is replaced"), pytest.raises(BlockingIOError, match="no more processes"):
+            model.learn(200, callback=when_learning(kill))
+        monkeypatch.undo()
+        assert model._learners is None and model.replay_buffer.observations.flags.owndata
+        assert model.learn(20, reset_num_timesteps=False).num_timesteps > 20
 
     def test_an_exception_of_the_prior_model(self):
         with pytest.raises(Custom, match="the road ends here") as error:

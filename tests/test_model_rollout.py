@@ -325,6 +325,13 @@ def test_first_non_finite_step_names_the_step():
     assert first_non_finite_step(states, actor, q_function, Explodes(), units, 3, 0.9) is None
     assert "next state of model step 3" in str(first_non_finite_step(states, actor, q_function, Explodes(), units, 5, 0.9))
 
+    class BadSlopeOfActions(Explodes):
+        def transition(self, states, actions):
+            return states + actions.abs().sqrt()
+
+    reason = first_non_finite_step(states, actor, q_function, BadSlopeOfActions(), units, 1, 0.9)
+    assert reason == "the gradient becomes non-finite in model step 0"
+
     class BadSlope(PriorModel):
         def transition(self, states, actions):
             return states + actions

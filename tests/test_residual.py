@@ -319,6 +319,14 @@ class Offset1D(Known1D):
         return super().transition(states, actions) + self.offset
 
 
+def test_the_learning_rate_may_change(tmp_path):
+    model = MPG("MlpPolicy", LinearEnv(), horizons=(0, 2), learning_starts=40, batch_size=32, seed=0).learn(50)
+    model.save(tmp_path / "model.zip")
+    loaded = MPG.load(tmp_path / "model.zip", env=LinearEnv(), residual_kwargs={"learning_rate": 1e-5})
+    assert loaded.rollout_model.optimizer.param_groups[0]["lr"] == 1e-5
+    assert loaded.rollout_model.optimizer.state
+
+
 def test_what_was_learned_of_another_prior_model_is_forgotten(tmp_path):
     kwargs = {"policy_kwargs": {"net_arch": [16]}, "learning_starts": 60, "batch_size": 32, "horizons": (0, 2), "seed": 0}
     model = MPG("MlpPolicy", LinearEnv(), prior_model=Offset1D, prior_model_kwargs={"offset": 0.1}, **kwargs).learn(80)
@@ -515,6 +523,19 @@ def test_a_memory_that_leads_astray_is_not_trusted_while_training(n_right, horiz
     replica.rollout_model.reads_anew = False
     replica.take_published(model.published_attributes())
     assert replica.rollout_model.reads_anew
+
+
+def test_training_that_goes_on_without_its_records_keeps_what_was_found(tmp_path):
+    env = LinearEnv()
+    kwargs = {"prior_model": LosesItself(env.prior_model(), 30), "horizons": (0, 33), "learning_starts": 100, "batch_size": 32}
+    model = MPG("MlpPolicy", env, seed=0, policy_kwargs={"net_arch": [16]}, **kwargs).learn(210)
+    assert model.rollout_model.is_carried.tolist() == [True, True, False]
+    model.save(tmp_path / "model.zip")
+    loaded = MPG.load(tmp_path / "model.zip", env=env)
+    loaded.num_timesteps = 2 * loaded._n_prepared_for
+    loaded.learn(3, reset_num_timesteps=False)
+    assert loaded.replay_buffer.size() == 3 and loaded._n_updates > model._n_updates
+    assert loaded.rollout_model.is_carried.tolist() == [True, True, False]
 
 
 def test_what_is_carried_along_is_not_read():

@@ -146,6 +146,19 @@ def test_recorded_n_step_target():
         assert result[row].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_sums_of_several_rewards_are_not_clipped():
+    """VecNormalize clips single rewards."""
+    env = VecNormalize(DummyVecEnv([LinearEnv]), norm_obs=False, clip_reward=0.1)
+    model = make_model(env, value_target="n_step_replay", value_target_kwargs={"n_steps": 3}, gamma=0.9)
+    data = model.replay_buffer.sample(64)
+    with th.no_grad():
+        last = data.next_observations
+        values = th.cat(model.critic_target(last, model.actor_target(last)), 1).amin(1, keepdim=True)
+    rewards = data.rewards / np.sqrt(env.ret_rms.var + env.epsilon)
+    assert (rewards < -0.1).any()
+    th.testing.assert_close(targets(model, data), (rewards + (1 - data.dones) * data.discounts * values).float())
+
+
 def test_batches_take_turns_and_serve_equally_often():
     model = MPG("MlpPolicy", LinearEnv(), batch_reuse=3, **SMALL).learn(60)
     units = model._units()

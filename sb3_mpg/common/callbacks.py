@@ -185,6 +185,9 @@ class AsyncEvalCallback(EvalCallback):
     def _start(self) -> None:
         # Where the snapshots come from does not matter to the evaluator, which has no GPU to itself
         policy = copy.deepcopy(self.model.policy).to("cpu")
+        for module in policy.modules():
+            if hasattr(module, "optimizer"):
+                module.optimizer = None  # of no use there, and not moved by `to`
         settings = {
             "n_eval_episodes": self.n_eval_episodes,
             "render": self.render,

@@ -337,8 +337,9 @@ def first_non_finite_step(
     """
     parameters = {name: parameter.detach() for name, parameter in actor.named_parameters()}
     rollout = start_rollout(observations, actor, model, units)
-    rollout = rollout._replace(states=rollout.states.detach().requires_grad_())
-    trail, total = [rollout.states], th.zeros((), device=observations.device)
+    states, first_actions = (tensor.detach().requires_grad_() for tensor in (rollout.states, rollout.actions))
+    rollout = rollout._replace(states=states, actions=first_actions)
+    trail, total = [states], th.zeros((), device=observations.device)
     for step in range(horizon):
         before = rollout.states
         actions = units.unscale_actions(rollout.actions)
@@ -354,9 +355,9 @@ def first_non_finite_step(
     if not th.isfinite(total):
         return "the critic's value " + (f"after model step {horizon - 1} " if horizon > 0 else "") + "is not finite"
     # The gradient runs backwards: the first state, from the end, that it is not finite for names the culprit
-    gradients = th.autograd.grad(total, trail, allow_unused=True)
-    for step in reversed(range(len(trail))):
-        gradient = gradients[step]
+    of_actions, *of_states = th.autograd.grad(total, [first_actions, *trail], allow_unused=True)
+    # Later actions follow from states
+    for step, gradient in reversed([(0, of_actions), *enumerate(of_states)]):
         if gradient is not None and not th.isfinite(gradient).all():
             where = "the critic's value" if step == horizon else f"model step {step}"
             return f"the gradient becomes non-finite in {where}"

@@ -31,7 +31,7 @@ from sb3_mpg.common.models.trainable import TrainableModel, Transitions
 from sb3_mpg.common.torch_layers import ObservationScaler
 from sb3_mpg.common.type_aliases import GradientResult, Simulator, TrainingBatch
 from sb3_mpg.common.units import Units
-from sb3_mpg.common.utils import check_keywords, check_number, keep_freed_memory, randomness_of_update
+from sb3_mpg.common.utils import check_keywords, check_number, is_whole, keep_freed_memory, randomness_of_update
 from sb3_mpg.common.value_targets import ValueTarget, make_value_target
 
 SelfOffPolicyModelAlgorithm = TypeVar("SelfOffPolicyModelAlgorithm", bound="OffPolicyModelAlgorithm")
@@ -222,8 +222,10 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         check_keywords("residual_kwargs", self.residual_kwargs, ResidualModel, "prior", "n_states", "n_actions")
         check_number("reward_scale", self.reward_scale, 0.0, includes_low=False)
         check_number("exploration_noise", self.exploration_noise, 0.0)
-        check_number("max_skipped_updates", self.max_skipped_updates, 0)
-        check_number("batch_size", self.batch_size, 1)
+        for name, low in (("max_skipped_updates", 0), ("batch_size", 1)):
+            number = getattr(self, name)
+            if not is_whole(number) or number < low:
+                raise ValueError(f"`{name}` must be a whole number, {low} or more, got {number!r}.")
         for name in ("gamma", "tau"):
             share = getattr(self, name)
             check_number(name, share, 0.0)
@@ -237,30 +239,73 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         # As text when given to `load`, which makes its arguments an attribute
         self.value_target = make_value_target(self.value_target, vars(self).pop("value_target_kwargs", None))
         if self.env is not None:
+            # A class of models makes its networks here
+            self.set_random_seed(self.seed)
             self._setup_rollout_model()
-        if self.replay_buffer_class is NStepReplayBuffer and self.n_steps > 1:
-            # Loaded: SB3 saved its own choice of the class, and would take it for the user's
-            self.replay_buffer_class = None
+        self._forget_choice_of_replay_buffer()
         super()._setup_model()
         if self._update_seed is None:
             self._update_seed = int(np.random.randint(2**31 - 1)) if self.seed is None else self.seed
         if self.rollout_model is not None:
             # After the seed was set
             self.rollout_model = self._make_trainable(self.rollout_model)
-        n_steps = self.value_target.replay_n_steps
-        of_buffer = getattr(self.replay_buffer, "n_steps", 1), getattr(self.replay_buffer, "gamma", self.gamma)
-        if n_steps > 1 and of_buffer != (n_steps, self.gamma):
-            raise ValueError(
-                f"The value target spans {n_steps} recorded steps with gamma={self.gamma}, but the replay buffer was made for "
-                f"n_steps={of_buffer[0]}, gamma={of_buffer[1]}; set them in `replay_buffer_kwargs`."
-            )
+        self._check_replay_buffer()
         if self._own_noise is not None and self._own_noise != self.exploration_noise:
-            # Given to `load`
-            self.action_noise = None
+            # Given to `load`, perhaps together with a noise
+            noise = self.action_noise.base_noise if isinstance(self.action_noise, VectorizedActionNoise) else self.action_noise
+            if repr(noise) == repr(self._gaussian_noise(self._own_noise)):
+                self.action_noise = None
+            self._own_noise = None
         if self.action_noise is None and self.exploration_noise > 0:
             self._own_noise = self.exploration_noise
-            n_actions = self.action_space.shape[0]  # type: ignore[index]
-            self.action_noise = NormalActionNoise(np.zeros(n_actions), self.exploration_noise * np.ones(n_actions))
+            self.action_noise = self._gaussian_noise(self.exploration_noise)
+
+    def _gaussian_noise(self, std: float) -> NormalActionNoise:
+        n_actions = self.action_space.shape[0]  # type: ignore[index]
+        return NormalActionNoise(np.zeros(n_actions), std * np.ones(n_actions))
+
+    def _forget_choice_of_replay_buffer(self) -> None:
+        """
+        What is loaded has SB3's own choice of the replay buffer, for the value target of then, and SB3 would take it for the
+        user's. It is the user's where it spans several steps without SB3's setting for that.
+        """
+        if self.replay_buffer_class is NStepReplayBuffer and self.n_steps > 1:
+            self.replay_buffer_class = None
+            names = ("n_steps", "gamma")
+            self.replay_buffer_kwargs = {k: v for k, v in self.replay_buffer_kwargs.items() if k not in names}
+        if self.replay_buffer_class in (None, ReplayBuffer):
+            self.replay_buffer_class = None
+            self.n_steps = self.value_target.replay_n_steps
+
+    def _check_replay_buffer(self) -> None:
+        """
+        :raises ValueError: when the replay buffer is of other spaces, or adds up rewards over other steps than the target
+        """
+        buffer = self.replay_buffer
+        assert buffer is not None
+        for name in ("observation_space", "action_space"):
+            shape, expected = getattr(buffer, name).shape, getattr(self, name).shape
+            if shape != expected:
+                raise ValueError(f"The {name} of the replay buffer has the shape {shape}, that of the algorithm {expected}.")
+        n_steps = self.value_target.replay_n_steps
+        of_buffer = getattr(buffer, "n_steps", 1), getattr(buffer, "gamma", self.gamma)
+        if of_buffer != (n_steps, self.gamma):
+            raise ValueError(
+                f"The value target spans {n_steps} recorded steps with gamma={self.gamma}, but the replay buffer was made for "
+                f"n_steps={of_buffer[0]}, gamma={of_buffer[1]}. One of a class of yours gets them by `replay_buffer_kwargs`; "
+                "one that was saved fits the value target and the discount that it was saved with."
+            )
+
+    def load_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase, truncate_last_traj: bool = True) -> None:
+        """
+        Load a replay buffer from a pickle file.
+
+        :param path: Path to the pickled replay buffer.
+        :param truncate_last_traj: When using ``HerReplayBuffer`` with online sampling, whether the last trajectory is cut.
+        :raises ValueError: when it is of other spaces, or of a value target that spans another number of steps
+        """
+        super().load_replay_buffer(path, truncate_last_traj)
+        self._check_replay_buffer()
 
     def _needs_prior_model(self) -> bool:
         """
@@ -333,10 +378,13 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         """
         model = self.rollout_model
         assert self.replay_buffer is not None
+        n_held = self.replay_buffer.size() * self.replay_buffer.n_envs
         # Of which a small buffer holds the last ones
-        n_recorded = max(self.replay_buffer.size() * self.replay_buffer.n_envs, self.num_timesteps)
+        n_recorded = max(n_held, self.num_timesteps)
         if not isinstance(model, TrainableModel) or n_recorded < 2 * self._n_prepared_for:
             return
+        if n_held < self._n_prepared_for and not self.replay_buffer.full:
+            return  # training goes on without the replay buffer of before, and what is there says less
         recorded = self._recorded_steps(units)
         known = recorded.latest(MAX_PREPARATION_STEPS)
         if known is None:
@@ -488,12 +536,14 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
             return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
         finally:
             # However training ends, no process is left
-            if self._learners is not None:
-                self._learners.close()
-                # The last gradients may be views of memory that learners shared
-                self.policy.zero_grad()
-            self._learners = None
-            close_evaluators(callback)
+            learners, self._learners = self._learners, None
+            try:
+                if learners is not None:
+                    learners.close()
+                    # The last gradients may be views of memory that learners shared
+                    self.policy.zero_grad()
+            finally:
+                close_evaluators(callback)
 
     def _store_transition(self, *args: Any, **kwargs: Any) -> None:
         with nullcontext() if self._learners is None else self._learners.writing():

@@ -61,7 +61,7 @@ class ObservationScaler(BaseFeaturesExtractor):
     With ``scale="auto"`` the algorithm fits shift and scale to the replay buffer once, just before its first update:
     elements that spread over more than one unit are centred and divided by their standard deviation, the others are left
     as they are (stretching a narrow start distribution would blow up all that lies outside it). From then on they stay
-    fixed, and are saved with the policy.
+    fixed, and are part of the policy's parameters: who takes those over takes over their scales.
 
     Sines and cosines of the scaled elements (Fourier features) come along: networks of smooth units are slow to learn what
     changes several times over the range of an element, such as the bends along a road.
@@ -74,6 +74,7 @@ class ObservationScaler(BaseFeaturesExtractor):
 
     shift: th.Tensor
     scale: th.Tensor
+    is_fixed: th.Tensor
 
     def __init__(
         self,
@@ -82,9 +83,9 @@ class ObservationScaler(BaseFeaturesExtractor):
         frequencies: Sequence[float] | None = None,
     ):
         assert isinstance(observation_space, spaces.Box), f"ObservationScaler takes a Box, got {observation_space}"
-        self.auto = isinstance(scale, str)
+        is_auto = isinstance(scale, str)
         if frequencies is None:
-            frequencies = FREQUENCIES if self.auto else ()
+            frequencies = FREQUENCIES if is_auto else ()
         self.frequencies = tuple(frequencies)
         n_elements = int(np.prod(observation_space.shape))
         super().__init__(observation_space, n_with_waves(n_elements, self.frequencies))
@@ -101,15 +102,17 @@ class ObservationScaler(BaseFeaturesExtractor):
                 )
         self.register_buffer("shift", th.zeros(n_elements))
         self.register_buffer("scale", th.as_tensor(factors.reshape(-1), dtype=th.float32))
+        self.register_buffer("is_fixed", th.tensor(not is_auto))
 
     def fit(self, observations: th.Tensor) -> None:
         """
-        Choose shift and scale; does nothing unless the scale is ``"auto"``.
+        Choose shift and scale; does nothing where they are given or chosen already.
 
         :param observations: what the networks take, ``(N, *obs_shape)``
         """
-        if not self.auto:
+        if self.is_fixed:
             return
+        self.is_fixed.fill_(True)
         std, mean = th.std_mean(observations.flatten(1).double(), dim=0, correction=0)
         wide = std > 1.0
         self.shift.copy_(th.where(wide, mean, 0.0))

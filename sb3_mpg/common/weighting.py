@@ -118,7 +118,7 @@ class ConstantWeighting(WeightingRule):
         super().__init__(horizons)
         if values is None:
             values = [1.0] * len(self.horizons)
-        if len(values) != len(self.horizons) or min(values) < 0 or sum(values) <= 0:
+        if len(values) != len(self.horizons) or not 0 < sum(values) < np.inf or min(values) < 0:
             raise ValueError(
                 f"The constant weighting needs one weight, 0 or more, for each of the horizons {tuple(horizons)} "
                 f"and a positive sum, got {values!r}."

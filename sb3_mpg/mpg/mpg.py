@@ -157,8 +157,8 @@ class MPG(OffPolicyModelAlgorithm):
     :param n_learners: number of processes that compute the gradients while the main process steps the environments and
         applies them; 0 computes them in the main process. The number of updates is the same, they come sooner.
     :param max_staleness: largest number of updates between the parameters that a gradient was computed at and those that
-        it is applied to; older ones are computed again. 0 gives the very updates of ``n_learners=0``, one at a time;
-        ``None`` is twice the number of learners
+        it is applied to; older ones are computed again. 0 gives the very updates of ``n_learners=0`` (without
+        ``batch_reuse``), one at a time; ``None`` is twice the number of learners
     :param learner_kwargs: rarely needed settings of the learners: ``timeout`` (300 seconds), ``max_restarts`` (10),
         ``start_method`` (``"forkserver"`` or ``"spawn"``)
     :param compile: whether model and policy are compiled for the rollout (``torch.compile``): the same gradients, sooner.
@@ -317,6 +317,9 @@ class MPG(OffPolicyModelAlgorithm):
         # Those of a rule that `load` replaced say nothing
         if any(measurement.gradients.horizons != self.weighting_rule.horizons for measurement in self._measurements):
             self._measurements = []
+        if len(self._batches) != min(self._n_batch_uses, self.batch_reuse):
+            # Saved without, or for another number of uses
+            self._batches, self._n_batch_uses = [], 0
         # As saved: on the CPU
         self._batches = [TrainingBatch(*(tensor.to(self.device) for tensor in batch)) for batch in self._batches]
         self.critic_lr_schedule = FloatSchedule(self.critic_learning_rate)
@@ -530,7 +533,9 @@ class MPG(OffPolicyModelAlgorithm):
         loss = self._fit_model(recorded)
         if loss is not None:
             logs.setdefault("model/loss", []).append(loss)
-        if self.weighting_rule.needs_errors and (self._n_updates - 1) % MEASURE_EVERY == 0:
+        # At once where nothing is known, as of the model of a new environment
+        is_due = not self._measurements or (self._n_updates - 1) % MEASURE_EVERY == 0
+        if self.weighting_rule.needs_errors and is_due:
             validation_error = self._validation_error(recorded)
             if validation_error is not None:
                 logs.setdefault("model/validation_error", []).append(validation_error)

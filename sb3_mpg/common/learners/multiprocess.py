@@ -409,6 +409,8 @@ class MultiprocessLearners(Learners):
         self.n_restarts += 1
         warnings.warn(f"A learner {reason} and is replaced; `learners/restarts` counts them.")
         worker.close()
+        # Should another one fail to start
+        learner.worker = None
         for task in learner.tasks.values():
             learner.free_slots.append(task.slot)
         self._returned.extend(sorted(learner.tasks))

@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch as th
+from stable_baselines3.common.utils import update_learning_rate
 from torch import nn
 from torch.nn import functional as F
 
@@ -584,6 +585,8 @@ class ResidualModel(TrainableModel):
         self.load_state_dict(saved, strict=False)
         self.follow()
         self.optimizer.load_state_dict(state["optimizer"])
+        # Which may have been set anew
+        update_learning_rate(self.optimizer, self.learning_rate)
         return True
 
 

@@ -83,7 +83,7 @@ class TrainableModel(PriorModel):
     def validation_error(self, transitions: Transitions) -> float:
         """
         :param transitions: held out from :meth:`fit`
-        :return: mean squared error of the mean prediction, in the units of :meth:`fit`
+        :return: the loss there, of the members that rows are dealt out to, in the units of :meth:`fit`
         """
 
     @abstractmethod

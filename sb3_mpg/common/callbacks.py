@@ -187,7 +187,7 @@ class AsyncEvalCallback(EvalCallback):
         policy = copy.deepcopy(self.model.policy).to("cpu")
         for module in policy.modules():
             if hasattr(module, "optimizer"):
-                module.optimizer = None  # of no use there, and not moved by `to`
+                module.optimizer = None  # type: ignore[assignment]  # of no use there, and not moved by `to`
         settings = {
             "n_eval_episodes": self.n_eval_episodes,
             "render": self.render,

@@ -139,6 +139,7 @@ IDENTICAL = {
     ),
     "papers": (MPG, {"weighting": "rule_based", "gradient_steps": 2}, 40),
     "compared": (MPG, {"weighting": "measured"}, 40),
+    "no_model": (MPG, {"horizons": (0,)}, 40),
 }
 
 

@@ -614,8 +614,37 @@ class TestObservationScaler:
         expected = [scaled, scaled.sin(), scaled.cos(), (3 * scaled).sin(), (3 * scaled).cos()]
         th.testing.assert_close(scaler(th.ones(1, 3)), th.cat(expected, dim=1))
         assert scaler.features_dim == 15
+        scaler.amplitude.fill_(0.3)
+        th.testing.assert_close(scaler(th.ones(1, 3)), th.cat([scaled, *(0.3 * wave for wave in expected[1:])], dim=1))
         assert ObservationScaler(self.space).features_dim == 21
         assert ObservationScaler(self.space, frequencies=()).features_dim == 3
+
+    def test_waves_fade_while_no_model_is_trusted(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(mpg, "N_FADING_UPDATES", 10)
+
+        def amplitudes(model):
+            found = [module.amplitude.item() for module in model.policy.modules() if isinstance(module, ObservationScaler)]
+            assert len(found) == 4
+            return found
+
+        def trained(n_updates, **kwargs):
+            return MPG("MlpPolicy", LinearEnv(), **SMALL, **kwargs).learn(40 + n_updates)
+
+        assert amplitudes(trained(4, horizons=(0,), weighting="constant")) == pytest.approx([0.6] * 4)
+        model = trained(20, horizons=(0,), weighting="constant")
+        assert amplitudes(model) == pytest.approx([0.3] * 4)
+        model.save(tmp_path / "model.zip")
+        assert amplitudes(MPG.load(tmp_path / "model.zip")) == pytest.approx([0.3] * 4)
+        # Without errors to judge by, a model that is used is trusted
+        assert amplitudes(trained(20, horizons=(0, 2), **PAPERS)) == [1.0] * 4
+
+        model = MPG("MlpPolicy", LinearEnv(), horizons=(0, 2), **SMALL)
+        for weight, n_updates, expected in ((0.6, 3, 1.0), (0.4, 5, 0.5), (0.6, 4, 0.9), (0.6, 9, 1.0), (0.4, 9, 0.3)):
+            weights = np.array([1 - weight, weight])
+            monkeypatch.setattr(model.weighting_rule, "weights", lambda n_updates, weights=weights: weights)
+            for _ in range(n_updates):
+                model._fade_waves()
+            assert amplitudes(model) == pytest.approx([expected] * 4)
 
     def test_every_network_gets_the_same_fit_and_keeps_it(self, tmp_path):
         model = MPG("MlpPolicy", "PathTracking-v0", **SMALL).learn(50)

@@ -21,15 +21,19 @@ def n_with_waves(n_inputs: int, frequencies: Sequence[float] = FREQUENCIES) -> i
     return n_inputs * (1 + 2 * len(frequencies))
 
 
-def with_waves(inputs: th.Tensor, frequencies: Sequence[float] = FREQUENCIES) -> th.Tensor:
+def with_waves(inputs: th.Tensor, frequencies: Sequence[float] = FREQUENCIES, amplitude: th.Tensor | None = None) -> th.Tensor:
     """
     :param inputs: ``(B, n)``
     :param frequencies: :math:`K` factors
+    :param amplitude: of the sines and cosines; 1 by default
     :return: the inputs, and the sine and cosine of each times each factor, ``(B, n (1 + 2 K))``
     """
     if not frequencies:
         return inputs
-    return th.cat([inputs, *(wave(factor * inputs) for factor in frequencies for wave in (th.sin, th.cos))], dim=1)
+    waves = [wave(factor * inputs) for factor in frequencies for wave in (th.sin, th.cos)]
+    if amplitude is not None:
+        waves = [amplitude * wave for wave in waves]
+    return th.cat([inputs, *waves], dim=1)
 
 
 class ELU(nn.ELU):
@@ -64,7 +68,9 @@ class ObservationScaler(BaseFeaturesExtractor):
     fixed, and are part of the policy's parameters: who takes those over takes over their scales.
 
     Sines and cosines of the scaled elements (Fourier features) come along: networks of smooth units are slow to learn what
-    changes several times over the range of an element, such as the bends along a road.
+    changes several times over the range of an element, such as the bends along a road. At the border of what is recorded
+    they are free to bend, which a model's rollouts keep them from and nothing else does: the algorithm makes them small
+    (``amplitude``) while no model is trusted.
 
     :param observation_space: float Box
     :param scale: factors, of the shape of an observation; or ``"auto"``
@@ -75,6 +81,7 @@ class ObservationScaler(BaseFeaturesExtractor):
     shift: th.Tensor
     scale: th.Tensor
     is_fixed: th.Tensor
+    amplitude: th.Tensor
 
     def __init__(
         self,
@@ -103,6 +110,7 @@ class ObservationScaler(BaseFeaturesExtractor):
         self.register_buffer("shift", th.zeros(n_elements))
         self.register_buffer("scale", th.as_tensor(factors.reshape(-1), dtype=th.float32))
         self.register_buffer("is_fixed", th.tensor(not is_auto))
+        self.register_buffer("amplitude", th.ones(()))
 
     def fit(self, observations: th.Tensor) -> None:
         """
@@ -123,4 +131,5 @@ class ObservationScaler(BaseFeaturesExtractor):
         :param observations: ``(B, *obs_shape)``
         :return: features, ``(B, features_dim)``
         """
-        return with_waves((observations.flatten(1) - self.shift) * self.scale, self.frequencies)
+        scaled = (observations.flatten(1) - self.shift) * self.scale
+        return with_waves(scaled, self.frequencies, self.amplitude)

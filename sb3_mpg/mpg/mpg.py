@@ -46,6 +46,7 @@ from sb3_mpg.common.models.prediction_errors import MIN_WINDOWS
 from sb3_mpg.common.models.residual import ResidualModel
 from sb3_mpg.common.models.trainable import TrainableModel
 from sb3_mpg.common.off_policy_model_algorithm import OffPolicyModelAlgorithm
+from sb3_mpg.common.torch_layers import ObservationScaler
 from sb3_mpg.common.trust_report import Measurement, TrustReport, make_trust_report
 from sb3_mpg.common.type_aliases import Differentiate, GradientResult, TrainingBatch
 from sb3_mpg.common.units import Units
@@ -78,6 +79,9 @@ MEASURE_EVERY = 20
 MAX_EXPLORED_STEPS = 10
 EXPLORED_NOISE = 1.0
 EXPLORED_MARGIN = 1.0
+# Sines and cosines of the observations fade to this amplitude while no model is trusted; from 0 to 1 takes so many updates
+UNTRUSTED_AMPLITUDE = 0.3
+N_FADING_UPDATES = 500
 # The report is about that many of the steps recorded last
 N_REPORTED_STEPS = 5000
 
@@ -333,6 +337,8 @@ class MPG(OffPolicyModelAlgorithm):
         )
 
     def _create_aliases(self) -> None:
+        scalers = [module for module in self.policy.modules() if isinstance(module, ObservationScaler) and module.frequencies]
+        self._amplitudes = [scaler.amplitude for scaler in scalers]
         self.actor = self.policy.actor
         self.actor_target = self.policy.actor_target
         self.critic = self.policy.critic
@@ -461,6 +467,17 @@ class MPG(OffPolicyModelAlgorithm):
         """
         rule = self.weighting_rule
         return 1 - rule(n_updates).get(0, 0.0) if rule.needs_errors and self.residual else 0.0
+
+    def _fade_waves(self) -> None:
+        """
+        With sines and cosines of observations, critics bend as they like where the region ends that episodes stay in. Where
+        only recorded steps are known, the last of which leads there, a policy comes to take that for a way out, and never
+        sees what comes of it. So they fade unless a model has most of the weight, or is used without being measured.
+        """
+        rule = self.weighting_rule
+        is_trusted = rule(self._n_updates).get(0, 0.0) <= 0.5 if rule.needs_errors else self._needs_prior_model()
+        for amplitude in self._amplitudes:
+            amplitude.add_((1 if is_trusted else -1) / N_FADING_UPDATES).clamp_(UNTRUSTED_AMPLITUDE, 1.0)
 
     def _target_values(self, n_updates: int) -> QFunction:
         """
@@ -795,6 +812,7 @@ class MPG(OffPolicyModelAlgorithm):
         for _ in range(gradient_steps):
             self._n_updates += 1
             self._improve_model(units, logs)
+            self._fade_waves()
             result = learners.next_result(self._n_updates, batch_size, units)
             if not self.apply_gradients(result):
                 self._stop_if_hopeless(batch_size, units)
@@ -884,7 +902,7 @@ class MPG(OffPolicyModelAlgorithm):
         return {**super()._portable_attributes(), "_batches": batches}
 
     def _excluded_save_params(self) -> list[str]:
-        excluded = ["actor", "critic", "actor_target", "critic_target", "_step_compiler"]
+        excluded = ["actor", "critic", "actor_target", "critic_target", "_amplitudes", "_step_compiler"]
         return super()._excluded_save_params() + excluded
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:

@@ -436,10 +436,74 @@ def test_flipped_change_is_recognised():
 def test_wrong_scales_are_recognised():
     report = measure(gain=0.5, reward_scale=100.0)
     np.testing.assert_allclose(report.action_gains[0, 1], 2.0, atol=1e-3)
-    assert any("the change of observation[1] is 2 times" in hint for hint in report.hints)
+    assert any("action 0 acts 2 times as strongly on observation[1]" in hint for hint in report.hints)
+    assert any("the change of observation[0] is 2 times" in hint for hint in measure(velocity_sign=0.5).hints)
     assert report.reward_verdict == "wrong scale"
     assert any("the reward is 0.01 times" in hint for hint in report.hints)
     assert measure(reward_scale=-1.0).reward_verdict == "wrong sign"
+
+
+class Scaled(CartModel):
+    """An action that is not what the environment gets, and a velocity that is right otherwise: it also falls."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def transition(self, states, actions):
+        return super().transition(states, self.function(actions)) + th.tensor([0.0, 0.1], dtype=states.dtype)
+
+
+class Falls(Cart):
+    def step(self, action):
+        _, reward, terminated, truncated, info = super().step(action)
+        self.state[1] += 0.1 + self.noise * self.np_random.standard_normal()
+        return self.state.astype(np.float32), reward, terminated, truncated, info
+
+    noise = 0.0
+
+
+@pytest.mark.parametrize(
+    ("function", "verdict", "hint"),
+    [
+        (lambda a: a, "good", None),
+        (lambda a: 3 * a, "wrong gain of action 0", "acts 0.33 times as strongly on observation[1]"),
+        (lambda a: a / 2, "wrong gain of action 0", "acts 2 times as strongly on observation[1]"),
+        (lambda a: 0 * a, "misses action 0", "action 0 moves observation[1], but not in the model"),
+        (lambda a: a.sign(), "rough", "action 0 moves states in the model, but the gradient"),
+    ],
+)
+def test_actions_of_the_wrong_strength_are_recognised(function, verdict, hint):
+    report = check_prior_model(Scaled(function), Falls(), n_samples=400, verbose=False)
+    assert report.verdicts[1].split(",")[0] == verdict
+    assert [hint in text for text in report.hints[:1]] == ([] if hint is None else [True])
+
+
+def test_noise_is_no_mistake_of_the_model():
+    env = Falls()
+    env.noise = 0.05
+    (hint,) = check_prior_model(Scaled(lambda a: a), env, n_samples=400, verbose=False).hints
+    assert "rough" in hint and "It may be noise" in hint
+    # As before: nothing that the model could know is missing above, and is here
+    report = check_prior_model(Scaled(lambda a: a + 0.5 * a**2), env, n_samples=400, verbose=False)
+    assert not any("It may be noise" in hint for hint in report.hints) and len(report.hints) > 0
+
+
+def test_a_reward_that_never_changes():
+    report = check_prior_model(KnowsNothing(), Cart(), n_samples=200, verbose=False)
+    assert report.reward_verdict == "constant"
+    assert "the predicted reward is 0 everywhere, the actual one is not." in report.hints
+
+
+def test_in_place_changes_are_named():
+    class InPlace(CartModel):
+        def transition(self, states, actions):
+            factor = states.exp()
+            factor += 1
+            return super().transition(states, actions) + 0 * factor
+
+    with pytest.raises(ValueError, match=r"InPlace.transition cannot be differentiated.*write `x = x \+ 1`"):
+        check_prior_model(InPlace(), Cart(), n_samples=200, verbose=False)
 
 
 def test_rms_error_of_no_change():

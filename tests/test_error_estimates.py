@@ -3,9 +3,11 @@
 import warnings
 from functools import partial
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
+from gymnasium import spaces
 from gymnasium.wrappers import TimeLimit
 from lq import LIMIT, LinearActor, LinearEnv, LinearModel, analytic_gradient, quadratic_q, random_problem
 from recorded import filled_buffer
@@ -352,6 +354,75 @@ def test_trust_report(tmp_path):
     assert str(loaded.trust_report()) == text
     with pytest.raises(ValueError, match="no model to report on"):
         MPG("MlpPolicy", LinearEnv(), horizons=(0,), weighting="constant", **SMALL).trust_report()
+
+
+def test_before_anything_is_learned_the_report_says_so(tmp_path):
+    model = MPG("MlpPolicy", LinearEnv(), horizons=(0, 10), **SMALL).learn(90)
+    report = model.trust_report()
+    assert report.corrected is None and not report.measurements
+    assert "not measured yet" in str(report) and "corrected" not in str(report)
+    figure = report.plot(tmp_path / "trust.png")
+    assert [text.get_text() for axes in figure.axes for text in axes.texts] == ["not measured yet"] * 2
+
+
+class Constant(gym.ObservationWrapper):
+    """A third element that never changes."""
+
+    observation_space = spaces.Box(-np.inf, np.inf, (3,), np.float32)
+
+    def observation(self, observation):
+        return np.append(observation, 5.0).astype(np.float32)
+
+
+class Drifts(PriorModel):
+    """LinearEnv's model, and one in which what never changes does."""
+
+    def __init__(self):
+        super().__init__()
+        self.right = LinearEnv().prior_model()
+
+    def transition(self, states, actions):
+        return th.cat([self.right.transition(states[:, :2], actions), 0.999 * states[:, 2:]], dim=1)
+
+    def reward(self, states, actions, next_states):
+        return self.right.reward(states[:, :2], actions, next_states[:, :2])
+
+
+def test_what_never_changes_is_no_unit_of_errors(tmp_path):
+    model = MPG("MlpPolicy", Constant(LinearEnv()), prior_model=Drifts(), horizons=(0, 10), **SMALL).learn(120)
+    report = model.trust_report()
+    assert np.isnan(report.prior.relative[:, 2]).all() and np.isfinite(report.prior.relative[:, :2]).all()
+    (row,) = [line for line in str(report).split("corrected model")[0].splitlines() if line.startswith("state[2]")]
+    assert row.split()[1:] == ["constant"] * 3
+    line = report.plot(tmp_path / "trust.png").axes[0].lines[0].get_ydata()
+    np.testing.assert_allclose(line, np.sqrt((report.prior.relative[:, :2] ** 2).mean(axis=1)))
+
+
+class Stutters(LinearEnv):
+    """Once before learning starts, an observation is not a number, and so is a reward."""
+
+    n = 0
+
+    def step(self, action):
+        observation, reward, *rest = super().step(action)
+        self.n += 1
+        return np.full_like(observation, np.nan) if self.n == 50 else observation, np.nan if self.n == 70 else reward, *rest
+
+
+def test_a_record_that_is_not_finite_is_reported_and_does_no_harm():
+    model = MPG("MlpPolicy", Stutters(), horizons=(0, 10), max_skipped_updates=300, **SMALL)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.learn(400)
+    assert sum("observation or a reward that is not finite" in str(warning.message) for warning in caught) == 1
+    assert 0 < model.n_skipped_updates < 250
+    learned = model.rollout_model.state_dict()
+    assert all(th.isfinite(learned[name]).all() for name in ("input_mean", "input_std", "linear", "quadratic", "seen_low"))
+    assert all(th.isfinite(parameter).all() for parameter in model.rollout_model.parameters())
+    assert model.weighting_rule(model._n_updates)[10] > 0.5
+    report = model.trust_report()
+    assert np.isfinite(report.prior.relative).all() and np.isfinite(report.prior.returns).all()
+    assert report.corrected.relative.max() < 0.2
 
 
 def test_errors_of_the_exact_model_are_those_of_rounding():

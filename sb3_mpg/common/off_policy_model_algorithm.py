@@ -71,7 +71,7 @@ def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) ->
     if not (np.isfinite(action_space.low).all() and np.isfinite(action_space.high).all()):
         raise ValueError(
             f"Policies act between the bounds of the action space, which must be finite, got {action_space}; "
-            "use gymnasium.wrappers.RescaleAction or set bounds."
+            "set bounds in the environment. (gymnasium.wrappers.ClipAction hides them; SB3 clips by itself.)"
         )
 
 
@@ -205,6 +205,7 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         self.n_skipped_updates = 0
         self._n_updates_at_start = 0
         self._n_skipped_in_a_row = 0
+        self._has_warned_of_records = False
         self._simulator: Simulator | None = None
         self._rng_state: dict[str, Any] | None = None
         # Standard deviation of the action noise if it is not the user's
@@ -451,7 +452,7 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         assert self.env is not None
         from_inside = {"prior_model='auto'": self._needs_prior_model() and self.prior_model == "auto"}
         from_inside[f"{type(self.value_target).__name__}"] = self.value_target.needs_simulator
-        wrappers = (gym.ActionWrapper, gym.ObservationWrapper, gym.RewardWrapper)
+        wrappers = (gym.ActionWrapper, gym.ObservationWrapper, gym.RewardWrapper, gym.wrappers.NormalizeReward)
         if any(from_inside.values()) and any(any(self.env.env_is_wrapped(wrapper)) for wrapper in wrappers):
             users = " and ".join(name for name, is_used in from_inside.items() if is_used)
             warnings.warn(
@@ -545,9 +546,18 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
             finally:
                 close_evaluators(callback)
 
-    def _store_transition(self, *args: Any, **kwargs: Any) -> None:
+    def _store_transition(
+        self, replay_buffer: ReplayBuffer, buffer_action: np.ndarray, new_obs: Any, reward: np.ndarray, *args: Any
+    ) -> None:
+        if not self._has_warned_of_records and not (np.isfinite(new_obs).all() and np.isfinite(reward).all()):
+            self._has_warned_of_records = True
+            warnings.warn(
+                f"The environment gave an observation or a reward that is not finite (step {self.num_timesteps}). It is "
+                "recorded, and updates that sample it may be skipped. gymnasium.utils.env_checker.check_env and "
+                "stable_baselines3's VecCheckNan help to find out where it is from."
+            )
         with nullcontext() if self._learners is None else self._learners.writing():
-            super()._store_transition(*args, **kwargs)
+            super()._store_transition(replay_buffer, buffer_action, new_obs, reward, *args)
 
     def _sample_batch(self, n_updates: int, batch_size: int, units: Units) -> TrainingBatch:
         """

@@ -36,8 +36,8 @@ class PredictionErrors(NamedTuple):
     """
     How far rollouts along recorded actions are from what happened.
 
-    :param relative: RMS error of each dimension over the RMS of its actual change, ``(H, S)``; row ``k - 1`` is about
-        ``k`` steps ahead
+    :param relative: RMS error of each dimension over the RMS of its actual change, ``(H, S)``, NaN where an error is all that
+        changes; row ``k - 1`` is about ``k`` steps ahead
     :param returns: RMS error of the sum of discounted rewards, in the units of the environment, ``(H,)``
     :param return_spread: standard deviation of that sum itself, ``(H,)``
     """
@@ -59,17 +59,22 @@ def prediction_errors(model: PriorModel, windows: Windows, gamma: float) -> Pred
     predicted_returns = th.zeros_like(windows.rewards[0])
     actual_returns = th.zeros_like(predicted_returns)
     relative, returns, spread = [], [], []
+    # Changes of no more than that are those of single precision
+    rounding = 1e-5 * np.abs(np.nan_to_num(to_numpy(start))).max(axis=0) + 1e-7
+    is_recorded = th.isfinite(start).all(dim=1)
     for step in range(len(windows.actions)):
         states, rewards = model.step(states, windows.actions[step])
         predicted_returns = predicted_returns + gamma**step * rewards
         actual_returns = actual_returns + gamma**step * windows.rewards[step]
-        is_recorded = windows.lengths > step
+        actual_states = model.state_from_observation(windows.next_observations[step])
+        is_recorded = is_recorded & (windows.lengths > step)
+        is_recorded &= th.isfinite(actual_states).all(dim=1) & th.isfinite(actual_returns).squeeze(1)
         if int(is_recorded.sum()) < MIN_WINDOWS:
             break
-        actual_states = model.state_from_observation(windows.next_observations[step])
         errors = rms(to_numpy(model.state_difference(states, actual_states)[is_recorded]))
         changes = rms(to_numpy(model.state_difference(actual_states, start)[is_recorded]))
-        relative.append(np.where(errors == 0, 0.0, errors / np.maximum(changes, 1e-12)))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            relative.append(np.where(errors == 0, 0.0, np.where(changes <= rounding, np.nan, errors / changes)))
         returns.append(float(rms(to_numpy((predicted_returns - actual_returns)[is_recorded]))[0]))
         spread.append(float(actual_returns[is_recorded].double().std()))
     return PredictionErrors(np.array(relative), np.array(returns), np.array(spread))
@@ -101,7 +106,9 @@ class TrustReport:
 
     def __str__(self) -> str:
         lines = []
-        if self.measurements:
+        if not self.measurements:
+            lines.append("The errors of gradients were not measured yet.")
+        else:
             latest = self.measurements[-1]
             rows = [["horizon", "error of gradient", "of gradient", "weight", ""]]
             for index, horizon in enumerate(self.horizons):
@@ -125,7 +132,9 @@ class TrustReport:
             rows = [["dimension", *[f"{step} step{'s' * (step > 1)}" for step in steps], ""]]
             for index, dimension in enumerate(self.dimensions):
                 remark = ", read anew" if errors is self.corrected and dimension in self.read_anew else ""
-                rows.append([f"{dimension}{remark}", *[f"{errors.relative[step - 1, index]:.1%}" for step in steps], ""])
+                shares = [errors.relative[step - 1, index] for step in steps]
+                cells = ["constant" if np.isnan(share) else f"{share:.1%}" for share in shares]
+                rows.append([f"{dimension}{remark}", *cells, ""])
             rows.append(
                 ["return", *[f"{errors.returns[step - 1]:.3g} of {errors.return_spread[step - 1]:.3g}" for step in steps], ""]
             )
@@ -154,7 +163,8 @@ class TrustReport:
         predictions, gradients, weights = figure.subplots(1, 3)
         for name, errors in self._models().items():
             steps = np.arange(1, len(errors.returns) + 1)
-            together = np.sqrt(np.mean(np.minimum(errors.relative, 1e3) ** 2, axis=1))
+            # What never changes has no error in such units
+            together = np.sqrt(np.nanmean(np.minimum(errors.relative, 1e3) ** 2, axis=1))
             predictions.plot(steps, together, label=f"{name}: state")
             relative = errors.returns / np.maximum(errors.return_spread, 1e-12)
             predictions.plot(steps, relative, "--", color=predictions.lines[-1].get_color(), label=f"{name}: return")
@@ -174,7 +184,9 @@ class TrustReport:
         weights.set(ylim=(-0.02, 1.02), xlabel="updates", ylabel="weight", title="Weights that followed")
         if self.measurements:
             gradients.legend()
-            weights.legend()
+            weights.legend(loc="center right")
+        for axes in () if self.measurements else (gradients, weights):
+            axes.text(0.5, 0.5, "not measured yet", ha="center", va="center", transform=axes.transAxes)
         if path is not None:
             figure.savefig(path, dpi=120)
         return figure

@@ -619,7 +619,12 @@ class MPG(OffPolicyModelAlgorithm):
         if windows is None or len(windows.lengths) < MIN_WINDOWS:
             raise ValueError("Nothing is recorded to compare the model with: call `learn` or `load_replay_buffer` first.")
         return make_trust_report(
-            self.rollout_model, self.residual, windows, self.gamma, self.weighting_rule.horizons, self._measurements
+            self.rollout_model,
+            self.residual and self._n_prepared_for > 0,
+            windows,
+            self.gamma,
+            self.weighting_rule.horizons,
+            self._measurements,
         )
 
     def compute_gradients(self, batch: TrainingBatch, n_updates: int, units: Units) -> GradientResult:

@@ -381,7 +381,13 @@ def _gradients(
         scalar = select(output)
         if not scalar.requires_grad:
             return output.detach(), [None] * len(inputs)
-        return output.detach(), list(th.autograd.grad(scalar, inputs, allow_unused=True))
+        try:
+            return output.detach(), list(th.autograd.grad(scalar, inputs, allow_unused=True))
+        except RuntimeError as error:
+            raise ValueError(
+                f"{_where(model, call.method)} cannot be differentiated: {error} If it changes tensors in place, as "
+                "`x += 1` and `x[:, 0] = y` do, write `x = x + 1` and `th.cat` or `th.where`."
+            ) from error
 
 
 def _check_gradient_flow(model: PriorModel, call: _Call, allow_some_non_finite: bool = False) -> None:

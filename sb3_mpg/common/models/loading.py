@@ -84,7 +84,10 @@ def make_prior_model(prior_model: PriorModelLike, env: VecEnv, prior_model_kwarg
                 "one whose class is defined in the script itself. Move the class into a module, or pass `prior_model=`."
             ) from error
     elif isinstance(prior_model, str):
-        model = import_from_path(prior_model)(**kwargs)
+        make = import_from_path(prior_model)
+        if not callable(make):
+            raise TypeError(f"`prior_model` {prior_model!r} names {make!r}, which is neither a class nor a function.")
+        model = make(**kwargs)
     elif callable(prior_model) and not isinstance(prior_model, th.nn.Module):
         model = prior_model(**kwargs)
     else:

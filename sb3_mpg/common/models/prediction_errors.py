@@ -20,6 +20,12 @@ MIN_WINDOWS = 8
 GOOD_RELATIVE_ERROR = 0.1
 # An action with a gain between this and its opposite is without effect rather than of the wrong sign
 WRONG_SIGN_GAIN = 0.25
+# How much stronger or weaker an action may act than in the model
+WRONG_GAIN = 1.3
+# An action that moves something by that share of its change, and does not in the model, is missed
+MISSED_EFFECT = 0.05
+# Errors of which recorded observations and actions explain no more than that look random
+RANDOM_SHARE = 0.1
 # Lines of the printed table; the dimensions with the largest errors are shown
 MAX_TABLE_ROWS = 30
 MAX_HINTS = 10
@@ -38,7 +44,8 @@ class PriorModelReport:
     :param biases: mean of predicted minus actual, ``(H, O)``
     :param rms_changes: RMS of the actual change over as many steps: the error of predicting no change, ``(H, O)``
     :param action_gains: effect of each action in the environment, in units of its effect in the model, on each
-        observation dimension after one step, ``(A, O)``: 1 is right, negative is the wrong sign, NaN cannot be told
+        observation dimension after one step, ``(A, O)``: 1 is right, negative is the wrong sign, infinite is an effect that
+        the model does not have, NaN cannot be told
     :param verdicts: one for each dimension
     :param reward_rms_error: RMS error of the reward of recorded transitions
     :param reward_bias: mean of predicted minus actual reward
@@ -347,9 +354,10 @@ def measure_prediction_errors(model: PriorModel, windows: Windows, horizon: int)
     # All dimensions together; those that hardly move must not decide
     together = rms(np.minimum(relative_errors, 1e3).T)
     judgements = [_judge_dimension(residuals, gains[:, dim], dim) for dim in range(relative_errors.shape[1])]
+    rough_hint = _rough_hint(judgements, relative_errors[0], residuals, windows)
     reward_error, reward_bias, reward_std, reward_verdict, reward_hint = _judge_reward(model, windows)
     terminal_errors, terminal_hint = _judge_terminal(model, windows)
-    hints = [*(hint for _, hint in judgements), _rough_hint(judgements, relative_errors[0]), reward_hint, terminal_hint]
+    hints = [_silent_actions_hint(model, windows), *(hint for _, hint in judgements), rough_hint, reward_hint, terminal_hint]
     return PriorModelReport(
         dimensions=tuple(_name(dim) for dim in range(len(judgements))),
         n_windows=residuals.n_windows,
@@ -463,7 +471,8 @@ def _action_gains(model: PriorModel, windows: Windows, residuals: _Residuals) ->
     :param model: the model, in evaluation mode
     :param windows: the records
     :param residuals: the predictions with the recorded actions
-    :return: regression coefficients, NaN where they are too uncertain or the model knows no effect, ``(A, O)``
+    :return: regression coefficients, infinite where the model does not know the effect, NaN where there is none or they are
+        too uncertain, ``(A, O)``
     """
     actions = windows.actions[0]
     gains = np.full((actions.shape[1], residuals.changes.shape[1]), np.nan)
@@ -475,11 +484,41 @@ def _action_gains(model: PriorModel, windows: Windows, residuals: _Residuals) ->
         neutral = _predict(model, windows.observations, neutral_actions.unsqueeze(0))[0]
         neutral_changes = _differences(model, windows.observations.device, neutral, observations)
         effects, targets = residuals.predicted_changes - neutral_changes, residuals.changes - neutral_changes
-        for dim in np.flatnonzero(np.isfinite(effects).all(axis=0) & (rms(effects) > smallest_effects)):
-            gain, standard_error = _regress(targets[:, dim], effects[:, dim])
-            if 4 * standard_error < max(abs(gain), WRONG_SIGN_GAIN):
-                gains[action_dim, dim] = gain
+        taken = to_numpy(actions[:, action_dim])
+        for dim in np.flatnonzero(np.isfinite(effects).all(axis=0)):
+            if rms(effects[:, dim]) > smallest_effects[dim]:
+                gain, standard_error = _regress(targets[:, dim], effects[:, dim])
+                if 4 * standard_error < max(abs(gain), WRONG_SIGN_GAIN):
+                    gains[action_dim, dim] = gain
+            elif taken.std() > 0:
+                slope, standard_error = _regress(targets[:, dim], taken)
+                least = max(MISSED_EFFECT * residuals.rms_changes[0, dim], residuals.rounding[dim]) / taken.std()
+                if abs(slope) > max(6 * standard_error, least):
+                    gains[action_dim, dim] = np.inf
     return gains
+
+
+def _silent_actions_hint(model: PriorModel, windows: Windows) -> str | None:
+    """A hint when an action has effects in the model but without a gradient, which is all that a policy learns from."""
+    with th.no_grad():
+        states = model.state_from_observation(windows.observations)
+    actions = windows.actions[0].clone().requires_grad_()
+    with th.enable_grad():
+        next_states = model.transition(states, actions)
+    if not next_states.requires_grad:
+        return None
+    (gradient,) = th.autograd.grad(next_states.sum(), actions, allow_unused=True)
+    for action_dim in range(actions.shape[1]):
+        others = actions.detach().clone()
+        others[:, action_dim] = others[:, action_dim].roll(1)
+        with th.no_grad():
+            is_moved = bool((model.transition(states, others) != next_states).any())
+        if is_moved and gradient is not None and not bool(gradient[:, action_dim].any()):
+            return (
+                f"action {action_dim} moves states in the model, but the gradient of `transition` by it is zero everywhere, "
+                "and a policy learns from that alone: signs, rounding and comparisons have none."
+            )
+    return None
 
 
 def _judge_dimension(residuals: _Residuals, gains: np.ndarray, dim: int) -> tuple[str, str | None]:
@@ -503,8 +542,10 @@ def _judge_dimension(residuals: _Residuals, gains: np.ndarray, dim: int) -> tupl
             f"{gains[wrong_actions[0]]:.2g} times the model's): check the sign of its term in `transition`."
         )
     if relative_errors[0] < GOOD_RELATIVE_ERROR:
-        hint = f"{name} is good in one step but drifts: its small error adds up, see its bias {bias:+.2g}." if drift else None
-        return f"good{drift}", hint
+        cause = (
+            f"its bias of {bias:+.2g} adds up" if bias**2 > 0.5 * error**2 else "its small error adds up, or those of others"
+        )
+        return f"good{drift}", f"{name} is good in one step but drifts: {cause}." if drift else None
     changes, predicted_changes = residuals.changes[:, dim], residuals.predicted_changes[:, dim]
     if rms(changes + predicted_changes) < 0.5 * error:
         return "wrong sign", f"{name} seems to change in the opposite direction: check the sign of its derivative."
@@ -519,26 +560,71 @@ def _judge_dimension(residuals: _Residuals, gains: np.ndarray, dim: int) -> tupl
             "rare jumps",
             f"{name} is right in 95% of the steps and far off in others: is it an angle that wraps, or a contact?",
         )
-    hint = _scale_hint(f"the change of {name}", changes, predicted_changes)
+    gain_verdict, hint = _judge_gains(name, gains)
+    hint = hint or _scale_hint(f"the change of {name}", changes, predicted_changes)
     if worse:
         default = (
             f"{name} is worse than predicting no change: check units, and that a model step is as long as an environment step."
         )
         return "worse than no change", hint or default
-    return f"rough{drift}", hint
+    return gain_verdict or f"rough{drift}", hint
 
 
-def _rough_hint(judgements: list[tuple[str, str | None]], relative_errors: np.ndarray) -> str | None:
+def _judge_gains(name: str, gains: np.ndarray) -> tuple[str | None, str | None]:
+    """
+    :param name: of the dimension
+    :param gains: of all actions on it, ``(A,)``
+    :return: verdict and how to fix it, ``None`` where actions act as they should
+    """
+    missed_actions = np.flatnonzero(np.isinf(gains))
+    if len(missed_actions) > 0:
+        return f"misses action {missed_actions[0]}", (
+            f"action {missed_actions[0]} moves {name}, but not in the model: its term in `transition` is missing."
+        )
+    is_off = np.isfinite(gains) & ~((gains > 1 / WRONG_GAIN) & (gains < WRONG_GAIN))
+    if is_off.any():
+        action = int(is_off.argmax())
+        return f"wrong gain of action {action}", (
+            f"action {action} acts {gains[action]:.2g} times as strongly on {name} as in the model: check its factor in "
+            "`transition`, and its units: a model gets actions as the environment does, not scaled to [-1, 1]."
+        )
+    return None, None
+
+
+def _explained_share(errors: np.ndarray, windows: Windows) -> float:
+    """
+    :param errors: of one dimension after one step, ``(B,)``
+    :param windows: the records
+    :return: how much of their variance a quadratic function of observation and action explains, which is fitted to one half
+        of the records and judged by the other
+    """
+    inputs = np.concatenate([to_numpy(windows.observations.flatten(1)), to_numpy(windows.actions[0])], axis=1)
+    inputs = (inputs - inputs.mean(axis=0)) / np.maximum(inputs.std(axis=0), 1e-12)
+    first, second = np.triu_indices(inputs.shape[1])
+    features = np.concatenate([np.ones((len(inputs), 1)), inputs, inputs[:, first] * inputs[:, second]], axis=1)
+    if len(features) < 4 * features.shape[1]:
+        return 1.0  # too few to tell
+    factors = np.linalg.lstsq(features[::2], errors[::2], rcond=1e-6)[0]
+    rest, other = errors[1::2] - features[1::2] @ factors, errors[1::2]
+    return float(1 - rest.var() / max(other.var(), 1e-300))
+
+
+def _rough_hint(
+    judgements: list[tuple[str, str | None]], relative_errors: np.ndarray, residuals: _Residuals, windows: Windows
+) -> str | None:
     """One hint for all the dimensions that are merely rough, which may well be good enough."""
     rough = [dim for dim, (verdict, hint) in enumerate(judgements) if verdict.startswith("rough") and hint is None]
     if not rough:
         return None
     worst = max(rough, key=lambda dim: relative_errors[dim])
-    return (
-        f"{_name(worst)} is rough ({relative_errors[worst]:.0%} of its change)"
-        + (f", {len(rough) - 1} others less so" if len(rough) > 1 else "")
-        + ": a term or a parameter is off; this can be good enough to train with."
-    )
+    cause = "a term or a parameter is off; this can be good enough to train with."
+    if _explained_share((residuals.predicted_changes - residuals.changes)[:, worst], windows) < RANDOM_SHARE:
+        cause = (
+            "hardly any of its error follows from observation and action. It may be noise, or of something that is not "
+            "observed, and no mistake of the model."
+        )
+    others = f", {len(rough) - 1} others less so" if len(rough) > 1 else ""
+    return f"{_name(worst)} is rough ({relative_errors[worst]:.0%} of its change){others}: {cause}"
 
 
 def _scale_hint(name: str, actual: np.ndarray, predicted: np.ndarray) -> str | None:
@@ -573,6 +659,8 @@ def _judge_reward(model: PriorModel, windows: Windows) -> tuple[float, float, fl
         return judgement("good")
     if not np.isfinite(error):
         return judgement("not finite", "the reward is not finite: clamp the inputs of roots, logarithms and divisions.")
+    if np.ptp(predicted) == 0:
+        return judgement("constant", f"the predicted reward is {predicted[0]:.3g} everywhere, the actual one is not.")
     hint = _scale_hint("the reward", actual, predicted)
     if float(rms(actual + predicted)) < 0.5 * error:
         return judgement("wrong sign", "the reward seems to have the opposite sign: a cost is a negative reward.")

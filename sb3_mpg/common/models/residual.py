@@ -368,6 +368,10 @@ class ResidualModel(TrainableModel):
 
     @th.no_grad()
     def adapt_to(self, transitions: Transitions) -> None:
+        # One that is not finite would make the scales so, for good
+        is_finite = th.stack([th.isfinite(tensor.flatten(1)).all(dim=1) for tensor in transitions]).all(dim=0)
+        if is_finite.any():
+            transitions = Transitions(*(tensor[is_finite] for tensor in transitions))
         states = self.prior.state_from_observation(transitions.observations)
         inputs = th.cat([states, transitions.actions], dim=1)
         self.probes.copy_(inputs[th.arange(N_PROBES, device=inputs.device) % len(inputs)])
@@ -529,8 +533,9 @@ class ResidualModel(TrainableModel):
             (transitions.next_observations, self.reached_low, self.reached_high),
         ):
             states = self.prior.state_from_observation(observations)
-            low.copy_(th.minimum(low, states.min(dim=0).values))
-            high.copy_(th.maximum(high, states.max(dim=0).values))
+            is_finite = th.isfinite(states)
+            low.copy_(th.minimum(low, th.where(is_finite, states, th.inf).amin(dim=0)))
+            high.copy_(th.maximum(high, th.where(is_finite, states, -th.inf).amax(dim=0)))
         # Where an episode ended something was reached from which nobody went on: there is no margin around it
         margin = RANGE_MARGIN * (self.seen_high - self.seen_low)
         low = th.minimum(self.seen_low - margin, self.reached_low)
@@ -542,7 +547,10 @@ class ResidualModel(TrainableModel):
     def fit(self, transitions: Transitions) -> float:
         self._extend_range(transitions)
         scaled, targets = self._inputs_and_targets(transitions)
-        loss = _huber_loss(self._ensemble(self.fitted, scaled), targets)
+        predictions = self._ensemble(self.fitted, scaled.nan_to_num(posinf=0.0, neginf=0.0))
+        # Nothing is to be learned from what is not finite
+        is_finite = th.isfinite(scaled).all(dim=1, keepdim=True) & th.isfinite(targets)
+        loss = _huber_loss(predictions, th.where(is_finite, targets, predictions.detach()))
         value = loss.item()
         if math.isfinite(value):
             self.optimizer.zero_grad()

@@ -1,4 +1,5 @@
 import copy
+import warnings
 
 import gymnasium as gym
 import numpy as np
@@ -541,6 +542,21 @@ def test_the_replay_buffer_follows_the_value_target(tmp_path):
     MPG("MlpPolicy", "PathTracking-v0", **SMALL).save_replay_buffer(buffer)
     with pytest.raises(ValueError, match=r"observation_space of the replay buffer has the shape \(6,\)"):
         model.load_replay_buffer(buffer)
+
+
+class TinyRewards(LinearEnv):
+    def step(self, action):
+        observation, reward, *rest = super().step(action)
+        return observation, 1e-6 * reward, *rest
+
+
+@pytest.mark.parametrize(("kwargs", "warns"), [({}, True), ({"reward_scale": 1e6}, False)])
+def test_tiny_rewards_are_pointed_out(kwargs, warns):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        MPG("MlpPolicy", TinyRewards(), horizons=(0, 2), **SMALL, **kwargs).learn(50)
+    messages = [str(warning.message) for warning in caught if "reward_scale" in str(warning.message)]
+    assert len(messages) == warns and all("to about" in message for message in messages)
 
 
 def test_target_networks_follow_where_the_policy_is_due():

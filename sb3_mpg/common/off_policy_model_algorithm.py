@@ -44,6 +44,8 @@ MAX_PREPARATION_STEPS = 20_000
 MAX_PRETRAINING_STEPS = 2000
 PRETRAINING_PATIENCE = 200
 PRETRAINING_CHECK_EVERY = 50
+# Rewards much smaller than one drown in what critics say before they have learned anything
+TINY_REWARD = 1e-4
 # What only rollouts show is settled by those from about as many steps
 N_JUDGED_STEPS = 1000
 
@@ -490,6 +492,16 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         """
         assert isinstance(self.action_space, spaces.Box)
         return Units.of(self.action_space, self.device, self.reward_scale, self._vec_normalize_env)
+
+    def _warn_of_tiny_rewards(self, units: Units) -> None:
+        assert self.replay_buffer is not None
+        rewards = th.as_tensor(self.replay_buffer.rewards[: self.replay_buffer.size()], dtype=th.float32, device=self.device)
+        size = units.scale_rewards(rewards).square().mean().sqrt().item()
+        if 0 < size < TINY_REWARD:
+            warnings.warn(
+                f"The rewards recorded so far are of the size {size:.2g}, in which critics learn slowly or not at all: set "
+                f"`reward_scale` to about {self.reward_scale / size:.0e}, or use VecNormalize."
+            )
 
     def _fit_observation_scalers(self, units: Units) -> None:
         """Let the features extractors that want to know see the observations that were gathered before the first update."""

@@ -803,6 +803,7 @@ class MPG(OffPolicyModelAlgorithm):
         units = self._units()
         if self._n_updates == 0:
             self._fit_observation_scalers(units)
+            self._warn_of_tiny_rewards(units)
         self._prepare_model(units)
 
         # Update learning rates according to their schedules

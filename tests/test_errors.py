@@ -43,7 +43,7 @@ def env_with(**space):
     ("space", "message"),
     [
         ({"action_space": spaces.Discrete(3)}, "actions, which must be a one-dimensional Box of floats, got Discrete"),
-        ({"action_space": spaces.Box(-np.inf, np.inf, (1,))}, "bounds of the action space, which must be finite"),
+        ({"action_space": spaces.Box(-np.inf, np.inf, (1,))}, "must be finite.*ClipAction hides them"),
         ({"action_space": spaces.Box(-1, 1, (1, 2))}, "one-dimensional Box"),
         ({"action_space": spaces.Box(-1, 1, (2,), np.int64)}, "one-dimensional Box of floats, got.*float dtype"),
         ({"observation_space": spaces.Discrete(3)}, "must be a Box of floats, got Discrete"),
@@ -70,6 +70,7 @@ def test_missing_model_shows_how_to_write_one():
         ("somewhere", ValueError, "'auto' or a path 'package.module:Class'"),
         ("no_such_package.models:Car", ValueError, "no module 'no_such_package'"),
         ("lq:NoSuchModel", ValueError, "module 'lq' has no 'NoSuchModel'"),
+        ("lq:np", TypeError, "'lq:np' names <module 'numpy'.*neither a class nor a function"),
         (42, TypeError, "must be a PriorModel"),
         (lambda: None, TypeError, "must be a PriorModel"),
         (th.nn.Linear(2, 2), TypeError, "must be a PriorModel"),

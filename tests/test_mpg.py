@@ -600,6 +600,8 @@ def test_a_report_under_other_horizons_than_those_that_were_measured(tmp_path):
 
 
 def test_wrappers_that_change_units_are_pointed_out():
+    with pytest.warns(UserWarning, match="speaks the units of the environment below it"):
+        MPG("MlpPolicy", gym.wrappers.NormalizeReward(LinearEnv()), **SMALL)
     wrapped = gym.wrappers.RescaleAction(LinearEnv(), np.float32(-1), np.float32(1))
     with pytest.warns(UserWarning, match="speaks the units of the environment below it"):
         MPG("MlpPolicy", wrapped, **SMALL)

@@ -172,13 +172,14 @@ def test_a_model_that_is_of_no_use_is_trusted_once_it_is_corrected(prior_model):
 
 
 def test_the_model_of_another_environment_is_measured_at_once():
-    model = MPG("MlpPolicy", LinearEnv(), residual=False, horizons=(0, 10), **SMALL).learn(63)
+    model = MPG("MlpPolicy", LinearEnv(), residual=False, horizons=(0, 10), **SMALL).learn(123)
     assert model._n_updates == 23
     model.prior_model = Wrong()
-    model.set_env(LinearEnv())
+    with pytest.warns(UserWarning, match="learned of another model is forgotten"):
+        model.set_env(LinearEnv())
     assert not model._measurements
     with pytest.warns(UserWarning, match="Wrong is of no use"):
-        model.learn(64, reset_num_timesteps=False)
+        model.learn(30, reset_num_timesteps=False)
     assert [measurement.n_updates for measurement in model._measurements][:1] == [24]
 
 

@@ -178,9 +178,9 @@ def test_the_model_of_another_environment_is_measured_at_once():
     with pytest.warns(UserWarning, match="learned of another model is forgotten"):
         model.set_env(LinearEnv())
     assert not model._measurements
-    with pytest.warns(UserWarning, match="Wrong is of no use"):
-        model.learn(30, reset_num_timesteps=False)
-    assert [measurement.n_updates for measurement in model._measurements][:1] == [24]
+    model.learn(5, reset_num_timesteps=False)
+    (measurement,) = model._measurements
+    assert measurement.n_updates == 24 and measurement.weights[1] < 0.1
 
 
 def test_the_report_says_which_horizon_was_left_out():

@@ -11,7 +11,7 @@ from stable_baselines3 import TD3
 from stable_baselines3.common.callbacks import CheckpointCallback, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.noise import OrnsteinUhlenbeckActionNoise
-from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack, VecNormalize
 
 import sb3_mpg_envs  # noqa: F401
 from sb3_mpg import MPG, NStepADP, NStepDPG, PriorModel
@@ -597,6 +597,11 @@ def test_a_report_under_other_horizons_than_those_that_were_measured(tmp_path):
     loaded = MPG.load(tmp_path / "model.zip", env=LinearEnv(), weighting_rule=rule).learn(80)
     assert {measurement.gradients.horizons for measurement in loaded._measurements} == {(0, 2, 3)}
     assert "3 model steps" in str(loaded.trust_report())
+
+
+def test_wrappers_that_change_shapes_are_pointed_out():
+    with pytest.raises(ValueError, match=r"LinearModel(?s:.*)the environment's own \(prior_model='auto'\)"):
+        MPG("MlpPolicy", VecFrameStack(make_vec_env(LinearEnv, 1), 2), **SMALL)
 
 
 def test_wrappers_that_change_units_are_pointed_out():

@@ -321,7 +321,15 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         assert self.env is not None
         if self._needs_prior_model():
             model = make_prior_model(self.prior_model, self.env, self.prior_model_kwargs).to(self.device)
-            validate_prior_model(model, self.observation_space, self.action_space, self.device)
+            try:
+                validate_prior_model(model, self.observation_space, self.action_space, self.device)
+            except ValueError as error:
+                if self.prior_model != "auto":
+                    raise
+                raise ValueError(
+                    f"{error}\nThe model is the environment's own (prior_model='auto') and knows nothing of wrappers around "
+                    "it: if there are any, pass a model of what they make of it."
+                ) from error
         else:
             model = PriorModel()
         self.rollout_model = model

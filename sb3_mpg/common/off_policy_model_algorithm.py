@@ -173,8 +173,6 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
             replay_buffer_class=replay_buffer_class,
             replay_buffer_kwargs=replay_buffer_kwargs,
             optimize_memory_usage=optimize_memory_usage,
-            # A buffer of the user's is the user's to configure; it is checked once it is there
-            n_steps=1 if replay_buffer_class is not None else self.value_target.replay_n_steps,
             policy_kwargs=policy_kwargs,
             stats_window_size=stats_window_size,
             tensorboard_log=tensorboard_log,
@@ -245,7 +243,7 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
             # A class of models makes its networks here
             self.set_random_seed(self.seed)
             self._setup_rollout_model()
-        self._forget_choice_of_replay_buffer()
+        self._choose_replay_buffer()
         super()._setup_model()
         if self._update_seed is None:
             self._update_seed = int(np.random.randint(2**31 - 1)) if self.seed is None else self.seed
@@ -267,9 +265,10 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         n_actions = self.action_space.shape[0]  # type: ignore[index]
         return NormalActionNoise(np.zeros(n_actions), std * np.ones(n_actions))
 
-    def _forget_choice_of_replay_buffer(self) -> None:
+    def _choose_replay_buffer(self) -> None:
         """
-        What is loaded has SB3's own choice of the replay buffer, for the value target of then, and SB3 would take it for the
+        Let SB3 choose the replay buffer by the value target. A class of the user's is the user's to configure, and is checked
+        once it is there. What is loaded has SB3's own choice, for the value target of then, and SB3 would take it for the
         user's. It is the user's where it spans several steps without SB3's setting for that.
         """
         if self.replay_buffer_class is NStepReplayBuffer and self.n_steps > 1:

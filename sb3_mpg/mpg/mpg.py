@@ -459,14 +459,20 @@ class MPG(OffPolicyModelAlgorithm):
         assert target_q_values.shape == (batch_size, 1), target_q_values.shape
         return TrainingBatch(replay_data.observations, replay_data.actions, target_q_values)
 
+    def _model_weight(self, n_updates: int) -> float:
+        """
+        :param n_updates: number of the update
+        :return: the weight of all model steps, from 0 to 1
+        """
+        return 1 - self.weighting_rule(n_updates).get(0, 0.0)
+
     def _trust_in_model(self, n_updates: int) -> float:
         """
         :param n_updates: number of the update
         :return: the weight of all model steps, from 0 to 1; 0 where nothing is measured or nothing corrected: what is wrong
             with a prior model all of its rollouts share, and critics would learn it
         """
-        rule = self.weighting_rule
-        return 1 - rule(n_updates).get(0, 0.0) if rule.needs_errors and self.residual else 0.0
+        return self._model_weight(n_updates) if self.weighting_rule.needs_errors and self.residual else 0.0
 
     def _fade_waves(self) -> None:
         """
@@ -474,8 +480,8 @@ class MPG(OffPolicyModelAlgorithm):
         only recorded steps are known, the last of which leads there, a policy comes to take that for a way out, and never
         sees what comes of it. So they fade unless a model has most of the weight, or is used without being measured.
         """
-        rule = self.weighting_rule
-        is_trusted = rule(self._n_updates).get(0, 0.0) <= 0.5 if rule.needs_errors else self._needs_prior_model()
+        is_measured = self.weighting_rule.needs_errors
+        is_trusted = self._model_weight(self._n_updates) >= 0.5 if is_measured else self._needs_prior_model()
         for amplitude in self._amplitudes:
             amplitude.add_((1 if is_trusted else -1) / N_FADING_UPDATES).clamp_(UNTRUSTED_AMPLITUDE, 1.0)
 

@@ -199,14 +199,15 @@ class Table:
 
 def measure_first_update(table: Table, device: str) -> None:
     """
-    In a new process that finds the compiler's cache empty, and in one that finds the cache of the first.
+    In a new process that finds nothing that a compiler left behind, and in one that finds the cache of the first.
 
     :param table: gets the rows
     :param device: where it runs
     """
     with tempfile.TemporaryDirectory() as cache:
         command = [sys.executable, __file__, FIRST_UPDATE, device]
-        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
+        # Besides its cache, the compiler keeps headers in the directory for temporary files
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "TMPDIR": cache}
         outputs = [subprocess.run(command, env=environment, capture_output=True, check=True, text=True) for _ in range(2)]
     (cold, cold_work), (warm, warm_work) = ([float(word) for word in output.stdout.split()[-2:]] for output in outputs)
     table.add("first update after start, everything compiled", [cold], "s", "20", "5")

@@ -1,5 +1,6 @@
 """Model and policy compiled for rollouts: the same numbers, sooner."""
 
+import gc
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -93,8 +94,15 @@ def compile_function(function: Callable[..., Any], device: th.device, backend: s
         # One C++ file for each direction: with one for each kernel, the compiler spends most of its time on the headers,
         # and the kernels are called from Python. Not on a GPU, where the kernels are not C++
         # The guards have checked the sizes already; and to build and load a library for each set of vector instructions,
-        # only to see that the C++ compiler knows those of this processor, takes as long as all the rest
-        options = {"fallback_random": True, "size_asserts": False, "cpp.vec_isa_ok": True, "cpp_wrapper": on_cpu}
+        # only to see that the C++ compiler knows those of this processor, takes as long as all the rest. To compile the
+        # headers beforehand takes longer than it saves in two or three files
+        options = {
+            "fallback_random": True,
+            "size_asserts": False,
+            "cpp.vec_isa_ok": True,
+            "cpp_wrapper": on_cpu,
+            "cpp_cache_precompile_headers": False,
+        }
 
     def rewritten(*args: Any) -> Any:
         with PartsOneByOne(), BiasBehindProduct() if on_cpu else nullcontext():
@@ -218,9 +226,16 @@ def compiling() -> Iterator[None]:
     What compiled steps are run and differentiated in. Keeps torch's remarks about its own compiler from the user, who can do
     nothing about them; buffers that the backward pass would overwrite are kept, because each horizon passes back through
     the steps that it shares with longer ones; and the backward pass computes the small quantities of the model once more:
-    to hand over hundreds of small tensors takes longer.
+    to hand over hundreds of small tensors takes longer. No garbage is collected meanwhile: the compiler makes millions of
+    objects, and to look for garbage among them takes a twentieth of its time.
     """
-    with warnings.catch_warnings(), functorch_config.patch(donated_buffer=False, **RECOMPUTE_WHAT_IS_CHEAP):
-        warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
-        warnings.filterwarnings("ignore", category=DeprecationWarning, message=r".*torch\.jit")
-        yield
+    collects_garbage = gc.isenabled()
+    gc.disable()
+    try:
+        with warnings.catch_warnings(), functorch_config.patch(donated_buffer=False, **RECOMPUTE_WHAT_IS_CHEAP):
+            warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+            warnings.filterwarnings("ignore", category=DeprecationWarning, message=r".*torch\.jit")
+            yield
+    finally:
+        if collects_garbage:
+            gc.enable()

@@ -1,5 +1,6 @@
 """Network pieces."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch import nn
 
 # Factors of what is scaled to about one unit, in sines and cosines of it
 FREQUENCIES = (1.0, 2.0, 3.0)
+LOG2_E = math.log2(math.e)
 
 
 def n_with_waves(n_inputs: int, frequencies: Sequence[float] = FREQUENCIES) -> int:
@@ -40,8 +42,8 @@ class ELU(nn.ELU):
     """
     An ELU that overwrites its input: its derivative then comes from its output, without another exponential.
 
-    Where no derivative is asked for, as in value targets, a CPU computes it from the plain exponential, which is several
-    times as fast as ``expm1``: the same to the rounding error of 1.
+    Where no derivative is asked for, as in value targets, a CPU computes it from a power of two, which is up to four times as
+    fast as ``expm1`` and, on some processors, more than twice as fast as ``exp``: the same to the rounding error of 1.
     """
 
     def __init__(self) -> None:
@@ -54,7 +56,7 @@ class ELU(nn.ELU):
         """
         if th.is_grad_enabled() or th.compiler.is_compiling() or inputs.device.type != "cpu":
             return super().forward(inputs)
-        below = inputs.clamp(max=0.0).exp_().sub_(1.0)
+        below = inputs.clamp(max=0.0).mul_(LOG2_E).exp2_().sub_(1.0)
         return th.maximum(inputs, below, out=inputs)
 
 

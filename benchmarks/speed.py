@@ -29,8 +29,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from sb3_mpg import MPG
 from sb3_mpg.common.compilation import StepCompiler
+from sb3_mpg.common.precision import choose_matmul_precision, factors_of_layers, is_as_exact, matmul_precision
 from sb3_mpg.common.torch_layers import ObservationScaler
 from sb3_mpg.mpg.mpg import MEASURE_EVERY
+from sb3_mpg_envs.path_tracking.simulator import PathTrackingSimulator
 
 RESULTS = Path(__file__).parent / "results"
 BATCH, WIDTH, HORIZON = 256, 256, 25
@@ -157,6 +159,17 @@ def memory_ratio(model: MPG, observations: th.Tensor) -> float:
     return peak / (4 * BATCH * numbers_per_step * HORIZON)
 
 
+def fp32_kernels(device: str) -> list[str]:
+    """
+    :param device: where it runs
+    :return: torch's settings of precision whose products of the hidden layers have rounding errors of single precision
+    """
+    if device == "cuda":
+        return ["highest"]
+    factors = factors_of_layers([th.randn(WIDTH, WIDTH)], BATCH)
+    return [precision for precision in ("highest", "medium") if is_as_exact(factors, precision)]
+
+
 class Table:
     """The rows of the table, printed as they come."""
 
@@ -223,6 +236,7 @@ def measure_gradient(table: Table, model: MPG, device: str) -> None:
     :param device: where it runs
     """
     left, right = th.randn(BATCH, WIDTH, device=device), th.randn(WIDTH, WIDTH, device=device)
+    kernels = fp32_kernels(device)
     observations = model.replay_buffer.sample(BATCH).observations  # type: ignore[union-attr]
     units, compiler = model._units(), StepCompiler()
 
@@ -233,9 +247,17 @@ def measure_gradient(table: Table, model: MPG, device: str) -> None:
 
         return run
 
+    def products(precision: str) -> Callable[[], object]:
+        def run() -> None:
+            with matmul_precision(precision):
+                for _ in range(2 * HORIZON):
+                    left @ right
+
+        return run
+
     times = take_turns(
         {
-            "50 hidden-layer products": lambda: [left @ right for _ in range(2 * HORIZON)],
+            **{precision: products(precision) for precision in kernels},
             "gradient": gradient(HORIZON, compiler),
             "gradient, not compiled": gradient(HORIZON, None),
             "5": gradient(5, compiler),
@@ -243,11 +265,13 @@ def measure_gradient(table: Table, model: MPG, device: str) -> None:
         },
         device,
     )
-    products = times["50 hidden-layer products"]
-    table.add_ratio("policy gradient / its 50 hidden-layer products", times["gradient"], products, "2.0", "1.4")
-    table.add_ratio("... not compiled", times["gradient, not compiled"], products)
+    fastest = times[min(kernels, key=lambda precision: statistics.median(times[precision]))]
+    table.add_ratio("policy gradient / its 50 hidden-layer products", times["gradient"], fastest, "2.0", "1.4")
+    table.add_ratio("... not compiled", times["gradient, not compiled"], fastest)
     table.add_ratio("time at H = 50 / time at H = 5", times["50"], times["5"], "10", "9")
-    for name in ("50 hidden-layer products", "gradient", "gradient, not compiled"):
+    for precision in kernels:
+        table.add(f"... 50 hidden-layer products, setting {precision!r}", [1e3 * time for time in times[precision]], "ms")
+    for name in ("gradient", "gradient, not compiled"):
         table.add(f"... {name}", [1e3 * time for time in times[name]], "ms")
     for name, used in {"compiled": compiler, "not compiled": None}.items():
         model._step_compiler = used
@@ -281,13 +305,17 @@ def measure_update(table: Table, model: MPG, device: str) -> None:
     fill(td3)
     compiler = model._step_compiler = StepCompiler()
 
+    def train_td3() -> None:
+        with matmul_precision("highest"):
+            td3.train(UPDATES, BATCH)
+
     def train(compiler: StepCompiler | None) -> None:
         model._step_compiler = compiler
         model.train(UPDATES, BATCH)
 
     times = take_turns(
         {
-            "TD3": lambda: td3.train(UPDATES, BATCH),
+            "TD3": train_td3,
             "MPG-v2": lambda: train(compiler),
             "MPG-v2, not compiled": lambda: train(None),
         },
@@ -351,23 +379,35 @@ def measure_simulator(table: Table) -> None:
     """
     :param table: gets the rows
     """
-    task = TASKS["path_tracking"]
+    task, n_agents = TASKS["path_tracking"], 512
     v1 = make_model("mpg_v1", task, make_vec_env(task, 16), 0)
     fill(v1)
     data, units = v1.replay_buffer.sample(BATCH), v1._units()  # type: ignore[union-attr]
-    arguments = (data, v1.actor, v1.actor_target, v1._target_values(1), units, v1.gamma, v1._make_simulator)
-    with th.no_grad():
-        times = take_turns({"target": lambda: v1.value_target(*arguments)}, "cpu")
-    table.add("n-step target of MPG-v1, 256 states, 25 steps", [1e3 * time for time in times["target"]], "ms", "20", "5")
-
-    n_agents = 512
-    simulator = gym.make(task.env_id).get_wrapper_attr("make_simulator")(n_agents)
-    simulator.seed(0)
-    simulator.reset()
     actions = np.random.default_rng(0).uniform(-0.1, 0.1, (n_agents, 2))
-    times = take_turns({"step": lambda: simulator.step(actions)}, "cpu", repeats=500)
-    rates = [n_agents / time / 1e6 for time in times["step"]]
-    table.add("path-tracking simulator, 512 agents, one core", rates, "million agent-steps/s", "1", "3")
+    makers = {
+        name: gym.make(task.env_id, compile=compile).get_wrapper_attr("make_simulator")
+        for name, compile in {"compiled": True, "not compiled": False}.items()
+    }
+
+    def target(make_simulator: Callable[[int], PathTrackingSimulator]) -> Callable[[], object]:
+        arguments = (data, v1.actor, v1.actor_target, v1._target_values(1), units, v1.gamma, make_simulator)
+        return lambda: v1.value_target(*arguments)
+
+    def step(make_simulator: Callable[[int], PathTrackingSimulator]) -> Callable[[], object]:
+        simulator = make_simulator(n_agents)
+        simulator.seed(0)
+        simulator.reset()
+        return lambda: simulator.step(actions)
+
+    with th.no_grad():
+        targets = take_turns({name: target(make) for name, make in makers.items()}, "cpu")
+    steps = take_turns({name: step(make) for name, make in makers.items()}, "cpu", repeats=500)
+    for what, goals in {"compiled": ("20", "5"), "not compiled": ("", "")}.items():
+        times = [1e3 * time for time in targets[what]]
+        table.add(f"n-step target of MPG-v1, 256 states, 25 steps, {what}", times, "ms", *goals)
+    for what, goals in {"compiled": ("1", "3"), "not compiled": ("", "")}.items():
+        rates = [n_agents / time / 1e6 for time in steps[what]]
+        table.add(f"path-tracking simulator, 512 agents, one core, {what}", rates, "million agent-steps/s", *goals)
 
 
 def write_profile(model: MPG, device: str) -> None:
@@ -401,11 +441,13 @@ def main() -> None:
     table = Table()
     measure_first_update(table, device)
     model = new_model(device)
-    measure_gradient(table, model, device)
-    measure_update(table, model, device)
-    measure_default(table, device)
-    if device == "cpu":
-        measure_simulator(table)
+    # As `learn` does
+    with matmul_precision(choose_matmul_precision(model.policy, BATCH)):
+        measure_gradient(table, model, device)
+        measure_update(table, model, device)
+        measure_default(table, device)
+        if device == "cpu":
+            measure_simulator(table)
 
     versions = f"torch {th.__version__}, stable-baselines3 {stable_baselines3.__version__}, numpy {np.__version__}"
     machine = cpu_name() + (f", {th.cuda.get_device_name()}" if device == "cuda" else "")

@@ -17,6 +17,7 @@ LAYERS = [
     ("sb3_mpg.common.units", 1),
     ("sb3_mpg.common.torch_layers", 1),
     ("sb3_mpg.common.balance", 1),
+    ("sb3_mpg.common.precision", 1),
     ("sb3_mpg.common.processes", 1),
     ("sb3_mpg.common.callbacks", 1),
     ("sb3_mpg.common.models", 2),

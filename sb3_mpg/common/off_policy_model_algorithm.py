@@ -28,6 +28,7 @@ from sb3_mpg.common.models.checker import validate_prior_model
 from sb3_mpg.common.models.loading import PriorModelLike, make_prior_model
 from sb3_mpg.common.models.residual import ResidualModel
 from sb3_mpg.common.models.trainable import TrainableModel, Transitions
+from sb3_mpg.common.precision import choose_matmul_precision, matmul_precision
 from sb3_mpg.common.torch_layers import ObservationScaler
 from sb3_mpg.common.type_aliases import GradientResult, Simulator, TrainingBatch
 from sb3_mpg.common.units import Units
@@ -198,6 +199,7 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         self.learner_kwargs = learner_kwargs
         # While `learn` runs
         self._learners: Learners | None = None
+        self._matmul_precision = th.get_float32_matmul_precision()
         # What the random numbers of an update are drawn from, and its number
         self._update_seed: int | None = None
         #: The model that the gradient is back-propagated through
@@ -552,8 +554,10 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
     ) -> SelfOffPolicyModelAlgorithm:
+        self._matmul_precision = choose_matmul_precision(self.policy, self.batch_size)
         try:
-            return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+            with matmul_precision(self._matmul_precision):
+                return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
         finally:
             # However training ends, no process is left
             learners, self._learners = self._learners, None
@@ -661,6 +665,7 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
     def setup_replica(self) -> None:
         """Called on a replica, in the process of the learner."""
         keep_freed_memory()
+        th.set_float32_matmul_precision(self._matmul_precision)
         assert self.rollout_model is not None
         self.policy.set_training_mode(True)
         self.rollout_model.train()

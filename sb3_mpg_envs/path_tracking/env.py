@@ -87,6 +87,10 @@ class PathTrackingEnv(SimulatorEnv):
     - `vehicle`: `VehicleParameters`; the default is Table III of the paper.
     - `early_reset` (`True`), `early_reset_terminates` (`False`), `early_reset_penalty` (`100.0`): see *Episode End*.
     - `start_width` (`1.0`): see *Starting State*.
+    - `compile` (`False`): compile the equations of motion for all that steps more than one car: `make_simulator` and the
+      vector environments `PathTrackingVectorEnv` and `PathTrackingVecEnv`, which take the same arguments. Hundreds of cars
+      step in half of the time, after some ten seconds that compiling takes once (torch keeps what it compiled on disk). Needs
+      a C++ compiler.
 
     ```python
     >>> import gymnasium as gym
@@ -115,6 +119,7 @@ class PathTrackingEnv(SimulatorEnv):
         early_reset_terminates: bool = False,
         early_reset_penalty: float = 100.0,
         start_width: float = 1.0,
+        compile: bool = False,
     ):
         simulator = PathTrackingSimulator(
             1,
@@ -123,5 +128,6 @@ class PathTrackingEnv(SimulatorEnv):
             early_reset_terminates=early_reset_terminates,
             early_reset_penalty=early_reset_penalty,
             start_width=start_width,
+            compile=compile,
         )
         super().__init__(simulator, render_mode)

@@ -1,0 +1,125 @@
+import gymnasium as gym
+import pytest
+import torch as th
+from lq import LinearEnv
+from stable_baselines3.common.callbacks import BaseCallback
+
+import sb3_mpg_envs  # noqa: F401
+from sb3_mpg import MPG
+from sb3_mpg.common import off_policy_model_algorithm, precision
+from sb3_mpg.common.precision import choose_matmul_precision, factors_of_layers, is_as_exact, matmul_precision
+
+SMALL = {"learning_starts": 40, "batch_size": 32, "policy_kwargs": {"net_arch": [16]}, "seed": 0}
+
+
+class Clock:
+    """Stands for the ``time`` module: products take what ``seconds_of`` says of the precision that is set."""
+
+    def __init__(self, seconds_of: dict[str, float]):
+        self.seconds_of = seconds_of
+        self.now, self.is_running = 0.0, False
+
+    def perf_counter(self) -> float:
+        # Called before and after
+        self.now += self.seconds_of[th.get_float32_matmul_precision()] if self.is_running else 0.0
+        self.is_running = not self.is_running
+        return self.now
+
+
+@pytest.mark.parametrize(
+    "seconds_of, are_exact, expected",
+    [
+        ({"highest": 2.0, "medium": 1.0}, True, "medium"),
+        ({"highest": 2.0, "medium": 1.0}, False, "highest"),
+        # Within the noise of a timing
+        ({"highest": 1.1, "medium": 1.0}, True, "highest"),
+        ({"highest": 1.0, "medium": 2.0}, True, "highest"),
+    ],
+)
+def test_a_setting_is_taken_if_it_is_as_exact_and_clearly_faster(monkeypatch, seconds_of, are_exact, expected):
+    monkeypatch.setattr(precision, "time", Clock(seconds_of))
+    monkeypatch.setattr(precision, "is_as_exact", lambda factors, precision: are_exact)
+    network, random_state = th.nn.Linear(4, 3), th.get_rng_state()
+    assert choose_matmul_precision(network, 8) == expected
+    assert th.get_float32_matmul_precision() == "highest"
+    assert th.equal(th.get_rng_state(), random_state)
+
+
+@pytest.mark.parametrize("kind", [{"dtype": th.float64}, {"device": "meta"}, None])
+def test_other_networks_keep_the_setting(kind):
+    network = th.nn.Identity() if kind is None else th.nn.Linear(4, 3, **kind)
+    assert choose_matmul_precision(network, 8) == "highest"
+
+
+def test_the_setting_of_a_user_is_kept(monkeypatch):
+    monkeypatch.setattr(precision, "time", Clock({"highest": 2.0, "medium": 1.0}))
+    monkeypatch.setattr(precision, "is_as_exact", lambda factors, precision: True)
+    with matmul_precision("high"):
+        assert choose_matmul_precision(th.nn.Linear(4, 3), 8) == "high"
+    assert th.get_float32_matmul_precision() == "highest"
+
+
+def test_products_of_less_precision_are_found_out(monkeypatch):
+    factors = factors_of_layers([th.randn(64, 32)], 16)
+    assert [(left.shape, right.shape) for left, right in factors] == [((16, 32), (32, 64)), ((16, 64), (64, 32))]
+    assert is_as_exact(factors, "highest")
+    exact = th.Tensor.__matmul__
+
+    def rounded(left: th.Tensor, right: th.Tensor) -> th.Tensor:
+        if left.dtype == th.float32 and th.get_float32_matmul_precision() == "medium":
+            return exact(left.bfloat16().float(), right.bfloat16().float())
+        return exact(left, right)
+
+    monkeypatch.setattr(th.Tensor, "__matmul__", rounded)
+    assert not is_as_exact(factors, "medium")
+
+
+@pytest.mark.parametrize("env_id", ["PathTracking-v0", "InvertedPendulumConti-v0"])
+def test_the_gradient_changes_by_rounding_only(env_id):
+    env = gym.make(env_id)
+    model = MPG("MlpPolicy", env, compile=False, learning_starts=40, seed=0).learn(50)
+    observations = th.as_tensor(model.replay_buffer.observations[:32, 0])
+    gradients = {}
+    for name in ("highest", "medium"):
+        with matmul_precision(name):
+            gradients[name] = model.policy_gradient(observations, 25)
+    error = (gradients["medium"] - gradients["highest"]).norm() / gradients["highest"].norm()
+    weights = [parameter.detach() for parameter in model.actor.parameters() if parameter.ndim == 2]
+    # Where products are of bfloat16, the setting is not used
+    assert is_as_exact(factors_of_layers(weights, 32), "medium") == (error < 1e-4)
+
+
+class Precisions(BaseCallback):
+    """Notes the settings at each step."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def _on_step(self) -> bool:
+        self.seen.add(th.get_float32_matmul_precision())
+        if self.num_timesteps == 60:
+            raise KeyboardInterrupt
+        return True
+
+
+@pytest.mark.parametrize("steps", [50, 100])
+def test_training_leaves_the_settings_of_torch_as_they_were(monkeypatch, steps):
+    monkeypatch.setattr(off_policy_model_algorithm, "choose_matmul_precision", lambda network, batch_size: "medium")
+    model, precisions = MPG("MlpPolicy", LinearEnv(), compile=False, horizons=(0, 2), **SMALL), Precisions()
+    if steps == 50:
+        model.learn(steps, precisions)
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            model.learn(steps, precisions)
+    assert precisions.seen == {"medium"}
+    assert th.get_float32_matmul_precision() == "highest"
+
+
+def test_learners_compute_with_the_setting_of_the_main_process():
+    model = MPG("MlpPolicy", LinearEnv(), compile=False, horizons=(0, 2), **SMALL).learn(44)
+    model._matmul_precision = "medium"
+    replica = model.make_replica()
+    with matmul_precision("highest"):
+        replica.setup_replica()
+        assert th.get_float32_matmul_precision() == "medium"

@@ -195,17 +195,19 @@ class StepCompiler:
         rollout = RolloutState(*even_rows(rollout, model))
         chunk = min(self.chunk, n_steps)
         n_chunks, n_left = divmod(n_steps, chunk)
-        rollout, total = self._advance(like_a_middle(rollout), chunk, *args)
-        discount = gamma**chunk
+        rollout, rewards = self._advance(like_a_middle(rollout), chunk, *args)
+        parts = [rewards]
         # What the guards checked for the first of these calls holds for the others
         with th.compiler.set_stance(skip_guard_eval_unsafe=True):
             for _ in range(1, n_chunks):
                 rollout, rewards = self._advance(like_a_middle(rollout), chunk, *args)
-                total = total + discount * rewards
-                discount *= gamma**chunk
+                parts.append(rewards)
         if n_left > 0:
             rollout, rewards = advance(rollout, n_left, *args)
-            total = total + discount * rewards
+            parts.append(rewards)
+        # All at once: between two graphs, an operation on some numbers takes as long as one on a layer
+        discounts = th.tensor([gamma ** (chunk * index) for index in range(len(parts))], device=rewards.device)
+        total = (discounts * th.cat(parts, dim=1)).sum(dim=1, keepdim=True)
         if len(total) > n_rows:
             rollout, total = RolloutState(*(tensor[:n_rows] for tensor in rollout)), total[:n_rows]
         return rollout, total

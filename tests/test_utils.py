@@ -2,7 +2,11 @@ import platform
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import torch as th
+
+from sb3_mpg.common.utils import clip_norm
 
 FAULTS_OF_GRADIENTS = """
 import resource
@@ -27,3 +31,19 @@ def test_freed_memory_is_kept():
     output = subprocess.run([sys.executable, "-c", FAULTS_OF_GRADIENTS], capture_output=True, text=True, check=True).stdout
     # Ten times 12.5 MiB are 32,000 pages
     assert int(output) < 1000
+
+
+@pytest.mark.parametrize("max_norm", [0.1, 3.0, 1e3, float("inf")])
+def test_norms_are_clipped_as_by_torch(max_norm):
+    gradients = [th.randn(5, 3), th.randn(7), th.randn(())]
+    parameters = [th.nn.Parameter(th.zeros_like(gradient)) for gradient in gradients]
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient.clone()
+    expected = th.nn.utils.clip_grad_norm_(parameters, max_norm)
+    assert clip_norm(gradients, max_norm) == pytest.approx(expected.item(), rel=1e-6)
+    th.testing.assert_close(gradients, [parameter.grad for parameter in parameters])
+
+
+@pytest.mark.parametrize("bad", [th.nan, th.inf])
+def test_norms_that_are_not_finite_are_told(bad):
+    assert not np.isfinite(clip_norm([th.randn(3), th.tensor([1.0, bad])], 3.0))

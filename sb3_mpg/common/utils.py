@@ -74,6 +74,21 @@ def gradient_of(output: th.Tensor, network: th.nn.Module, output_gradient: th.Te
     return list(th.autograd.grad(output, parameters, output_gradient, allow_unused=True, materialize_grads=True))
 
 
+@th.no_grad()
+def clip_norm(tensors: list[th.Tensor], max_norm: float) -> float:
+    """
+    torch's ``clip_grad_norm_`` for less: what is small enough is left alone instead of multiplied by 1.
+
+    :param tensors: all that the norm is of; scaled in place where it is larger than allowed, or not finite
+    :param max_norm: largest norm
+    :return: the norm before
+    """
+    norm = th.linalg.vector_norm(th.stack(th._foreach_norm(tensors))).item()
+    if not norm <= max_norm:
+        th._foreach_mul_(tensors, max_norm / (norm + 1e-6))
+    return norm
+
+
 def finite_mean(values: th.Tensor) -> th.Tensor:
     """
     :param values: any shape

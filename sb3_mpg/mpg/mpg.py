@@ -52,6 +52,7 @@ from sb3_mpg.common.type_aliases import Differentiate, GradientResult, TrainingB
 from sb3_mpg.common.units import Units
 from sb3_mpg.common.utils import (
     check_number,
+    clip_norm,
     finite_mean,
     gradient_of,
     polyak_update_all,
@@ -733,7 +734,7 @@ class MPG(OffPolicyModelAlgorithm):
             parameters = trainable_parameters(network)
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
-            norm = th.nn.utils.clip_grad_norm_(parameters, max_norm).item()
+            norm = clip_norm(gradients, max_norm)
             is_finite = is_finite and np.isfinite(norm)
             result.logs[f"train/{name}_grad_norm"] = norm
             result.logs[f"train/{name}_grad_norm_clipped"] = min(norm, max_norm)

@@ -59,8 +59,8 @@ class BatchSimulator(ABC):
 
     Actions are between -1 and 1; multiplied by the ranges of the actuators they are the *controls*, in physical units.
 
-    A subclass writes :meth:`_start_states`, :meth:`_transition`, :meth:`_rewards`, :meth:`_is_outside`,
-    :meth:`prior_model` and :meth:`make_renderer`. There, arrays have one row per dimension and one column per agent.
+    A subclass writes :meth:`_start_states`, :meth:`_transition`, :meth:`_is_outside`, :meth:`prior_model` and
+    :meth:`make_renderer`. There, arrays have one row per dimension and one column per agent.
 
     :param num_agents: number of agents that are stepped together
     :param observation_space: observation space of one agent
@@ -115,7 +115,8 @@ class BatchSimulator(ABC):
         :param num_agents: its number of agents
         :return: the simulator; reset it before the first step
         """
-        simulator = copy.deepcopy(self)
+        # Its settings are shared, and all that changes is allocated anew
+        simulator = copy.copy(self)
         simulator._allocate(num_agents)
         return simulator
 
@@ -191,18 +192,17 @@ class BatchSimulator(ABC):
         n_stepped = self.num_agents if indices is None else len(indices)
         columns = columns_of(indices)
         expected_shape = (n_stepped, self._controls.shape[0])
-        actions = np.asarray(actions, dtype=np.float64)
+        actions = np.asarray(actions)
         if actions.shape != expected_shape:
             raise ValueError(f"Expected actions of shape {expected_shape}, got {actions.shape}")
+        actions = np.array(actions.T, dtype=np.float64, order="C")
         if not np.isfinite(actions).all():
             raise ValueError("The actions are not finite")
         # Not np.clip: its overhead is several times that of the two functions
-        actions = np.ascontiguousarray(actions.T)
         controls = self._max_controls * np.minimum(np.maximum(actions, -1.0), 1.0)
 
         states = self._states[:, columns]
-        next_states = self._transition(states, controls, columns)
-        rewards = self._rewards(states, controls, next_states)
+        next_states, rewards = self._transition(states, controls, columns)
         self._states[:, columns] = next_states
         self._controls[:, columns] = controls
 
@@ -244,21 +244,12 @@ class BatchSimulator(ABC):
         """
 
     @abstractmethod
-    def _transition(self, states: np.ndarray, controls: np.ndarray, columns: Columns) -> np.ndarray:
+    def _transition(self, states: np.ndarray, controls: np.ndarray, columns: Columns) -> tuple[np.ndarray, np.ndarray]:
         """
         :param states: states, ``(S, n)``
         :param controls: controls in physical units, ``(A, n)``
         :param columns: which agents they belong to
-        :return: next states in a new array, ``(S, n)``
-        """
-
-    @abstractmethod
-    def _rewards(self, states: np.ndarray, controls: np.ndarray, next_states: np.ndarray) -> np.ndarray:
-        """
-        :param states: states before the step, ``(S, n)``
-        :param controls: controls in physical units, ``(A, n)``
-        :param next_states: states after the step, ``(S, n)``
-        :return: rewards, ``(n,)``
+        :return: next states, ``(S, n)``, and the rewards of the step, ``(n,)``, in new arrays
         """
 
     @abstractmethod

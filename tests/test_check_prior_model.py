@@ -7,6 +7,8 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
+import sb3_mpg_envs  # noqa: F401
+from sb3_mpg import MPG
 from sb3_mpg.common.models.base import PriorModel
 from sb3_mpg.common.models.checker import check_prior_model, validate_prior_model
 
@@ -337,6 +339,36 @@ def test_kinks_and_jumps_are_allowed():
             return -(actions - actions).abs() - states[:, :1].abs() + th.floor(actions)
 
     check_prior_model(Kinks(), Cart(), n_samples=50, verbose=False)
+
+
+class PenalisesTheEnd(CartModel):
+    def reward(self, states, actions, next_states):
+        return super().reward(states, actions, next_states) - 10.0 * self.terminal(next_states)
+
+
+class DetachedAndPenalisesTheEnd(PenalisesTheEnd):
+    def reward(self, states, actions, next_states):
+        return super().reward(states, actions, next_states) - next_states[:, 1:].detach() ** 2
+
+
+class PenalisesOtherSteps(PenalisesTheEnd):
+    def reward(self, states, actions, next_states):
+        return super().reward(states, actions, next_states) - 1.0 * (next_states[:, 1:] > 0)
+
+
+def test_terminal_states_may_be_penalised():
+    validate_prior_model(PenalisesTheEnd(), OBSERVATION_SPACE, ACTION_SPACE, "cpu")
+    check_prior_model(PenalisesTheEnd(), Cart(), n_samples=50, verbose=False)
+    for model in (DetachedAndPenalisesTheEnd(), PenalisesOtherSteps()):
+        with pytest.raises(ValueError, match="not differentiable with respect to next_states"):
+            validate_prior_model(model, OBSERVATION_SPACE, ACTION_SPACE, "cpu")
+
+
+@pytest.mark.parametrize("env_id", ["PathTracking-v0", "InvertedPendulumConti-v0"])
+def test_the_models_of_environments_that_terminate_can_be_learned_with(env_id):
+    env = gym.make(env_id, early_reset_terminates=True)
+    check_prior_model(env.unwrapped.prior_model(), env, n_samples=200, verbose=False)
+    MPG("MlpPolicy", env)
 
 
 def test_some_impossible_observations_are_allowed():

@@ -1,4 +1,5 @@
 import gymnasium as gym
+import numpy as np
 import pytest
 import torch as th
 from lq import LinearEnv
@@ -116,6 +117,30 @@ def test_compiled_exploration_equals_the_other():
         assert model._step_compiler is compiler
     th.testing.assert_close(*explored, rtol=1e-5, atol=1e-5)
     assert (explored[0] != observations).any()
+
+
+def test_compiled_policies_give_the_same_value_targets():
+    """Also when some of the agents have terminated, for which nothing more is compiled."""
+    env = gym.make("InvertedPendulumConti-v0", max_episode_steps=2, early_reset_terminates=True)
+    model = MPG("MlpPolicy", env, compile=False, value_target="n_step_simulator", horizons=(0, 2), **SMALL).learn(50)
+    compilers = StepCompiler(), None
+    for seed in range(2):
+        targets = []
+        for compiler in compilers:
+            model._step_compiler = compiler
+            np.random.seed(seed)
+            targets.append(model._draw_batch(model._n_updates, 32, model._units()).target_q_values)
+            assert model._step_compiler is compiler
+        th.testing.assert_close(*targets, rtol=1e-4, atol=1e-4)
+        # The actor learns meanwhile
+        with th.no_grad():
+            for parameter in model.actor.parameters():
+                parameter.add_(0.1 * th.randn_like(parameter))
+    assert compilers[0]._act is not None
+    acted = []
+    model.actor.register_forward_hook(lambda actor, inputs, actions: acted.append(len(actions)))
+    model._draw_batch(model._n_updates, 32, model._units())
+    assert 32 in acted and min(acted) < 32
 
 
 def test_biases_behind_products_change_nothing_else():

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sb3_mpg.common.model_rollout import Advance, HeldStep, RolloutState, advance, held_step
 from sb3_mpg.common.models.base import PriorModel
 from sb3_mpg.common.models.trainable import TrainableModel
+from sb3_mpg.common.type_aliases import Policy
 
 # At most so many steps are compiled into one graph, and no more than make about so many operations: a hundred of them take a
 # second or more to compile
@@ -166,6 +167,15 @@ def even_rows(tensors: Iterable[th.Tensor], model: PriorModel) -> list[th.Tensor
     return [model.even_rows(tensor) if isinstance(model, TrainableModel) else tensor for tensor in tensors]
 
 
+def act(network_inputs: th.Tensor, actor: th.nn.Module) -> th.Tensor:
+    """
+    :param network_inputs: normalised observations, ``(B, *obs_shape)``
+    :param actor: the policy
+    :return: its actions, in [-1, 1], ``(B, A)``
+    """
+    return actor(network_inputs)
+
+
 class StepCompiler:
     """
     Compiles :func:`advance`, a few steps at a time: with one step for each call, the calls cost a tenth of the gradient,
@@ -183,6 +193,7 @@ class StepCompiler:
         # Compiled at the first call, because that is where failures are dealt with
         self._advance: Advance | None = None
         self._held_step: HeldStep | None = None
+        self._act: Callable[..., th.Tensor] | None = None
 
     def __call__(self, rollout: RolloutState, n_steps: int, *args: Any) -> tuple[RolloutState, th.Tensor]:
         """As :func:`advance`."""
@@ -220,6 +231,27 @@ class StepCompiler:
             self._held_step = compile_function(held_step, states.device, self.backend)
         next_states, n_left = self._held_step(*even_rows((states, env_actions, n_left), model), model, *args)
         return next_states[: len(states)], n_left[: len(states)]
+
+    def policy(self, actor: th.nn.Module, n_rows: int) -> Policy:
+        """
+        :param actor: the policy
+        :param n_rows: for which number of rows it is compiled; it acts as it is for others
+        :return: the same, for one rollout: as long as nothing of it changes but its inputs
+        """
+        is_checked = False
+
+        def policy(network_inputs: th.Tensor) -> th.Tensor:
+            nonlocal is_checked
+            if len(network_inputs) != n_rows:
+                return actor(network_inputs)
+            if self._act is None:
+                self._act = compile_function(act, network_inputs.device, self.backend)
+            with th.compiler.set_stance(skip_guard_eval_unsafe=True) if is_checked else nullcontext():
+                actions = self._act(network_inputs, actor)
+            is_checked = True
+            return actions
+
+        return policy
 
 
 @contextmanager

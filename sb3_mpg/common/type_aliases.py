@@ -1,5 +1,6 @@
 """Common aliases, batches and protocols."""
 
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -36,6 +37,10 @@ class GradientResult(NamedTuple):
     critic: list[th.Tensor]
     actor: list[th.Tensor] | None
     logs: dict[str, Any]
+
+
+#: normalised observations (B, *obs_shape) -> actions in [-1, 1] (B, A)
+Policy = Callable[[th.Tensor], th.Tensor]
 
 
 class Simulator(Protocol):

@@ -11,14 +11,14 @@ from stable_baselines3.common.policies import ContinuousCritic
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
 from sb3_mpg.common.model_rollout import QFunction
-from sb3_mpg.common.type_aliases import Simulator
+from sb3_mpg.common.type_aliases import Policy, Simulator
 from sb3_mpg.common.units import Units
 from sb3_mpg.common.utils import check_keywords, check_number, is_whole
 
 
 def bootstrap_values(
     network_inputs: th.Tensor,
-    actor_target: th.nn.Module,
+    actor_target: Policy,
     target_values: QFunction,
     noise_std: float = 0.0,
     noise_clip: float = 0.5,
@@ -80,8 +80,8 @@ class ValueTarget(ABC):
     def __call__(
         self,
         replay_data: ReplayBufferSamples,
-        actor: th.nn.Module,
-        actor_target: th.nn.Module,
+        actor: Policy,
+        actor_target: Policy,
         target_values: QFunction,
         units: Units,
         gamma: float,
@@ -157,7 +157,7 @@ class SimulatorTarget(ValueTarget):
             return th.as_tensor(array, dtype=th.float32, device=device)
 
         # The simulator speaks NumPy, and so does the bookkeeping: a small operation of torch costs several times as much
-        last_obs = observations.cpu().numpy().copy()
+        last_obs = observations.cpu().numpy().astype(np.float32)
         simulator = make_simulator(n_agents)
         simulator.set_state(last_obs)
         actions = replay_data.actions
@@ -168,7 +168,7 @@ class SimulatorTarget(ValueTarget):
         running: slice | np.ndarray = slice(None)
         for step in range(self.n_steps):
             if step > 0:
-                actions = actor(units.normalize_observations(to_tensor(last_obs[running])))
+                actions = actor(units.normalize_observations(th.from_numpy(last_obs[running]).to(device)))
             env_actions = units.unscale_actions(actions).cpu().numpy()
             indices = None if isinstance(running, slice) else running
             last_obs[running], all_rewards[step, running, 0], is_terminated[running], _ = simulator.step(env_actions, indices)

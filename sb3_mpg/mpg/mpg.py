@@ -48,7 +48,7 @@ from sb3_mpg.common.models.trainable import TrainableModel
 from sb3_mpg.common.off_policy_model_algorithm import OffPolicyModelAlgorithm
 from sb3_mpg.common.torch_layers import ObservationScaler
 from sb3_mpg.common.trust_report import Measurement, TrustReport, make_trust_report
-from sb3_mpg.common.type_aliases import Differentiate, GradientResult, TrainingBatch
+from sb3_mpg.common.type_aliases import Differentiate, GradientResult, Policy, TrainingBatch
 from sb3_mpg.common.units import Units
 from sb3_mpg.common.utils import (
     check_number,
@@ -447,16 +447,20 @@ class MPG(OffPolicyModelAlgorithm):
         replay_data = replay_data._replace(
             observations=replay_data.observations.float(), next_observations=replay_data.next_observations.float()
         )
+
+        def target_of(actor: Policy) -> th.Tensor:
+            arguments = (actor, self.actor_target, self._target_values(n_updates), units, self.gamma, self._make_simulator)
+            return self.value_target(replay_data, *arguments)
+
         with th.no_grad():
-            target_q_values = self.value_target(
-                replay_data,
-                self.actor,
-                self.actor_target,
-                self._target_values(n_updates),
-                units,
-                self.gamma,
-                self._make_simulator,
-            )
+            if self.value_target.needs_simulator:
+                target_q_values = self._compiled(
+                    lambda advance: target_of(
+                        advance.policy(self.actor, batch_size) if isinstance(advance, StepCompiler) else self.actor
+                    )
+                )
+            else:
+                target_q_values = target_of(self.actor)
         assert target_q_values.shape == (batch_size, 1), target_q_values.shape
         return TrainingBatch(replay_data.observations, replay_data.actions, target_q_values)
 

@@ -29,10 +29,10 @@ class CompiledTracking:
 
     def __init__(self, vehicle: VehicleParameters):
         self.vehicle = vehicle
-        self._step: Callable[..., tuple[th.Tensor, th.Tensor]] | None = None
+        self._step: Callable[..., tuple[th.Tensor, ...]] | None = None
         self._has_failed = False
 
-    def __call__(self, states: np.ndarray, path: np.ndarray, controls: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, states: np.ndarray, path: np.ndarray, controls: np.ndarray) -> tuple[np.ndarray, ...]:
         """As :func:`numpy_tracking`, without the vehicle."""
         # torch compiles for one vehicle apart from several
         if self._has_failed or states.shape[1] == 1:
@@ -43,7 +43,7 @@ class CompiledTracking:
             if self._step is None:
                 self._step = self._compile(tensors)
             with th.no_grad():
-                next_states, next_path = self._step(*tensors)
+                return tuple(result.numpy() for result in self._step(*tensors))
         except Exception as error:
             self._has_failed = True
             warnings.warn(
@@ -51,12 +51,11 @@ class CompiledTracking:
                 f"({type(error).__name__}: {' '.join(str(error).split())[:300]}). `compile=False` avoids the attempt."
             )
             return numpy_tracking(states, path, controls, self.vehicle)
-        return next_states.numpy(), next_path.numpy()
 
-    def _compile(self, tensors: Sequence[th.Tensor]) -> Callable[..., tuple[th.Tensor, th.Tensor]]:
-        def step(states: th.Tensor, path: th.Tensor, controls: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-            next_state, next_path = tracking(states, path, controls, self.vehicle, th)
-            return th.stack(next_state), th.stack(next_path)
+    def _compile(self, tensors: Sequence[th.Tensor]) -> Callable[..., tuple[th.Tensor, ...]]:
+        def step(states: th.Tensor, path: th.Tensor, controls: th.Tensor) -> tuple[th.Tensor, ...]:
+            next_state, next_path, rewards = tracking(states, path, controls, self.vehicle, th)
+            return th.stack(next_state), th.stack(next_path), rewards
 
         # A code object of its own: what torch compiled for one is taken for all functions that share it, whatever the vehicle
         own_step = FunctionType(step.__code__.replace(), step.__globals__, step.__name__, None, step.__closure__)
@@ -88,7 +87,7 @@ def tracking(
     controls: dynamics.Array,
     vehicle: VehicleParameters,
     xp: dynamics.ArrayModule,
-) -> tuple[TrackingState, tuple[dynamics.Array, dynamics.Array]]:
+) -> tuple[TrackingState, tuple[dynamics.Array, dynamics.Array], dynamics.Array]:
     """
     A step of the simulator.
 
@@ -97,28 +96,30 @@ def tracking(
     :param controls: front wheel angle and acceleration, ``(2, n)``
     :param vehicle: parameters of the vehicles
     :param xp: array module
-    :return: next tracking errors, and the path there, each ``(n,)``
+    :return: next tracking errors, the path there, and the rewards, each ``(n,)``
     """
     y_ref, phi_ref = path
     steering, acceleration = controls
-    return dynamics.tracking_step(
-        TrackingState(*states), (y_ref, phi_ref), steering, acceleration, vehicle, dynamics.N_SUBSTEPS, "path", xp
+    state = TrackingState(*states)
+    next_state, next_path = dynamics.tracking_step(
+        state, (y_ref, phi_ref), steering, acceleration, vehicle, dynamics.N_SUBSTEPS, "path", xp
     )
+    return next_state, next_path, dynamics.tracking_reward(state, steering, acceleration)
 
 
 def numpy_tracking(
     states: np.ndarray, path: np.ndarray, controls: np.ndarray, vehicle: VehicleParameters
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, ...]:
     """
     :param states: tracking errors, ``(6, n)``
     :param path: the path where the vehicles are, ``(2, n)``
     :param controls: front wheel angle and acceleration, ``(2, n)``
     :param vehicle: parameters of the vehicles
-    :return: next tracking errors, ``(6, n)``, and the path there, ``(2, n)``, in new arrays
+    :return: next tracking errors, ``(6, n)``, the path there, ``(2, n)``, and the rewards, ``(n,)``, in new arrays
     """
-    next_state, next_path = tracking(states, path, controls, vehicle, np)
+    next_state, next_path, rewards = tracking(states, path, controls, vehicle, np)
     # As np.stack(), with less overhead
-    return np.concatenate(next_state).reshape(states.shape), np.concatenate(next_path).reshape(path.shape)
+    return np.concatenate(next_state).reshape(states.shape), np.concatenate(next_path).reshape(path.shape), rewards
 
 
 class PathTrackingSimulator(BatchSimulator):
@@ -212,18 +213,13 @@ class PathTrackingSimulator(BatchSimulator):
             )
         )
 
-    def _transition(self, states: np.ndarray, controls: np.ndarray, columns: Columns) -> np.ndarray:
+    def _transition(self, states: np.ndarray, controls: np.ndarray, columns: Columns) -> tuple[np.ndarray, np.ndarray]:
         path = self._path[:, columns]
         if self.compile:
-            next_states, next_path = compiled_tracking(self.vehicle)(states, path, controls)
+            next_states, self._path[:, columns], rewards = compiled_tracking(self.vehicle)(states, path, controls)
         else:
-            next_states, next_path = numpy_tracking(states, path, controls, self.vehicle)
-        self._path[:, columns] = next_path
-        return next_states
-
-    def _rewards(self, states: np.ndarray, controls: np.ndarray, next_states: np.ndarray) -> np.ndarray:
-        steering, acceleration = controls
-        return dynamics.tracking_reward(TrackingState(*states), steering, acceleration)
+            next_states, self._path[:, columns], rewards = numpy_tracking(states, path, controls, self.vehicle)
+        return next_states, rewards
 
     def _is_outside(self, states: np.ndarray) -> np.ndarray:
         return dynamics.is_off_path(TrackingState(*states))

@@ -391,14 +391,21 @@ def _gradients(
 
 
 def _check_gradient_flow(model: PriorModel, call: _Call, allow_some_non_finite: bool = False) -> None:
-    """An output that follows an input must be connected to it; a constant (no reward, no motion) need not be."""
+    """
+    An output that follows an input must be connected to it; a constant (no reward, no motion, a penalty for a terminal state)
+    need not be.
+    """
     output, gradients = _gradients(model, call, th.sum)
     for idx, (name, gradient) in enumerate(zip(call.method.inputs, gradients, strict=True)):
         if gradient is None:
             moved = list(call.inputs)
             # Another row's values are as plausible as this row's
             moved[idx] = moved[idx].roll(1, dims=0)
-            if not th.equal(_call_unmodified(model, call.method, tuple(moved)).nan_to_num(), output.nan_to_num()):
+            differs = _call_unmodified(model, call.method, tuple(moved)).nan_to_num() != output.nan_to_num()
+            if call.method is REWARD and model.may_terminate and name != "action":
+                before, after = (_call_unmodified(model, TERMINAL, (inputs[idx],)) for inputs in (call.inputs, moved))
+                differs = differs & (before == after)
+            if differs.any():
                 raise ValueError(
                     f"{_where(model, call.method)} is not differentiable with respect to {name}s: its output depends on them "
                     "but carries no gradient; remove `.detach()`, `th.no_grad`, `.item()` and NumPy from it."

@@ -382,6 +382,7 @@ def measure_simulator(table: Table) -> None:
     task, n_agents = TASKS["path_tracking"], 512
     v1 = make_model("mpg_v1", task, make_vec_env(task, 16), 0)
     fill(v1)
+    precision = choose_matmul_precision(v1.policy, BATCH)
     data, units = v1.replay_buffer.sample(BATCH), v1._units()  # type: ignore[union-attr]
     actions = np.random.default_rng(0).uniform(-0.1, 0.1, (n_agents, 2))
     makers = {
@@ -406,7 +407,8 @@ def measure_simulator(table: Table) -> None:
     for what, make in makers.items():
         with th.no_grad():
             compiler = StepCompiler() if what == "compiled" else None
-            times = take_turns({"target": target(make, compiler)}, "cpu")["target"]
+            with matmul_precision(precision):
+                times = take_turns({"target": target(make, compiler)}, "cpu")["target"]
         goals = ("20", "5") if what == "compiled" else ("", "")
         table.add(f"n-step target of MPG-v1, 256 states, 25 steps, {what}", [1e3 * time for time in times], "ms", *goals)
     for what, make in makers.items():
@@ -445,14 +447,15 @@ def main() -> None:
     load = f"{os.getloadavg()[0]:.1f}"
     table = Table()
     measure_first_update(table, device)
+    if device == "cpu":
+        # While there is nothing else in memory, as in a training
+        measure_simulator(table)
     model = new_model(device)
     # As `learn` does
     with matmul_precision(choose_matmul_precision(model.policy, BATCH)):
         measure_gradient(table, model, device)
         measure_update(table, model, device)
         measure_default(table, device)
-        if device == "cpu":
-            measure_simulator(table)
 
     versions = f"torch {th.__version__}, stable-baselines3 {stable_baselines3.__version__}, numpy {np.__version__}"
     machine = cpu_name() + (f", {th.cuda.get_device_name()}" if device == "cuda" else "")

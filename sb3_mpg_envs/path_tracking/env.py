@@ -89,8 +89,8 @@ class PathTrackingEnv(SimulatorEnv):
     - `start_width` (`1.0`): see *Starting State*.
     - `compile` (`False`): compile the equations of motion for all that steps more than one car: `make_simulator` and the
       vector environments `PathTrackingVectorEnv` and `PathTrackingVecEnv`, which take the same arguments. Hundreds of cars
-      step in half of the time, after some ten seconds that compiling takes once (torch keeps what it compiled on disk). Needs
-      a C++ compiler.
+      step in half of the time, after some twenty seconds that compiling takes once (torch keeps what it compiled on disk, and
+      takes a few seconds later). The same numbers to rounding error. Needs a C++ compiler.
 
     ```python
     >>> import gymnasium as gym

@@ -29,7 +29,14 @@ from torch.profiler import ProfilerActivity, profile
 
 from sb3_mpg import MPG
 from sb3_mpg.common.compilation import StepCompiler
-from sb3_mpg.common.precision import choose_matmul_precision, factors_of_layers, is_as_exact, matmul_precision
+from sb3_mpg.common.precision import (
+    DEFAULT,
+    ONEDNN,
+    choose_matmul_precision,
+    factors_of_layers,
+    is_as_exact,
+    matmul_precision,
+)
 from sb3_mpg.common.torch_layers import ObservationScaler
 from sb3_mpg.mpg.mpg import MEASURE_EVERY
 from sb3_mpg_envs.path_tracking.simulator import PathTrackingSimulator
@@ -162,12 +169,12 @@ def memory_ratio(model: MPG, observations: th.Tensor) -> float:
 def fp32_kernels(device: str) -> list[str]:
     """
     :param device: where it runs
-    :return: torch's settings of precision whose products of the hidden layers have rounding errors of single precision
+    :return: settings of products whose rounding errors are those of single precision
     """
     if device == "cuda":
-        return ["highest"]
+        return [DEFAULT]
     factors = factors_of_layers([th.randn(WIDTH, WIDTH)], BATCH)
-    return [precision for precision in ("highest", "medium") if is_as_exact(factors, precision)]
+    return [precision for precision in (DEFAULT, ONEDNN) if is_as_exact(factors, precision)]
 
 
 class Table:
@@ -236,14 +243,16 @@ def measure_gradient(table: Table, model: MPG, device: str) -> None:
     :param device: where it runs
     """
     left, right = th.randn(BATCH, WIDTH, device=device), th.randn(WIDTH, WIDTH, device=device)
-    kernels = fp32_kernels(device)
+    kernels, precision = fp32_kernels(device), choose_matmul_precision(model.policy, BATCH)
     observations = model.replay_buffer.sample(BATCH).observations  # type: ignore[union-attr]
     units, compiler = model._units(), StepCompiler()
 
     def gradient(horizon: int, compiler: StepCompiler | None) -> Callable[[], object]:
         def run() -> None:
             model._step_compiler = compiler
-            model._mixed_policy_gradient(observations, units, {horizon: 1.0})
+            # As `learn` does
+            with matmul_precision(precision):
+                model._mixed_policy_gradient(observations, units, {horizon: 1.0})
 
         return run
 
@@ -270,7 +279,8 @@ def measure_gradient(table: Table, model: MPG, device: str) -> None:
     table.add_ratio("... not compiled", times["gradient, not compiled"], fastest)
     table.add_ratio("time at H = 50 / time at H = 5", times["50"], times["5"], "10", "9")
     for precision in kernels:
-        table.add(f"... 50 hidden-layer products, setting {precision!r}", [1e3 * time for time in times[precision]], "ms")
+        library = {DEFAULT: "torch's default", ONEDNN: "oneDNN"}[precision]
+        table.add(f"... 50 hidden-layer products, {library}", [1e3 * time for time in times[precision]], "ms")
     for name in ("gradient", "gradient, not compiled"):
         table.add(f"... {name}", [1e3 * time for time in times[name]], "ms")
     for name, used in {"compiled": compiler, "not compiled": None}.items():
@@ -304,18 +314,17 @@ def measure_update(table: Table, model: MPG, device: str) -> None:
     )
     fill(td3)
     compiler = model._step_compiler = StepCompiler()
-
-    def train_td3() -> None:
-        with matmul_precision("highest"):
-            td3.train(UPDATES, BATCH)
+    precision = choose_matmul_precision(model.policy, BATCH)
 
     def train(compiler: StepCompiler | None) -> None:
         model._step_compiler = compiler
-        model.train(UPDATES, BATCH)
+        # As `learn` does
+        with matmul_precision(precision):
+            model.train(UPDATES, BATCH)
 
     times = take_turns(
         {
-            "TD3": train_td3,
+            "TD3": lambda: td3.train(UPDATES, BATCH),
             "MPG-v2": lambda: train(compiler),
             "MPG-v2, not compiled": lambda: train(None),
         },
@@ -451,11 +460,9 @@ def main() -> None:
         # While there is nothing else in memory, as in a training
         measure_simulator(table)
     model = new_model(device)
-    # As `learn` does
-    with matmul_precision(choose_matmul_precision(model.policy, BATCH)):
-        measure_gradient(table, model, device)
-        measure_update(table, model, device)
-        measure_default(table, device)
+    measure_gradient(table, model, device)
+    measure_update(table, model, device)
+    measure_default(table, device)
 
     versions = f"torch {th.__version__}, stable-baselines3 {stable_baselines3.__version__}, numpy {np.__version__}"
     machine = cpu_name() + (f", {th.cuda.get_device_name()}" if device == "cuda" else "")

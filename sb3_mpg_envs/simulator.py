@@ -110,7 +110,8 @@ class BatchSimulator(ABC):
 
     def make_simulator(self, num_agents: int) -> "BatchSimulator":
         """
-        A fresh, unseeded simulator with the same settings.
+        A fresh, unseeded simulator that shares settings and spaces with this one. What changes while stepping must be made by
+        :meth:`_allocate`.
 
         :param num_agents: its number of agents
         :return: the simulator; reset it before the first step

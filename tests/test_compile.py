@@ -1,3 +1,5 @@
+import gc
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -6,8 +8,18 @@ from lq import LinearEnv
 
 import sb3_mpg_envs  # noqa: F401
 from sb3_mpg import MPG, PriorModel
-from sb3_mpg.common.compilation import BiasBehindProduct, PartsOneByOne, StepCompiler
+from sb3_mpg.common.compilation import BiasBehindProduct, PartsOneByOne, StepCompiler, compiling
 from sb3_mpg.common.model_rollout import explore_in_model, held_step
+from sb3_mpg.common.value_targets import SimulatorTarget
+
+
+class CustomTarget(SimulatorTarget):
+    """Takes the policy for what it is."""
+
+    def __call__(self, replay_data, actor, *args):
+        assert actor.training and list(actor.parameters())
+        return super().__call__(replay_data, actor, *args)
+
 
 SMALL = {"policy_kwargs": {"net_arch": [16]}, "learning_starts": 40, "batch_size": 32, "seed": 0, "buffer_size": 2000}
 
@@ -141,6 +153,48 @@ def test_compiled_policies_give_the_same_value_targets():
     model.actor.register_forward_hook(lambda actor, inputs, actions: acted.append(len(actions)))
     model._draw_batch(model._n_updates, 32, model._units())
     assert 32 in acted and min(acted) < 32
+
+
+def test_policies_that_cannot_be_compiled_act_as_they_are(monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(th, "compile", fail)
+    compiler, actor, inputs = StepCompiler(), th.nn.Linear(3, 2), th.randn(5, 3)
+    with pytest.warns(UserWarning, match=r"policy could not be compiled.*RuntimeError: no C\+\+ compiler"):
+        assert th.equal(compiler.policy(actor, 5)(inputs), actor(inputs))
+    # Warnings are errors
+    assert th.equal(compiler.policy(actor, 5)(inputs), actor(inputs))
+
+
+@pytest.mark.parametrize("target_class", [SimulatorTarget, CustomTarget])
+def test_errors_of_a_simulator_are_not_those_of_the_compiler(monkeypatch, target_class):
+    model = MPG("MlpPolicy", LinearEnv(), compile=False, value_target=target_class(2), horizons=(0, 2), **SMALL).learn(44)
+    model._step_compiler = compiler = StepCompiler(backend="eager")
+
+    def disconnected(n_agents):
+        raise ConnectionError("lost the simulator")
+
+    with monkeypatch.context() as patch, pytest.raises(ConnectionError, match="lost"):
+        patch.setattr(model, "_make_simulator", disconnected)
+        model._draw_batch(1, 32, model._units())
+    assert model._step_compiler is compiler
+    assert model._draw_batch(1, 32, model._units()).target_q_values.shape == (32, 1)
+
+
+@pytest.mark.parametrize("is_enabled", [True, False])
+def test_garbage_is_collected_again(is_enabled):
+    was_enabled = gc.isenabled()
+    try:
+        (gc.enable if is_enabled else gc.disable)()
+        with compiling():
+            assert not gc.isenabled()
+        assert gc.isenabled() == is_enabled
+        with pytest.raises(KeyboardInterrupt), compiling():
+            raise KeyboardInterrupt
+        assert gc.isenabled() == is_enabled
+    finally:
+        (gc.enable if was_enabled else gc.disable)()
 
 
 def test_biases_behind_products_change_nothing_else():

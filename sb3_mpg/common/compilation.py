@@ -9,6 +9,7 @@ from typing import Any
 
 import torch as th
 from torch._functorch import config as functorch_config
+from torch._inductor import config as inductor_config
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -102,8 +103,10 @@ def compile_function(function: Callable[..., Any], device: th.device, backend: s
             "size_asserts": False,
             "cpp.vec_isa_ok": True,
             "cpp_wrapper": on_cpu,
-            "cpp_cache_precompile_headers": False,
         }
+        # Not in old versions of torch
+        if hasattr(inductor_config, "cpp_cache_precompile_headers"):
+            options["cpp_cache_precompile_headers"] = False
 
     def rewritten(*args: Any) -> Any:
         with PartsOneByOne(), BiasBehindProduct() if on_cpu else nullcontext():
@@ -194,6 +197,7 @@ class StepCompiler:
         self._advance: Advance | None = None
         self._held_step: HeldStep | None = None
         self._act: Callable[..., th.Tensor] | None = None
+        self._cannot_act = False
 
     def __call__(self, rollout: RolloutState, n_steps: int, *args: Any) -> tuple[RolloutState, th.Tensor]:
         """As :func:`advance`."""
@@ -236,22 +240,32 @@ class StepCompiler:
         """
         :param actor: the policy
         :param n_rows: for which number of rows it is compiled; it acts as it is for others
-        :return: the same, for one rollout: as long as nothing of it changes but its inputs
+        :return: the same, for one rollout: as long as nothing of it changes but its inputs. What cannot be compiled acts as it
+            is, with a warning
         """
         is_checked = False
 
-        def policy(network_inputs: th.Tensor) -> th.Tensor:
+        def compiled(network_inputs: th.Tensor) -> th.Tensor:
             nonlocal is_checked
-            if len(network_inputs) != n_rows:
+            if self._cannot_act or len(network_inputs) != n_rows:
                 return actor(network_inputs)
-            if self._act is None:
-                self._act = compile_function(act, network_inputs.device, self.backend)
-            with th.compiler.set_stance(skip_guard_eval_unsafe=True) if is_checked else nullcontext():
-                actions = self._act(network_inputs, actor)
+            if is_checked:
+                with th.compiler.set_stance(skip_guard_eval_unsafe=True):
+                    return self._act(network_inputs, actor)  # type: ignore[misc]
+            try:
+                with compiling():
+                    if self._act is None:
+                        self._act = compile_function(act, network_inputs.device, self.backend)
+                    actions = self._act(network_inputs, actor)
+            except Exception as error:
+                self._cannot_act = True
+                reason = " ".join(str(error).split())[:300]
+                warnings.warn(f"The policy could not be compiled and acts as it is ({type(error).__name__}: {reason}).")
+                return actor(network_inputs)
             is_checked = True
             return actions
 
-        return policy
+        return compiled
 
 
 @contextmanager
@@ -264,8 +278,8 @@ def compiling() -> Iterator[None]:
     objects, and to look for garbage among them takes a twentieth of its time.
     """
     collects_garbage = gc.isenabled()
-    gc.disable()
     try:
+        gc.disable()
         with warnings.catch_warnings(), functorch_config.patch(donated_buffer=False, **RECOMPUTE_WHAT_IS_CHEAP):
             warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
             warnings.filterwarnings("ignore", category=DeprecationWarning, message=r".*torch\.jit")

@@ -28,7 +28,8 @@ from sb3_mpg.common.models.checker import validate_prior_model
 from sb3_mpg.common.models.loading import PriorModelLike, make_prior_model
 from sb3_mpg.common.models.residual import ResidualModel
 from sb3_mpg.common.models.trainable import TrainableModel, Transitions
-from sb3_mpg.common.precision import choose_matmul_precision, matmul_precision
+from sb3_mpg.common.precision import DEFAULT as DEFAULT_PRECISION
+from sb3_mpg.common.precision import choose_matmul_precision, matmul_precision, set_matmul_precision
 from sb3_mpg.common.torch_layers import ObservationScaler
 from sb3_mpg.common.type_aliases import GradientResult, Simulator, TrainingBatch
 from sb3_mpg.common.units import Units
@@ -110,7 +111,7 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
     :raises ValueError: before the first environment step, for spaces, models, or settings that cannot work
     """
 
-    _model_attributes: ClassVar[list[str]] = ["rollout_model", "_simulator", "_learners"]
+    _model_attributes: ClassVar[list[str]] = ["rollout_model", "_simulator", "_learners", "_matmul_precision"]
 
     def __init__(
         self,
@@ -199,7 +200,7 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         self.learner_kwargs = learner_kwargs
         # While `learn` runs
         self._learners: Learners | None = None
-        self._matmul_precision = th.get_float32_matmul_precision()
+        self._matmul_precision = DEFAULT_PRECISION
         # What the random numbers of an update are drawn from, and its number
         self._update_seed: int | None = None
         #: The model that the gradient is back-propagated through
@@ -657,6 +658,7 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         excluded = {*self._excluded_save_params(), "prior_model", "prior_model_kwargs", "_model_state", "_rng_state"}
         replica.__dict__ = {name: value for name, value in vars(self).items() if name not in excluded}
         replica.policy, replica.rollout_model, replica.device = self.policy, self.rollout_model, self.device
+        replica._matmul_precision = self._matmul_precision
         replica.env = replica._vec_normalize_env = None
         # A learner cannot ask the environment
         replica._simulator = self._make_simulator(self.batch_size) if self.value_target.needs_simulator else None
@@ -665,7 +667,7 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
     def setup_replica(self) -> None:
         """Called on a replica, in the process of the learner."""
         keep_freed_memory()
-        th.set_float32_matmul_precision(self._matmul_precision)
+        set_matmul_precision(self._matmul_precision)
         assert self.rollout_model is not None
         self.policy.set_training_mode(True)
         self.rollout_model.train()

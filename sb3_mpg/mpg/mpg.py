@@ -59,7 +59,7 @@ from sb3_mpg.common.utils import (
     randomness_of_update,
     trainable_parameters,
 )
-from sb3_mpg.common.value_targets import ValueTarget, target_values_of
+from sb3_mpg.common.value_targets import SimulatorTarget, ValueTarget, target_values_of
 from sb3_mpg.common.weighting import WeightingRule, check_horizons, make_weighting_rule
 from sb3_mpg.mpg.policies import MlpPolicy, MPGPolicy
 
@@ -447,20 +447,20 @@ class MPG(OffPolicyModelAlgorithm):
         replay_data = replay_data._replace(
             observations=replay_data.observations.float(), next_observations=replay_data.next_observations.float()
         )
-
-        def target_of(actor: Policy) -> th.Tensor:
-            arguments = (actor, self.actor_target, self._target_values(n_updates), units, self.gamma, self._make_simulator)
-            return self.value_target(replay_data, *arguments)
-
+        actor: Policy = self.actor
+        # Targets of others may know it as a module
+        if self._step_compiler is not None and type(self.value_target) is SimulatorTarget:
+            actor = self._step_compiler.policy(self.actor, batch_size)
         with th.no_grad():
-            if self.value_target.needs_simulator:
-                target_q_values = self._compiled(
-                    lambda advance: target_of(
-                        advance.policy(self.actor, batch_size) if isinstance(advance, StepCompiler) else self.actor
-                    )
-                )
-            else:
-                target_q_values = target_of(self.actor)
+            target_q_values = self.value_target(
+                replay_data,
+                actor,
+                self.actor_target,
+                self._target_values(n_updates),
+                units,
+                self.gamma,
+                self._make_simulator,
+            )
         assert target_q_values.shape == (batch_size, 1), target_q_values.shape
         return TrainingBatch(replay_data.observations, replay_data.actions, target_q_values)
 

@@ -87,10 +87,11 @@ class PathTrackingEnv(SimulatorEnv):
     - `vehicle`: `VehicleParameters`; the default is Table III of the paper.
     - `early_reset` (`True`), `early_reset_terminates` (`False`), `early_reset_penalty` (`100.0`): see *Episode End*.
     - `start_width` (`1.0`): see *Starting State*.
-    - `compile` (`False`): compile the equations of motion for all that steps more than one car: `make_simulator` and the
-      vector environments `PathTrackingVectorEnv` and `PathTrackingVecEnv`, which take the same arguments. Hundreds of cars
-      step in half of the time, after some twenty seconds that compiling takes once (torch keeps what it compiled on disk, and
-      takes a few seconds later). The same numbers to rounding error. Needs a C++ compiler.
+    - `compile` (`False`): compile the equations of motion, once for each vehicle, for all that steps more than one car:
+      `make_simulator` and the vector environments `PathTrackingVectorEnv` and `PathTrackingVecEnv`, which take the same
+      arguments. The simulator needs half of the time, a `PathTrackingVecEnv`, which keeps books, three quarters. Compiling
+      takes some twenty seconds once (torch keeps what it compiled on disk, and takes a few seconds later). The same numbers
+      to rounding error. Needs a C++ compiler.
 
     ```python
     >>> import gymnasium as gym

@@ -21,10 +21,10 @@ UNBOUNDED = 1e6
 
 class CompiledTracking:
     """
-    The equations of motion as one compiled function for any number of vehicles from two on: the same numbers as NumPy's to
-    rounding error, for hundreds of them in half of the time. What cannot be compiled runs in NumPy, with one warning.
+    The equations of motion as one compiled function, for any number of like vehicles from two on: the same numbers as NumPy's
+    to rounding error in half of the time. What cannot be compiled runs in NumPy, with one warning.
 
-    :param vehicle: parameters of the vehicles
+    :param vehicle: parameters of all vehicles
     """
 
     def __init__(self, vehicle: VehicleParameters):
@@ -35,7 +35,7 @@ class CompiledTracking:
     def __call__(self, states: np.ndarray, path: np.ndarray, controls: np.ndarray) -> tuple[np.ndarray, ...]:
         """As :func:`numpy_tracking`, without the vehicle."""
         # torch compiles for one vehicle apart from several
-        if self._has_failed or states.shape[1] == 1:
+        if self._has_failed or states.shape[1] < 2:
             return numpy_tracking(states, path, controls, self.vehicle)
         # Other strides would be compiled once more
         tensors = [th.from_numpy(np.ascontiguousarray(array)) for array in (states, path, controls)]
@@ -62,10 +62,12 @@ class CompiledTracking:
         # For any number of vehicles
         for tensor in tensors:
             th._dynamo.mark_dynamic(tensor, 1)
-        # Nothing but the shapes can change from call to call, so that nothing else needs to be guarded; and to compile the
-        # headers beforehand takes longer than it saves in one file
+        # One thread: a process that was forked off would wait for the others forever. To compile the headers beforehand takes
+        # longer than it saves in one file. And nothing but the shapes can change from call to call, so that nothing else needs
+        # to be guarded
         options: dict[str, Any] = {
             "cpp_wrapper": True,
+            "cpp.threads": 1,
             "cpp_cache_precompile_headers": False,
             "guard_filter_fn": th.compiler.keep_tensor_guards_unsafe,
         }
@@ -77,8 +79,8 @@ class CompiledTracking:
         return compiled
 
 
-#: Simulators come and go, as do those of value targets with each update; what was compiled stays
-compiled_tracking = functools.cache(CompiledTracking)
+#: Simulators come and go, as do those of value targets with each update; what was compiled stays, for a few vehicles
+compiled_tracking = functools.lru_cache(maxsize=16)(CompiledTracking)
 
 
 def tracking(

@@ -80,6 +80,14 @@ class PartsOneByOne(TorchFunctionMode):
         return tuple(tensor.narrow(dim, start, size) for start, size in zip(starts, sizes, strict=True))
 
 
+def in_a_line(error: Exception) -> str:
+    """
+    :param error: of the compiler, which can be of many lines
+    :return: its beginning, for a warning
+    """
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
 def compile_function(function: Callable[..., Any], device: th.device, backend: str) -> Callable[..., Any]:
     """
     A call is checked by ``torch.compile``'s guards against everything that the graph depends on, the attributes of
@@ -98,12 +106,7 @@ def compile_function(function: Callable[..., Any], device: th.device, backend: s
         # The guards have checked the sizes already; and to build and load a library for each set of vector instructions,
         # only to see that the C++ compiler knows those of this processor, takes as long as all the rest. To compile the
         # headers beforehand takes longer than it saves in two or three files
-        options = {
-            "fallback_random": True,
-            "size_asserts": False,
-            "cpp.vec_isa_ok": True,
-            "cpp_wrapper": on_cpu,
-        }
+        options = {"fallback_random": True, "size_asserts": False, "cpp.vec_isa_ok": True, "cpp_wrapper": on_cpu}
         # Not in old versions of torch
         if hasattr(inductor_config, "cpp_cache_precompile_headers"):
             options["cpp_cache_precompile_headers"] = False
@@ -197,7 +200,6 @@ class StepCompiler:
         self._advance: Advance | None = None
         self._held_step: HeldStep | None = None
         self._act: Callable[..., th.Tensor] | None = None
-        self._cannot_act = False
 
     def __call__(self, rollout: RolloutState, n_steps: int, *args: Any) -> tuple[RolloutState, th.Tensor]:
         """As :func:`advance`."""
@@ -247,7 +249,7 @@ class StepCompiler:
 
         def compiled(network_inputs: th.Tensor) -> th.Tensor:
             nonlocal is_checked
-            if self._cannot_act or len(network_inputs) != n_rows:
+            if len(network_inputs) != n_rows:
                 return actor(network_inputs)
             if is_checked:
                 with th.compiler.set_stance(skip_guard_eval_unsafe=True):
@@ -258,10 +260,8 @@ class StepCompiler:
                         self._act = compile_function(act, network_inputs.device, self.backend)
                     actions = self._act(network_inputs, actor)
             except Exception as error:
-                self._cannot_act = True
-                reason = " ".join(str(error).split())[:300]
-                warnings.warn(f"The policy could not be compiled and acts as it is ({type(error).__name__}: {reason}).")
-                return actor(network_inputs)
+                warnings.warn(f"The policy could not be compiled and acts as it is ({in_a_line(error)}).")
+                self._act, actions = act, actor(network_inputs)
             is_checked = True
             return actions
 

@@ -157,7 +157,7 @@ class SimulatorTarget(ValueTarget):
             return th.as_tensor(array, dtype=th.float32, device=device)
 
         # The simulator speaks NumPy, and so does the bookkeeping: a small operation of torch costs several times as much
-        last_obs = observations.cpu().numpy().astype(np.float32)
+        last_obs = observations.cpu().numpy().copy()
         simulator = make_simulator(n_agents)
         simulator.set_state(last_obs)
         actions = replay_data.actions
@@ -168,7 +168,7 @@ class SimulatorTarget(ValueTarget):
         running: slice | np.ndarray = slice(None)
         for step in range(self.n_steps):
             if step > 0:
-                actions = actor(units.normalize_observations(th.from_numpy(last_obs[running]).to(device)))
+                actions = actor(units.normalize_observations(to_tensor(last_obs[running])))
             env_actions = units.unscale_actions(actions).cpu().numpy()
             indices = None if isinstance(running, slice) else running
             last_obs[running], all_rewards[step, running, 0], is_terminated[running], _ = simulator.step(env_actions, indices)

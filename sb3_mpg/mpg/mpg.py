@@ -21,7 +21,7 @@ from stable_baselines3.td3.policies import Actor
 
 from sb3_mpg.common.balance import balanced_mse_loss, rollout_value_loss
 from sb3_mpg.common.buffers import RecordedSteps
-from sb3_mpg.common.compilation import StepCompiler, compiling
+from sb3_mpg.common.compilation import StepCompiler, compiling, in_a_line
 from sb3_mpg.common.error_estimates import (
     GradientErrors,
     action_gradients,
@@ -541,10 +541,9 @@ class MPG(OffPolicyModelAlgorithm):
             # Whatever the compiler trips over, training goes on; an error of the model itself comes again below
             self._step_compiler = None
             result = function(advance)
-            reason = " ".join(str(error).split())[:300]
             warnings.warn(
                 f"{self._model_name()} and the policy could not be compiled and run as they are, more "
-                f"slowly ({type(error).__name__}: {reason}). `compile=False` avoids the attempt."
+                f"slowly ({in_a_line(error)}). `compile=False` avoids the attempt."
             )
             return result
 

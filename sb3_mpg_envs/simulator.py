@@ -203,14 +203,13 @@ class BatchSimulator(ABC):
         controls = self._max_controls * np.minimum(np.maximum(actions, -1.0), 1.0)
 
         states = self._states[:, columns]
-        next_states, rewards = self._transition(states, controls, columns)
+        next_states, rewards, is_outside = self._transition(states, controls, columns)
         self._states[:, columns] = next_states
         self._controls[:, columns] = controls
 
         terminated = np.zeros(n_stepped, dtype=bool)
         truncated = np.zeros(n_stepped, dtype=bool)
         if self.early_reset:
-            is_outside = self._is_outside(next_states)
             if self.early_reset_terminates:
                 terminated = is_outside
                 rewards = rewards - self.early_reset_penalty * is_outside
@@ -245,12 +244,15 @@ class BatchSimulator(ABC):
         """
 
     @abstractmethod
-    def _transition(self, states: np.ndarray, controls: np.ndarray, columns: Columns) -> tuple[np.ndarray, np.ndarray]:
+    def _transition(
+        self, states: np.ndarray, controls: np.ndarray, columns: Columns
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """
         :param states: states, ``(S, n)``
         :param controls: controls in physical units, ``(A, n)``
         :param columns: which agents they belong to
-        :return: next states, ``(S, n)``, and the rewards of the step, ``(n,)``, in new arrays
+        :return: next states, ``(S, n)``, the rewards of the step, ``(n,)``, and whether the next states lie outside of the
+            useful region, bool ``(n,)``, in new arrays
         """
 
     @abstractmethod

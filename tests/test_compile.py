@@ -38,7 +38,7 @@ def test_compiled_gradient_equals_the_other(env):
     observations = th.as_tensor(model.replay_buffer.observations[:32, 0])
     weights = {0: 0.2, 3: 0.8}
     expected = gradient(model, observations, weights)
-    model._step_compiler = StepCompiler(chunk=1)
+    model._step_compiler = StepCompiler()
     compiled = gradient(model, observations, weights)
     assert model._step_compiler is not None
     scale = expected.abs().max()
@@ -60,7 +60,7 @@ def test_batches_that_do_not_come_out_even_between_the_members(n_rows, n_members
         )
 
     explored_as_it_is = explored(held_step)
-    model._step_compiler = StepCompiler(chunk=1)
+    model._step_compiler = StepCompiler()
     compiled = gradient(model, observations, {0: 0.2, 3: 0.8})
     assert model._step_compiler is not None
     scale = expected.abs().max()
@@ -84,7 +84,7 @@ def test_the_backward_pass_has_the_noise_of_the_forward_pass():
     model = MPG("MlpPolicy", LinearEnv(), compile=False, horizons=(0, 2), **kwargs, **SMALL).learn(44)
     observations = th.as_tensor(model.replay_buffer.observations[:32, 0])
     expected = gradient(model, observations, {2: 1.0})
-    model._step_compiler = StepCompiler(chunk=1)
+    model._step_compiler = StepCompiler()
     compiled = gradient(model, observations, {2: 1.0})
     assert model._step_compiler is not None
     scale = expected.abs().max()
@@ -97,7 +97,7 @@ def test_the_graph_follows_what_it_depends_on():
     observations = th.as_tensor(model.replay_buffer.observations[:32, 0])
     weights = {0: 0.2, 3: 0.8}
 
-    compiler = StepCompiler(chunk=2, backend="eager")
+    compiler = StepCompiler(backend="eager")
 
     def check():
         model._step_compiler = compiler
@@ -340,7 +340,7 @@ def test_each_horizon_passes_back_through_the_steps_that_it_shares_with_longer_o
     model.rollout_model.eval()
     gradients = {}
     for weights in ({0: 0.5, 6: 0.5}, {0: 0.2, 2: 0.3, 6: 0.5}):
-        for compiler in (None, StepCompiler(chunk=1)):
+        for compiler in (None, StepCompiler()):
             model._step_compiler = compiler
             result = model._mixed_policy_gradient(observations, model._units(), weights, 0.8)
             gradients[compiler is None] = th.cat([gradient.flatten() for gradient in result.gradients])

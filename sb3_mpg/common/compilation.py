@@ -12,17 +12,14 @@ from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from sb3_mpg.common.model_rollout import Advance, HeldStep, RolloutState, advance, held_step
+from sb3_mpg.common.compiled_loop import CompiledLoop, Record
+from sb3_mpg.common.model_rollout import HeldStep, RolloutState, advance, held_step
 from sb3_mpg.common.models.base import PriorModel
 from sb3_mpg.common.models.trainable import TrainableModel
 from sb3_mpg.common.type_aliases import Policy
+from sb3_mpg.common.units import Units
 
-# At most so many steps are compiled into one graph, and no more than make about so many operations: a hundred of them take a
-# second or more to compile
-MAX_CHUNK = 5
-MAX_OPERATIONS = 1000
 # Of what is known to be cheap. Not `aggressive_recomputation`, which also draws random numbers a second time
 RECOMPUTE_WHAT_IS_CHEAP: dict[str, Any] = {
     "ban_recompute_used_far_apart": False,
@@ -88,67 +85,88 @@ def in_a_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
+def inductor_options(device: th.device) -> dict[str, Any]:
+    """
+    :param device: where what is compiled runs
+    :return: options of torch's compiler; random numbers are drawn as without compilation
+    """
+    # One C++ file for each direction: with one for each kernel, the compiler spends most of its time on the headers,
+    # and the kernels are called from Python. Not on a GPU, where the kernels are not C++
+    # The guards have checked the sizes already; and to build and load a library for each set of vector instructions,
+    # only to see that the C++ compiler knows those of this processor, takes as long as all the rest. To compile the
+    # headers beforehand takes longer than it saves in two or three files
+    options: dict[str, Any] = {"fallback_random": True, "size_asserts": False, "cpp.vec_isa_ok": True}
+    options["cpp_wrapper"] = device.type == "cpu"
+    # Not in old versions of torch
+    if hasattr(inductor_config, "cpp_cache_precompile_headers"):
+        options["cpp_cache_precompile_headers"] = False
+    return options
+
+
+def rewritten(function: Callable[..., Any], device: th.device) -> Callable[..., Any]:
+    """
+    :param function: a function of tensors, modules and numbers
+    :param device: where it runs
+    :return: the same, as it compiles best
+    """
+    bias_behind_product = BiasBehindProduct() if device.type == "cpu" else nullcontext()
+
+    def rewritten(*args: Any) -> Any:
+        with PartsOneByOne(), bias_behind_product:
+            return function(*args)
+
+    # A code object of its own: torch counts recompilations for each, and gives up after a few. Several algorithms in
+    # one process, as in a search for hyperparameters, must not use up each other's.
+    code = rewritten.__code__.replace()
+    return FunctionType(code, rewritten.__globals__, rewritten.__name__, None, rewritten.__closure__)
+
+
 def compile_function(function: Callable[..., Any], device: th.device, backend: str) -> Callable[..., Any]:
     """
     A call is checked by ``torch.compile``'s guards against everything that the graph depends on, the attributes of
-    the user's model included. Random numbers are drawn as without compilation.
+    the user's model included.
 
     :param function: a function of tensors, modules and numbers
     :param device: where it runs
     :param backend: of ``torch.compile``
     :return: the function, to be compiled by its first call
     """
-    on_cpu = device.type == "cpu"
-    options: dict[str, Any] | None = None
-    if backend == "inductor":
-        # One C++ file for each direction: with one for each kernel, the compiler spends most of its time on the headers,
-        # and the kernels are called from Python. Not on a GPU, where the kernels are not C++
-        # The guards have checked the sizes already; and to build and load a library for each set of vector instructions,
-        # only to see that the C++ compiler knows those of this processor, takes as long as all the rest. To compile the
-        # headers beforehand takes longer than it saves in two or three files
-        options = {"fallback_random": True, "size_asserts": False, "cpp.vec_isa_ok": True, "cpp_wrapper": on_cpu}
-        # Not in old versions of torch
-        if hasattr(inductor_config, "cpp_cache_precompile_headers"):
-            options["cpp_cache_precompile_headers"] = False
-
-    def rewritten(*args: Any) -> Any:
-        with PartsOneByOne(), BiasBehindProduct() if on_cpu else nullcontext():
-            return function(*args)
-
-    # A code object of its own: torch counts recompilations for each, and gives up after a few. Several algorithms in
-    # one process, as in a search for hyperparameters, must not use up each other's.
-    code = rewritten.__code__.replace()
-    own = FunctionType(code, rewritten.__globals__, rewritten.__name__, None, rewritten.__closure__)
+    options = inductor_options(device) if backend == "inductor" else None
     # fullgraph: a model that breaks the graph would run slower than without compilation
-    return th.compile(own, fullgraph=True, dynamic=False, backend=backend, options=options)
+    return th.compile(rewritten(function, device), fullgraph=True, dynamic=False, backend=backend, options=options)
 
 
-class OperationCounter(TorchDispatchMode):
-    """Counts the operations of torch that run within it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.n_operations = 0
-
-    def __torch_dispatch__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """As in ``TorchDispatchMode``."""
-        self.n_operations += 1
-        return func(*args, **(kwargs or {}))
-
-
-@th.no_grad()
-def operations_of_step(rollout: RolloutState, *args: Any) -> int:
+def compile_loop(step: Callable[..., Any], device: th.device, backend: str) -> CompiledLoop:
     """
-    :param rollout: where a rollout stands
-    :param args: the other arguments of :func:`advance`, without the number of steps
-    :return: of how many operations of torch a step consists; no random numbers are used up
+    As :func:`compile_function`, for many steps in a row.
+
+    :param step: see :class:`CompiledLoop`
+    :param device: where it runs
+    :param backend: of ``torch.compile``
+    :return: takes the steps
     """
-    device = rollout.states.device
-    with th.random.fork_rng([device] if device.type == "cuda" else []), OperationCounter() as counter:
-        advance(rollout, 1, *args)
-    return counter.n_operations
+
+    def compile_graph(graph: th.fx.GraphModule, example_inputs: Sequence[Any], record: Record) -> Callable[..., Any]:
+        # The compiler takes seconds to import
+        from torch._dynamo import lookup_backend
+        from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+        if backend != "inductor":
+            return lookup_backend(backend)(graph, example_inputs)
+
+        def compile_direction(graph: th.fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
+            inputs = [node.name for node in graph.graph.nodes if node.op == "placeholder"]
+            (output,) = (node for node in graph.graph.nodes if node.op == "output")
+            outputs = [getattr(node, "name", None) for node in output.args[0]]
+            function = compile_fx_inner(graph, example_inputs, **kwargs)
+            record(function, inputs, outputs, kwargs.get("is_backward", False))
+            return function
+
+        # What comes from this cache was not compiled here
+        with functorch_config.patch(enable_autograd_cache=False):
+            return compile_fx(graph, example_inputs, compile_direction, inductor_options(device))
+
+    return CompiledLoop(rewritten(step, device), compile_graph)
 
 
 def like_a_middle(rollout: RolloutState) -> RolloutState:
@@ -182,49 +200,50 @@ def act(network_inputs: th.Tensor, actor: th.nn.Module) -> th.Tensor:
     return actor(network_inputs)
 
 
+def step(
+    rollout: RolloutState, actor: th.nn.Module, actor_parameters: dict[str, th.Tensor], model: PriorModel, units: Units
+) -> tuple[RolloutState, th.Tensor]:
+    """
+    :return: the rollout after a step of :func:`advance`, and the reward of this step, ``(1, B, 1)``
+    """
+    rollout, rewards = advance(rollout, 1, actor, actor_parameters, model, units, gamma=1.0)
+    return rollout, th.stack([rewards])
+
+
 class StepCompiler:
     """
-    Compiles :func:`advance`, a few steps at a time: with one step for each call, the calls cost a tenth of the gradient,
-    and each further step in the graph takes seconds to compile, or minutes, if a model makes many small steps in one. Steps
-    that are left over run as they are: a graph of their own would be compiled for them. :meth:`held_step` is compiled, too.
+    Compiles :func:`advance` and :meth:`held_step`, and the policy alone.
 
-    :param chunk: how many steps are compiled into one graph; ``None`` for as many as make a graph of up to
-        ``MAX_OPERATIONS``, but not more than ``MAX_CHUNK``
     :param backend: of ``torch.compile``
     """
 
-    def __init__(self, chunk: int | None = None, backend: str = "inductor"):
-        self.chunk = chunk
+    def __init__(self, backend: str = "inductor"):
         self.backend = backend
         # Compiled at the first call, because that is where failures are dealt with
-        self._advance: Advance | None = None
+        self._steps: CompiledLoop | None = None
         self._held_step: HeldStep | None = None
         self._act: Callable[..., th.Tensor] | None = None
 
-    def __call__(self, rollout: RolloutState, n_steps: int, *args: Any) -> tuple[RolloutState, th.Tensor]:
+    def __call__(
+        self,
+        rollout: RolloutState,
+        n_steps: int,
+        actor: th.nn.Module,
+        actor_parameters: dict[str, th.Tensor],
+        model: PriorModel,
+        units: Units,
+        gamma: float,
+    ) -> tuple[RolloutState, th.Tensor]:
         """As :func:`advance`."""
-        _, _, model, _, gamma = args
-        if self._advance is None:
-            self._advance = compile_function(advance, rollout.states.device, self.backend)
-        if self.chunk is None:
-            self.chunk = max(1, min(MAX_CHUNK, MAX_OPERATIONS // operations_of_step(rollout, *args)))
+        if self._steps is None:
+            self._steps = compile_loop(step, rollout.states.device, self.backend)
         n_rows = len(rollout.states)
         rollout = RolloutState(*even_rows(rollout, model))
-        chunk = min(self.chunk, n_steps)
-        n_chunks, n_left = divmod(n_steps, chunk)
-        rollout, rewards = self._advance(like_a_middle(rollout), chunk, *args)
-        parts = [rewards]
-        # What the guards checked for the first of these calls holds for the others
-        with th.compiler.set_stance(skip_guard_eval_unsafe=True):
-            for _ in range(1, n_chunks):
-                rollout, rewards = self._advance(like_a_middle(rollout), chunk, *args)
-                parts.append(rewards)
-        if n_left > 0:
-            rollout, rewards = advance(rollout, n_left, *args)
-            parts.append(rewards)
-        # All at once: between two graphs, an operation on some numbers takes as long as one on a layer
-        discounts = th.tensor([gamma ** (chunk * index) for index in range(len(parts))], device=rewards.device)
-        total = (discounts * th.cat(parts, dim=1)).sum(dim=1, keepdim=True)
+        if th.is_grad_enabled():
+            rollout = like_a_middle(rollout)
+        rollout, rewards = self._steps(rollout, n_steps, actor, actor_parameters, model, units)
+        discounts = th.tensor([gamma**index for index in range(n_steps)], device=rewards.device).reshape(-1, 1, 1)
+        total = (discounts * rewards).sum(dim=0)
         if len(total) > n_rows:
             rollout, total = RolloutState(*(tensor[:n_rows] for tensor in rollout)), total[:n_rows]
         return rollout, total

@@ -162,7 +162,6 @@ class SimulatorTarget(ValueTarget):
         simulator.set_state(last_obs)
         actions = replay_data.actions
         all_rewards = np.zeros((self.n_steps, n_agents, 1))
-        n_taken = np.zeros((n_agents, 1), dtype=np.int64)
         is_terminated = np.zeros(n_agents, dtype=bool)
         # Which agents are stepped; as long as it is all of them, nothing needs to be picked out
         running: slice | np.ndarray = slice(None)
@@ -172,7 +171,6 @@ class SimulatorTarget(ValueTarget):
             env_actions = units.unscale_actions(actions).cpu().numpy()
             indices = None if isinstance(running, slice) else running
             last_obs[running], all_rewards[step, running, 0], is_terminated[running], _ = simulator.step(env_actions, indices)
-            n_taken[running] += 1
             if is_terminated.any():
                 running = np.flatnonzero(~is_terminated)
                 if len(running) == 0:
@@ -180,7 +178,7 @@ class SimulatorTarget(ValueTarget):
         step_discounts = to_tensor(gamma ** np.arange(self.n_steps)).reshape(-1, 1, 1)
         returns = (step_discounts * units.scale_rewards(to_tensor(all_rewards))).sum(dim=0)
         # Of the value at the end of each rollout: 0 behind a termination
-        discounts = to_tensor(gamma**n_taken * ~is_terminated[:, np.newaxis])
+        discounts = to_tensor(gamma**self.n_steps * ~is_terminated[:, np.newaxis])
         last_inputs = units.normalize_observations(to_tensor(last_obs))
         return returns + discounts * bootstrap_values(last_inputs, actor_target, target_values)
 

@@ -59,8 +59,8 @@ class BatchSimulator(ABC):
 
     Actions are between -1 and 1; multiplied by the ranges of the actuators they are the *controls*, in physical units.
 
-    A subclass writes :meth:`_start_states`, :meth:`_transition`, :meth:`_is_outside`, :meth:`prior_model` and
-    :meth:`make_renderer`. There, arrays have one row per dimension and one column per agent.
+    A subclass writes :meth:`_start_states`, :meth:`_transition`, :meth:`_is_outside`, :meth:`prior_model`,
+    :meth:`exact_model` and :meth:`make_renderer`. There, arrays have one row per dimension and one column per agent.
 
     :param num_agents: number of agents that are stepped together
     :param observation_space: observation space of one agent
@@ -265,6 +265,17 @@ class BatchSimulator(ABC):
     @abstractmethod
     def prior_model(self) -> PriorModel:
         """The paper's rough model of this task, with the parameters of this simulator."""
+
+    @abstractmethod
+    def exact_model(self) -> PriorModel:
+        """A model that agrees with this simulator step by step."""
+
+    def _termination(self) -> dict[str, Any]:
+        """
+        :return: what models are told of where episodes terminate, and at what cost
+        """
+        terminates = self.early_reset and self.early_reset_terminates
+        return {"terminates": terminates, "early_reset_penalty": self.early_reset_penalty if terminates else 0.0}
 
     @abstractmethod
     def make_renderer(self, render_mode: str) -> Renderer:

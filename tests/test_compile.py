@@ -40,7 +40,7 @@ def test_compiled_gradient_equals_the_other(env):
     expected = gradient(model, observations, weights)
     model._step_compiler = StepCompiler()
     compiled = gradient(model, observations, weights)
-    assert model._step_compiler is not None
+    assert not model._step_compiler.has_failed
     scale = expected.abs().max()
     th.testing.assert_close(compiled / scale, expected / scale, rtol=0, atol=5e-6)
 
@@ -62,7 +62,7 @@ def test_batches_that_do_not_come_out_even_between_the_members(n_rows, n_members
     explored_as_it_is = explored(held_step)
     model._step_compiler = StepCompiler()
     compiled = gradient(model, observations, {0: 0.2, 3: 0.8})
-    assert model._step_compiler is not None
+    assert not model._step_compiler.has_failed
     scale = expected.abs().max()
     th.testing.assert_close(compiled / scale, expected / scale, rtol=0, atol=5e-6)
     th.testing.assert_close(explored(model._step_compiler.held_step), explored_as_it_is)
@@ -86,7 +86,7 @@ def test_the_backward_pass_has_the_noise_of_the_forward_pass():
     expected = gradient(model, observations, {2: 1.0})
     model._step_compiler = StepCompiler()
     compiled = gradient(model, observations, {2: 1.0})
-    assert model._step_compiler is not None
+    assert not model._step_compiler.has_failed
     scale = expected.abs().max()
     th.testing.assert_close(compiled / scale, expected / scale, rtol=0, atol=5e-6)
 
@@ -102,7 +102,7 @@ def test_the_graph_follows_what_it_depends_on():
     def check():
         model._step_compiler = compiler
         compiled = gradient(model, observations, weights)
-        assert model._step_compiler is compiler
+        assert compiler is None or not compiler.has_failed
         model._step_compiler = None
         expected = gradient(model, observations, weights)
         th.testing.assert_close(compiled, expected)
@@ -126,15 +126,24 @@ def test_compiled_exploration_equals_the_other():
         model._step_compiler = compiler
         th.manual_seed(0)
         explored.append(model._explored(observations, units, 0.9))
-        assert model._step_compiler is compiler
+        assert compiler is None or not compiler.has_failed
     th.testing.assert_close(*explored, rtol=1e-5, atol=1e-5)
     assert (explored[0] != observations).any()
+
+
+class NumpyOnly:
+    """A simulator that has no model of itself."""
+
+    def __init__(self, simulator):
+        self.num_agents, self.set_state, self.step = simulator.num_agents, simulator.set_state, simulator.step
 
 
 def test_compiled_policies_give_the_same_value_targets():
     """Also when some of the agents have terminated, for which nothing more is compiled."""
     env = gym.make("InvertedPendulumConti-v0", max_episode_steps=2, early_reset_terminates=True)
     model = MPG("MlpPolicy", env, compile=False, value_target="n_step_simulator", horizons=(0, 2), **SMALL).learn(50)
+    simulator = NumpyOnly(model._make_simulator(32))
+    model._make_simulator = lambda num_agents: simulator
     compilers = StepCompiler(), None
     for seed in range(2):
         targets = []
@@ -142,7 +151,7 @@ def test_compiled_policies_give_the_same_value_targets():
             model._step_compiler = compiler
             np.random.seed(seed)
             targets.append(model._draw_batch(model._n_updates, 32, model._units()).target_q_values)
-            assert model._step_compiler is compiler
+            assert compiler is None or not compiler.has_failed
         th.testing.assert_close(*targets, rtol=1e-4, atol=1e-4)
         # The actor learns meanwhile
         with th.no_grad():
@@ -161,7 +170,7 @@ def test_policies_that_cannot_be_compiled_act_as_they_are(monkeypatch):
 
     monkeypatch.setattr(th, "compile", fail)
     compiler, actor, inputs = StepCompiler(), th.nn.Linear(3, 2), th.randn(5, 3)
-    with pytest.warns(UserWarning, match=r"policy could not be compiled.*RuntimeError: no C\+\+ compiler"):
+    with pytest.warns(UserWarning, match=r"Policies could not be compiled.*RuntimeError: no C\+\+ compiler"):
         assert th.equal(compiler.policy(actor, 5)(inputs), actor(inputs))
     # Warnings are errors
     assert th.equal(compiler.policy(actor, 5)(inputs), actor(inputs))
@@ -178,7 +187,7 @@ def test_errors_of_a_simulator_are_not_those_of_the_compiler(monkeypatch, target
     with monkeypatch.context() as patch, pytest.raises(ConnectionError, match="lost"):
         patch.setattr(model, "_make_simulator", disconnected)
         model._draw_batch(1, 32, model._units())
-    assert model._step_compiler is compiler
+    assert not compiler.has_failed
     assert model._draw_batch(1, 32, model._units()).target_q_values.shape == (32, 1)
 
 
@@ -233,32 +242,6 @@ def test_tensors_in_parts_are_the_same():
         for part, other in zip(parts, expected, strict=True):
             th.testing.assert_close(part, other, rtol=0, atol=0)
             assert part.grad_fn.name() == derivative
-
-
-class ManySmallSteps(PriorModel):
-    def __init__(self, n_small_steps):
-        super().__init__()
-        self.n_small_steps = n_small_steps
-
-    def transition(self, states, actions):
-        for _ in range(self.n_small_steps):
-            states = states + 0.001 * actions + (0.01 * th.randn_like(states) if self.training else 0.0)
-        return states
-
-    def reward(self, states, actions, next_states):
-        return -(states**2).sum(1, keepdim=True)
-
-
-@pytest.mark.parametrize(("n_small_steps", "chunk"), [(1, 5), (50, 3), (300, 1)])
-def test_a_graph_is_of_so_many_steps_as_compile_soon(n_small_steps, chunk):
-    kwargs = {"prior_model": ManySmallSteps(n_small_steps), "residual": False, "weighting": "constant"}
-    model = MPG("MlpPolicy", LinearEnv(), compile=False, horizons=(0, 6), **kwargs, **SMALL).learn(44)
-    observations = th.as_tensor(model.replay_buffer.observations[:32, 0])
-    expected = gradient(model, observations, {6: 1.0})
-    model._step_compiler = StepCompiler(backend="eager")
-    # The same random numbers, too: counting uses none up
-    th.testing.assert_close(gradient(model, observations, {6: 1.0}), expected)
-    assert model._step_compiler.chunk == chunk
 
 
 class CannotBeCompiled(PriorModel):
@@ -345,5 +328,5 @@ def test_each_horizon_passes_back_through_the_steps_that_it_shares_with_longer_o
             result = model._mixed_policy_gradient(observations, model._units(), weights, 0.8)
             gradients[compiler is None] = th.cat([gradient.flatten() for gradient in result.gradients])
         # Nothing fell back
-        assert model._step_compiler is compiler
+        assert compiler is None or not compiler.has_failed
         th.testing.assert_close(gradients[False], gradients[True], rtol=1e-4, atol=1e-6)

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from types import FunctionType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch as th
 from torch._functorch import config as functorch_config
@@ -16,9 +16,12 @@ from torch.overrides import TorchFunctionMode
 from sb3_mpg.common.compiled_loop import CompiledLoop, Record
 from sb3_mpg.common.model_rollout import HeldStep, RolloutState, advance, held_step
 from sb3_mpg.common.models.base import PriorModel
+from sb3_mpg.common.models.residual import name_of
 from sb3_mpg.common.models.trainable import TrainableModel
 from sb3_mpg.common.type_aliases import Policy
 from sb3_mpg.common.units import Units
+
+Result = TypeVar("Result")
 
 # Of what is known to be cheap. Not `aggressive_recomputation`, which also draws random numbers a second time
 RECOMPUTE_WHAT_IS_CHEAP: dict[str, Any] = {
@@ -146,13 +149,13 @@ def compile_loop(step: Callable[..., Any], device: th.device, backend: str) -> C
     :return: takes the steps
     """
 
-    def compile_graph(graph: th.fx.GraphModule, example_inputs: Sequence[Any], record: Record) -> Callable[..., Any]:
+    def compile_graph(graph: th.fx.GraphModule, example_inputs: Sequence[Any], record: Record) -> Any:
         # The compiler takes seconds to import
         from torch._dynamo import lookup_backend
         from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
         if backend != "inductor":
-            return lookup_backend(backend)(graph, example_inputs)
+            return lookup_backend(backend)(graph, list(example_inputs))
 
         def compile_direction(graph: th.fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
             inputs = [node.name for node in graph.graph.nodes if node.op == "placeholder"]
@@ -212,19 +215,52 @@ def step(
 
 class StepCompiler:
     """
-    Compiles :func:`advance` and :meth:`held_step`, and the policy alone.
+    Compiles :func:`advance` and :func:`~sb3_mpg.common.model_rollout.held_step`, and the policy alone. What cannot be compiled
+    runs as it is, with one warning.
 
     :param backend: of ``torch.compile``
     """
 
     def __init__(self, backend: str = "inductor"):
         self.backend = backend
-        # Compiled at the first call, because that is where failures are dealt with
-        self._steps: CompiledLoop | None = None
+        #: Whether something could not be compiled; then nothing more is
+        self.has_failed = False
+        # Compiled at the first call, because that is where failures are dealt with; steps by whether they have a gradient
+        self._steps: dict[bool, CompiledLoop] = {}
         self._held_step: HeldStep | None = None
         self._act: Callable[..., th.Tensor] | None = None
 
-    def __call__(
+    def _attempt(
+        self, what: str, compiled: Callable[..., Result], as_it_is: Callable[..., Result], args: tuple[Any, ...]
+    ) -> Result:
+        """
+        :param what: that runs, for a warning
+        :param compiled: compiles it, and runs it
+        :param as_it_is: the same without compilation
+        :param args: arguments of both
+        :return: the result
+        """
+        if self.has_failed:
+            return as_it_is(*args)
+        try:
+            with compiling():
+                return compiled(*args)
+        except Exception as error:
+            # Whatever the compiler trips over, training goes on; an error of the model itself comes again here
+            self.has_failed = True
+            result = as_it_is(*args)
+            warnings.warn(
+                f"{what} could not be compiled and run as they are, more slowly ({in_a_line(error)}). `compile=False` avoids "
+                "the attempt."
+            )
+            return result
+
+    def __call__(self, rollout: RolloutState, n_steps: int, *args: Any) -> tuple[RolloutState, th.Tensor]:
+        """As :func:`advance`."""
+        _, _, model, _, _ = args
+        return self._attempt(f"{name_of(model)} and the policy", self._advance, advance, (rollout, n_steps, *args))
+
+    def _advance(
         self,
         rollout: RolloutState,
         n_steps: int,
@@ -234,14 +270,13 @@ class StepCompiler:
         units: Units,
         gamma: float,
     ) -> tuple[RolloutState, th.Tensor]:
-        """As :func:`advance`."""
-        if self._steps is None:
-            self._steps = compile_loop(step, rollout.states.device, self.backend)
-        n_rows = len(rollout.states)
+        n_rows, has_gradient = len(rollout.states), th.is_grad_enabled()
+        if has_gradient not in self._steps:
+            self._steps[has_gradient] = compile_loop(step, rollout.states.device, self.backend)
         rollout = RolloutState(*even_rows(rollout, model))
-        if th.is_grad_enabled():
+        if has_gradient:
             rollout = like_a_middle(rollout)
-        rollout, rewards = self._steps(rollout, n_steps, actor, actor_parameters, model, units)
+        rollout, rewards = self._steps[has_gradient](rollout, n_steps, actor, actor_parameters, model, units)
         discounts = th.tensor([gamma**index for index in range(n_steps)], device=rewards.device).reshape(-1, 1, 1)
         total = (discounts * rewards).sum(dim=0)
         if len(total) > n_rows:
@@ -252,6 +287,13 @@ class StepCompiler:
         self, states: th.Tensor, env_actions: th.Tensor, n_left: th.Tensor, model: PriorModel, *args: Any
     ) -> tuple[th.Tensor, th.Tensor]:
         """As :func:`~sb3_mpg.common.model_rollout.held_step`."""
+        return self._attempt(
+            f"{name_of(model)} and the policy", self._hold, held_step, (states, env_actions, n_left, model, *args)
+        )
+
+    def _hold(
+        self, states: th.Tensor, env_actions: th.Tensor, n_left: th.Tensor, model: PriorModel, *args: Any
+    ) -> tuple[th.Tensor, th.Tensor]:
         if self._held_step is None:
             self._held_step = compile_function(held_step, states.device, self.backend)
         next_states, n_left = self._held_step(*even_rows((states, env_actions, n_left), model), model, *args)
@@ -261,28 +303,24 @@ class StepCompiler:
         """
         :param actor: the policy
         :param n_rows: for which number of rows it is compiled; it acts as it is for others
-        :return: the same, for one rollout: as long as nothing of it changes but its inputs. What cannot be compiled acts as it
-            is, with a warning
+        :return: the same, for one rollout: as long as nothing of it changes but its inputs
         """
         is_checked = False
 
+        def act_compiled(network_inputs: th.Tensor, actor: th.nn.Module) -> th.Tensor:
+            if self._act is None:
+                self._act = compile_function(act, network_inputs.device, self.backend)
+            return self._act(network_inputs, actor)
+
         def compiled(network_inputs: th.Tensor) -> th.Tensor:
             nonlocal is_checked
-            if len(network_inputs) != n_rows:
+            if len(network_inputs) != n_rows or self.has_failed:
                 return actor(network_inputs)
             if is_checked:
                 with th.compiler.set_stance(skip_guard_eval_unsafe=True):
                     return self._act(network_inputs, actor)  # type: ignore[misc]
-            try:
-                with compiling():
-                    if self._act is None:
-                        self._act = compile_function(act, network_inputs.device, self.backend)
-                    actions = self._act(network_inputs, actor)
-            except Exception as error:
-                warnings.warn(f"The policy could not be compiled and acts as it is ({in_a_line(error)}).")
-                self._act, actions = act, actor(network_inputs)
             is_checked = True
-            return actions
+            return self._attempt("Policies", act_compiled, act, (network_inputs, actor))
 
         return compiled
 

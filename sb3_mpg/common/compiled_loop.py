@@ -13,7 +13,7 @@ Carried = TypeVar("Carried", bound=tuple[th.Tensor, ...])
 ListFunction = Callable[[list[Any]], Sequence[Any]]
 #: (function, names of its inputs, names of its outputs, whether it is that of the backward pass) -> nothing
 Record = Callable[[ListFunction, list[str], list[str | None], bool], None]
-#: (graph, tensors like its inputs, what is told the function of each direction) -> a function of the inputs that autograd knows
+#: (graph, tensors like its inputs, who is told of each direction) -> a function of the inputs that autograd knows
 CompileGraph = Callable[[th.fx.GraphModule, Sequence[Any], Record], Callable[..., Sequence[Any]]]
 
 
@@ -108,7 +108,7 @@ class StepGraph:
         self, inputs: Sequence[Any], outputs: Sequence[th.Tensor], before: Carried, after: Carried, collected: th.Tensor
     ) -> None:
         """
-        Find out whether and how steps can be taken in a row.
+        Find out whether and how steps can be taken in a row. No random numbers are used up.
 
         :param inputs: of a step that was taken
         :param outputs: of the same
@@ -116,12 +116,37 @@ class StepGraph:
         :param after: what the next one begins with
         :param collected: what is collected from all steps
         """
+        self.loops = False
+        wanted = [place for place, x in enumerate(inputs) if isinstance(x, th.Tensor) and x.requires_grad]
+        differentiable = [place for place, output in enumerate(outputs) if output.requires_grad]
+        # Any gradients will do
+        gradients = [th.cos(output.detach()).contiguous() if output.requires_grad else None for output in outputs]
+        devices = {x.device for x in inputs if isinstance(x, th.Tensor) and x.device.type == "cuda"}
+        with th.random.fork_rng(devices):
+            again = self.step(*inputs)
+        expected: list[th.Tensor | None] = [*again]
+        if differentiable:
+            # The backward pass is compiled when it is first asked for; and for being asked for again if it was at first
+            expected += th.autograd.grad(
+                [again[place] for place in differentiable],
+                [inputs[place] for place in wanted],
+                [gradients[place] for place in differentiable],
+                retain_graph=True,
+                allow_unused=True,
+            )
         try:
             self._find_places(inputs, outputs, before, after, collected)
-            self.loops = self._agrees(inputs)
+            with th.random.fork_rng(devices), th.no_grad():
+                forward, kept = self.forward(inputs)
+                results: list[th.Tensor | None] = [*forward]
+                if differentiable:
+                    self._find_backward_inputs(outputs, differentiable)
+                    of_inputs = self.backward(kept, gradients)
+                    results += [of_inputs[place] for place in wanted]
+            self.loops = all(is_same(*pair) for pair in zip(results, expected, strict=True))
         except Exception:
             # Whatever torch makes of it in other versions, there is another way
-            self.loops = False
+            return
 
     def _find_places(
         self, inputs: Sequence[Any], outputs: Sequence[th.Tensor], before: Carried, after: Carried, collected: th.Tensor
@@ -130,38 +155,13 @@ class StepGraph:
         self.last = [place for place in range(len(outputs)) if place != self.collected]
         for old, new in zip(before, after, strict=True):
             # What a step does not look at is no input, and what it leaves alone no output
-            places = places_of(old, inputs) if new is not old else []
-            for place in places:
+            for place in places_of(old, inputs) if new is not old else []:
                 (source,) = places_of(new, outputs)
                 # Compiled for these
                 assert (new.shape, new.dtype, new.stride()) == (old.shape, old.dtype, old.stride())
                 self.carried.append((place, source))
 
-    def _agrees(self, inputs: Sequence[Any]) -> bool:
-        """
-        :param inputs: of a step
-        :return: whether the plain functions do the same as what the compiler gave; no random numbers are used up
-        """
-        devices = {x.device for x in inputs if isinstance(x, th.Tensor) and x.device.type == "cuda"}
-        with th.random.fork_rng(devices):
-            expected = self.step(*inputs)
-        differentiable = [place for place, output in enumerate(expected) if output.requires_grad]
-        with th.random.fork_rng(devices), th.no_grad():
-            outputs, kept = self.forward(inputs)
-        if not all(map(is_same, outputs, expected)):
-            return False
-        if not differentiable:
-            return True
-        wanted = [place for place, x in enumerate(inputs) if isinstance(x, th.Tensor) and x.requires_grad]
-        # Any will do
-        gradients = [th.cos(output) if output.is_floating_point() else None for output in outputs]
-        # The backward pass is compiled when it is first asked for
-        expected = th.autograd.grad(
-            [expected[place] for place in differentiable],
-            [inputs[place] for place in wanted],
-            [gradients[place] for place in differentiable],
-            allow_unused=True,
-        )
+    def _find_backward_inputs(self, outputs: Sequence[th.Tensor], differentiable: list[int]) -> None:
         assert all(outputs[place].is_contiguous() for place in differentiable)
         names_kept = self._directions[False].outputs[self.n_outputs :]
         places = iter(differentiable)
@@ -169,9 +169,6 @@ class StepGraph:
             is_kept = not name.startswith("tangents_")
             self._backward_inputs.append((is_kept, names_kept.index(name) if is_kept else next(places)))
         assert next(places, None) is None, "a gradient that the backward pass does not ask for"
-        with th.no_grad():
-            results = self.backward(kept, gradients)
-        return all(map(is_same, [results[place] for place in wanted], expected))
 
 
 class Loop(th.autograd.Function):
@@ -209,33 +206,26 @@ class Loop(th.autograd.Function):
         graph: StepGraph = ctx.graph
         # As the backward pass was compiled for
         *of_last, of_collected = (None if gradient is None else gradient.contiguous() for gradient in gradients)
-        of_outputs: list[th.Tensor | None] = [None] * graph.n_outputs
-        for place, gradient in zip(graph.last, of_last, strict=True):
-            of_outputs[place] = gradient
-        carried = {place for place, _ in graph.carried}
-        n_inputs = len(ctx.needs_input_grad) - 2
-        # All steps share the inputs that are not carried from one to the next
-        shared = {place: None for place in range(n_inputs) if ctx.needs_input_grad[2 + place] and place not in carried}
-        totals: dict[int, th.Tensor | None] = dict(shared)
-        nothing: list[th.Tensor | None] | None = None
+        of_outputs: list[th.Tensor | None] = [*of_last]
+        of_outputs.insert(graph.collected, None)
+        # Behind the other steps, outputs count for what is carried on of them
+        nothing = [None if gradient is None else th.zeros_like(gradient) for gradient in of_outputs]
+        # All steps share the inputs that are not carried on
+        carried, needed = {place for place, _ in graph.carried}, ctx.needs_input_grad[2:]
+        totals: dict[int, th.Tensor] = {}
         for step in reversed(range(len(ctx.kept))):
-            of_outputs[graph.collected] = of_collected[step : step + 1]  # type: ignore[index]
-            results = graph.backward(ctx.kept[step], of_outputs)
-            for place, total in totals.items():
-                totals[place] = results[place] if total is None else total + results[place]  # type: ignore[operator]
-            if step == 0:
-                break
-            if nothing is None:
-                nothing = [None if gradient is None else th.zeros_like(gradient) for gradient in of_outputs]
-            # Behind other steps than the last, outputs count for what is carried on of them
+            of_outputs[graph.collected] = None if of_collected is None else of_collected[step : step + 1]
+            of_inputs = graph.backward(ctx.kept[step], of_outputs)
+            for place, gradient in enumerate(of_inputs):
+                if gradient is not None and needed[place] and place not in carried:
+                    totals[place] = totals[place] + gradient if place in totals else gradient
             of_outputs = list(nothing)
-            is_set = set()
             for place, source in graph.carried:
-                if results[place] is not None:
-                    carried_on = results[place].contiguous()  # type: ignore[union-attr]
-                    of_outputs[source] = of_outputs[source] + carried_on if source in is_set else carried_on  # type: ignore
-                    is_set.add(source)
-        return None, None, *(totals.get(place, results[place]) for place in range(n_inputs))
+                gradient, so_far = of_inputs[place], of_outputs[source]
+                if gradient is not None:
+                    is_sum = so_far is not None and so_far is not nothing[source]
+                    of_outputs[source] = so_far + gradient if is_sum else gradient.contiguous()  # type: ignore[operator]
+        return None, None, *(of_inputs[place] if place in carried else totals.get(place) for place in range(len(needed)))
 
 
 class CompiledLoop:
@@ -284,11 +274,11 @@ class CompiledLoop:
         :param args: other arguments of all steps
         :return: what the next step would begin with, and the outputs of the steps, ``(n_steps, ...)``
         """
-        parts = []
+        parts: list[th.Tensor] = []
         while n_steps > 0:
             self._n_steps = n_steps
-            # What was checked for the first step holds for the others
-            is_checked = len(parts) > 0
+            # What was checked in the middle holds for the other steps
+            is_checked = len(parts) > 1
             with th.compiler.set_stance(skip_guard_eval_unsafe=True) if is_checked else nullcontext():
                 after, output = self._step(carried, *args)
             parts.append(output)

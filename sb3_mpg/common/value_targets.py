@@ -10,7 +10,10 @@ import torch as th
 from stable_baselines3.common.policies import ContinuousCritic
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
-from sb3_mpg.common.model_rollout import QFunction
+from sb3_mpg.common.compilation import StepCompiler
+from sb3_mpg.common.model_rollout import QFunction, start_rollout
+from sb3_mpg.common.models.base import PriorModel
+from sb3_mpg.common.models.double_precision import InDoublePrecision
 from sb3_mpg.common.type_aliases import Policy, Simulator
 from sb3_mpg.common.units import Units
 from sb3_mpg.common.utils import check_keywords, check_number, is_whole
@@ -80,12 +83,13 @@ class ValueTarget(ABC):
     def __call__(
         self,
         replay_data: ReplayBufferSamples,
-        actor: Policy,
+        actor: th.nn.Module,
         actor_target: Policy,
         target_values: QFunction,
         units: Units,
         gamma: float,
         make_simulator: Callable[[int], Simulator],
+        compiler: StepCompiler | None = None,
     ) -> th.Tensor:
         """
         :param replay_data: raw observations and rewards, actions in [-1, 1]
@@ -95,6 +99,7 @@ class ValueTarget(ABC):
         :param units: between the environment and the networks
         :param gamma: discount factor
         :param make_simulator: gives a simulator of so many agents
+        :param compiler: of policies and models, where training is compiled
         :return: target values, ``(B, 1)``
         """
 
@@ -121,7 +126,7 @@ class ReplayTarget(ValueTarget):
     def replay_n_steps(self) -> int:
         return self.n_steps
 
-    def __call__(self, replay_data, actor, actor_target, target_values, units, gamma, make_simulator):
+    def __call__(self, replay_data, actor, actor_target, target_values, units, gamma, make_simulator, compiler=None):
         network_inputs = units.normalize_observations(replay_data.next_observations)
         values = bootstrap_values(network_inputs, actor_target, target_values, self.noise_std, self.noise_clip)
         # For n-step replay the discount is gamma ** n_steps, less where an episode ended earlier
@@ -141,6 +146,9 @@ class SimulatorTarget(ValueTarget):
     behind it, so that leaving the useful region has its true cost. (To stop there would leave it to the critic, which
     never learns from states outside.)
 
+    A simulator with a method ``exact_model()`` gives the same task in torch; what is compiled runs that instead, together with
+    the policy.
+
     :param n_steps: number of simulator steps
     """
 
@@ -149,16 +157,54 @@ class SimulatorTarget(ValueTarget):
     def __init__(self, n_steps: int = 25):
         self.n_steps = check_n_steps(n_steps)
 
-    def __call__(self, replay_data, actor, actor_target, target_values, units, gamma, make_simulator):
+    def __call__(self, replay_data, actor, actor_target, target_values, units, gamma, make_simulator, compiler=None):
+        simulator = make_simulator(len(replay_data.observations))
+        compiler = None if compiler is None or compiler.has_failed else compiler
+        if compiler is not None and hasattr(simulator, "exact_model"):
+            model = InDoublePrecision(simulator.exact_model())
+            returns, last_inputs, goes_on = self._roll_out(replay_data, actor, units, gamma, model, compiler)
+        else:
+            returns, last_inputs, goes_on = self._simulate(replay_data, actor, units, gamma, simulator, compiler)
+        return returns + gamma**self.n_steps * goes_on * bootstrap_values(last_inputs, actor_target, target_values)
+
+    def _roll_out(
+        self,
+        replay_data: ReplayBufferSamples,
+        actor: th.nn.Module,
+        units: Units,
+        gamma: float,
+        model: PriorModel,
+        compiler: StepCompiler,
+    ) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+        """
+        :return: discounted rewards, ``(B, 1)``, the last normalised observations, and whether there is anything behind,
+            bool ``(B, 1)``
+        """
+        rollout = start_rollout(replay_data.observations, actor, model, units, replay_data.actions)
+        rollout, returns = compiler(rollout, self.n_steps, actor, dict(actor.named_parameters()), model, units, gamma)
+        return returns, rollout.network_inputs, rollout.alive
+
+    def _simulate(
+        self,
+        replay_data: ReplayBufferSamples,
+        actor: th.nn.Module,
+        units: Units,
+        gamma: float,
+        simulator: Simulator,
+        compiler: StepCompiler | None,
+    ) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+        """
+        :return: as :meth:`_roll_out`
+        """
         observations = replay_data.observations
         n_agents, device = observations.shape[0], observations.device
 
         def to_tensor(array: np.ndarray) -> th.Tensor:
             return th.as_tensor(array, dtype=th.float32, device=device)
 
+        policy = actor if compiler is None else compiler.policy(actor, n_agents)
         # The simulator speaks NumPy, and so does the bookkeeping: a small operation of torch costs several times as much
         last_obs = observations.cpu().numpy().copy()
-        simulator = make_simulator(n_agents)
         simulator.set_state(last_obs)
         actions = replay_data.actions
         all_rewards = np.zeros((self.n_steps, n_agents, 1))
@@ -167,7 +213,7 @@ class SimulatorTarget(ValueTarget):
         running: slice | np.ndarray = slice(None)
         for step in range(self.n_steps):
             if step > 0:
-                actions = actor(units.normalize_observations(to_tensor(last_obs[running])))
+                actions = policy(units.normalize_observations(to_tensor(last_obs[running])))
             env_actions = units.unscale_actions(actions).cpu().numpy()
             indices = None if isinstance(running, slice) else running
             last_obs[running], all_rewards[step, running, 0], is_terminated[running], _ = simulator.step(env_actions, indices)
@@ -177,10 +223,8 @@ class SimulatorTarget(ValueTarget):
                     break
         step_discounts = to_tensor(gamma ** np.arange(self.n_steps)).reshape(-1, 1, 1)
         returns = (step_discounts * units.scale_rewards(to_tensor(all_rewards))).sum(dim=0)
-        # Of the value at the end of each rollout: 0 behind a termination
-        discounts = to_tensor(gamma**self.n_steps * ~is_terminated[:, np.newaxis])
-        last_inputs = units.normalize_observations(to_tensor(last_obs))
-        return returns + discounts * bootstrap_values(last_inputs, actor_target, target_values)
+        goes_on = th.as_tensor(~is_terminated[:, np.newaxis], device=device)
+        return returns, units.normalize_observations(to_tensor(last_obs)), goes_on
 
 
 def check_n_steps(n_steps: int) -> int:

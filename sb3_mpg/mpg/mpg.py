@@ -1,5 +1,5 @@
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -21,7 +21,7 @@ from stable_baselines3.td3.policies import Actor
 
 from sb3_mpg.common.balance import balanced_mse_loss, rollout_value_loss
 from sb3_mpg.common.buffers import RecordedSteps
-from sb3_mpg.common.compilation import StepCompiler, compiling, in_a_line
+from sb3_mpg.common.compilation import StepCompiler
 from sb3_mpg.common.error_estimates import (
     GradientErrors,
     action_gradients,
@@ -43,12 +43,12 @@ from sb3_mpg.common.model_rollout import (
 )
 from sb3_mpg.common.models.loading import PriorModelLike
 from sb3_mpg.common.models.prediction_errors import MIN_WINDOWS
-from sb3_mpg.common.models.residual import ResidualModel
+from sb3_mpg.common.models.residual import ResidualModel, name_of
 from sb3_mpg.common.models.trainable import TrainableModel
 from sb3_mpg.common.off_policy_model_algorithm import OffPolicyModelAlgorithm
 from sb3_mpg.common.torch_layers import ObservationScaler
 from sb3_mpg.common.trust_report import Measurement, TrustReport, make_trust_report
-from sb3_mpg.common.type_aliases import Differentiate, GradientResult, Policy, TrainingBatch
+from sb3_mpg.common.type_aliases import Differentiate, GradientResult, TrainingBatch
 from sb3_mpg.common.units import Units
 from sb3_mpg.common.utils import (
     check_number,
@@ -59,11 +59,10 @@ from sb3_mpg.common.utils import (
     randomness_of_update,
     trainable_parameters,
 )
-from sb3_mpg.common.value_targets import SimulatorTarget, ValueTarget, target_values_of
+from sb3_mpg.common.value_targets import ValueTarget, target_values_of
 from sb3_mpg.common.weighting import WeightingRule, check_horizons, make_weighting_rule
 from sb3_mpg.mpg.policies import MlpPolicy, MPGPolicy
 
-Result = TypeVar("Result")
 SelfMPG = TypeVar("SelfMPG", bound="MPG")
 
 # Table VI of the first version
@@ -447,19 +446,16 @@ class MPG(OffPolicyModelAlgorithm):
         replay_data = replay_data._replace(
             observations=replay_data.observations.float(), next_observations=replay_data.next_observations.float()
         )
-        actor: Policy = self.actor
-        # Targets of others may know it as a module
-        if self._step_compiler is not None and type(self.value_target) is SimulatorTarget:
-            actor = self._step_compiler.policy(self.actor, batch_size)
         with th.no_grad():
             target_q_values = self.value_target(
                 replay_data,
-                actor,
+                self.actor,
                 self.actor_target,
                 self._target_values(n_updates),
                 units,
                 self.gamma,
                 self._make_simulator,
+                self._step_compiler,
             )
         assert target_q_values.shape == (batch_size, 1), target_q_values.shape
         return TrainingBatch(replay_data.observations, replay_data.actions, target_q_values)
@@ -507,45 +503,26 @@ class MPG(OffPolicyModelAlgorithm):
         :param balance: how much states are balanced, from 0 to 1
         :return: the mixed policy gradient
         """
-        return self._compiled(
-            lambda advance: mixed_policy_gradient(
-                observations,
-                self.actor,
-                self._q_function(0),
-                self.rollout_model,  # type: ignore[arg-type]
-                units,
-                weights,
-                self.gamma,
-                self.differentiate,
-                advance,
-                # Of later actions there is no gradient at each state
-                balance if self.differentiate == "first_action" else 0.0,
-            )
+        return mixed_policy_gradient(
+            observations,
+            self.actor,
+            self._q_function(0),
+            self.rollout_model,  # type: ignore[arg-type]
+            units,
+            weights,
+            self.gamma,
+            self.differentiate,
+            self._advance,
+            # Of later actions there is no gradient at each state
+            balance if self.differentiate == "first_action" else 0.0,
         )
 
     def _model_name(self) -> str:
-        model = self.rollout_model
-        return type(model.prior if isinstance(model, ResidualModel) else model).__name__
+        return name_of(self.rollout_model)  # type: ignore[arg-type]
 
-    def _compiled(self, function: Callable[[Advance], Result]) -> Result:
-        """
-        :param function: runs model rollouts, with what is passed to it for stepping
-        :return: its result, with compiled steps where they are wanted and possible
-        """
-        if self._step_compiler is None:
-            return function(advance)
-        try:
-            with compiling():
-                return function(self._step_compiler)
-        except Exception as error:
-            # Whatever the compiler trips over, training goes on; an error of the model itself comes again below
-            self._step_compiler = None
-            result = function(advance)
-            warnings.warn(
-                f"{self._model_name()} and the policy could not be compiled and run as they are, more "
-                f"slowly ({in_a_line(error)}). `compile=False` avoids the attempt."
-            )
-            return result
+    @property
+    def _advance(self) -> Advance:
+        return advance if self._step_compiler is None else self._step_compiler
 
     def _improve_model(self, units: Units, logs: dict[str, list[float]]) -> None:
         """
@@ -597,9 +574,10 @@ class MPG(OffPolicyModelAlgorithm):
             units,
             self.weighting_rule.horizons,
             self.gamma,
+            self._advance,
         )
         measured = measure_gradient_errors(
-            lambda: self._compiled(gradients),
+            gradients,
             model,
             self.weighting_rule.horizons,
             # Without the correction, it is the prior model itself that is judged
@@ -702,19 +680,17 @@ class MPG(OffPolicyModelAlgorithm):
         low, high = observations.amin(dim=0), observations.amax(dim=0)
         # What is the same in the whole batch says nothing of what it could be
         margin = th.where(high > low, EXPLORED_MARGIN * (high - low), th.inf)
-        explored = self._compiled(
-            lambda advance: explore_in_model(
-                observations[rows],
-                self.actor,
-                self.rollout_model,  # type: ignore[arg-type]
-                units,
-                n_steps,
-                noise,
-                low - margin,
-                high + margin,
-                MAX_EXPLORED_STEPS,
-                advance.held_step if isinstance(advance, StepCompiler) else held_step,
-            )
+        explored = explore_in_model(
+            observations[rows],
+            self.actor,
+            self.rollout_model,  # type: ignore[arg-type]
+            units,
+            n_steps,
+            noise,
+            low - margin,
+            high + margin,
+            MAX_EXPLORED_STEPS,
+            held_step if self._step_compiler is None else self._step_compiler.held_step,
         )
         return observations.index_copy(0, rows, explored)
 

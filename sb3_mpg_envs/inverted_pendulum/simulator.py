@@ -78,12 +78,10 @@ class InvertedPendulumSimulator(BatchSimulator):
         self._make_mujoco()
 
     def prior_model(self) -> InvertedPendulumModel:
-        terminates = self.early_reset and self.early_reset_terminates
-        return InvertedPendulumModel(
-            parameters=self.parameters,
-            terminates=terminates,
-            early_reset_penalty=self.early_reset_penalty if terminates else 0.0,
-        )
+        return InvertedPendulumModel(parameters=self.parameters, **self._termination())
+
+    def exact_model(self) -> InvertedPendulumModel:
+        return InvertedPendulumModel.exact(parameters=self.parameters, **self._termination())
 
     def make_renderer(self, render_mode: str) -> Renderer:
         from sb3_mpg_envs.inverted_pendulum.rendering import InvertedPendulumRenderer

@@ -181,12 +181,10 @@ class PathTrackingSimulator(BatchSimulator):
         self._path[:, columns] = dynamics.path_reference(TrackingState(*states).x, "path", np)
 
     def prior_model(self) -> PathTrackingModel:
-        terminates = self.early_reset and self.early_reset_terminates
-        return PathTrackingModel(
-            vehicle=self.vehicle,
-            terminates=terminates,
-            early_reset_penalty=self.early_reset_penalty if terminates else 0.0,
-        )
+        return PathTrackingModel(vehicle=self.vehicle, **self._termination())
+
+    def exact_model(self) -> PathTrackingModel:
+        return PathTrackingModel.exact(vehicle=self.vehicle, **self._termination())
 
     def make_renderer(self, render_mode: str) -> Renderer:
         # pygame is optional: import it only where it is needed

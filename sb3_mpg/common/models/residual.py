@@ -653,3 +653,11 @@ def _to_cpu(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _to_cpu(item) for key, item in value.items()}
     return [_to_cpu(item) for item in value] if isinstance(value, list) else value
+
+
+def name_of(model: PriorModel) -> str:
+    """
+    :param model: a model, corrected or not
+    :return: what the user calls it
+    """
+    return type(model.prior if isinstance(model, ResidualModel) else model).__name__

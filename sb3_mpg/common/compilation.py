@@ -13,7 +13,7 @@ from torch._inductor import config as inductor_config
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from sb3_mpg.common.compiled_loop import CompiledLoop, Record
+from sb3_mpg.common.compiled_loop import CompiledLoop, Direction, Record
 from sb3_mpg.common.model_rollout import HeldStep, RolloutState, advance, held_step
 from sb3_mpg.common.models.base import PriorModel
 from sb3_mpg.common.models.residual import name_of
@@ -158,12 +158,9 @@ def compile_loop(step: Callable[..., Any], device: th.device, backend: str) -> C
             return lookup_backend(backend)(graph, list(example_inputs))
 
         def compile_direction(graph: th.fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
-            inputs = [node.name for node in graph.graph.nodes if node.op == "placeholder"]
-            (output,) = (node for node in graph.graph.nodes if node.op == "output")
-            outputs = [getattr(node, "name", None) for node in output.args[0]]
-            function = compile_fx_inner(graph, example_inputs, **kwargs)
-            record(function, inputs, outputs, kwargs.get("is_backward", False))
-            return function
+            direction = Direction.of(graph, lambda: compile_fx_inner(graph, example_inputs, **kwargs))
+            record(direction, kwargs.get("is_backward", False))
+            return direction.function
 
         # What comes from this cache was not compiled here
         with functorch_config.patch(enable_autograd_cache=False):
@@ -210,7 +207,11 @@ def step(
     :return: the rollout after a step of :func:`advance`, and the reward of this step, ``(1, B, 1)``
     """
     rollout, rewards = advance(rollout, 1, actor, actor_parameters, model, units, gamma=1.0)
-    return rollout, th.stack([rewards])
+    # No views of one another
+    network_inputs = rollout.network_inputs
+    if network_inputs is not rollout.states:
+        network_inputs = network_inputs.clone(memory_format=th.contiguous_format)
+    return rollout._replace(states=rollout.states.contiguous(), network_inputs=network_inputs), th.stack([rewards])
 
 
 class StepCompiler:
@@ -273,7 +274,7 @@ class StepCompiler:
         n_rows, has_gradient = len(rollout.states), th.is_grad_enabled()
         if has_gradient not in self._steps:
             self._steps[has_gradient] = compile_loop(step, rollout.states.device, self.backend)
-        rollout = RolloutState(*even_rows(rollout, model))
+        rollout = RolloutState(*(tensor.contiguous() for tensor in even_rows(rollout, model)))
         if has_gradient:
             rollout = like_a_middle(rollout)
         rollout, rewards = self._steps[has_gradient](rollout, n_steps, actor, actor_parameters, model, units)

@@ -11,8 +11,8 @@ from torch.autograd.function import once_differentiable
 Carried = TypeVar("Carried", bound=tuple[th.Tensor, ...])
 #: Takes a list of inputs, which it may empty, and gives outputs
 ListFunction = Callable[[list[Any]], Sequence[Any]]
-#: (function, names of its inputs, names of its outputs, whether it is that of the backward pass) -> nothing
-Record = Callable[[ListFunction, list[str], list[str | None], bool], None]
+#: (what became of a direction, whether it is the backward pass) -> nothing
+Record = Callable[["Direction", bool], None]
 #: (graph, tensors like its inputs, who is told of each direction) -> a function of the inputs that autograd knows
 CompileGraph = Callable[[th.fx.GraphModule, Sequence[Any], Record], Callable[..., Sequence[Any]]]
 
@@ -30,6 +30,18 @@ class Direction:
     function: ListFunction
     inputs: list[str]
     outputs: list[str | None]
+
+    @classmethod
+    def of(cls, graph: th.fx.GraphModule, compile_direction: Callable[[], ListFunction]) -> "Direction":
+        """
+        :param graph: of the direction
+        :param compile_direction: compiles it, which may change it
+        :return: the direction
+        """
+        inputs = [node.name for node in graph.graph.nodes if node.op == "placeholder"]
+        (output,) = (node for node in graph.graph.nodes if node.op == "output")
+        outputs = [getattr(node, "name", None) for node in output.args[0]]
+        return cls(compile_direction(), inputs, outputs)
 
 
 def places_of(tensor: th.Tensor, tensors: Sequence[Any]) -> list[int]:
@@ -79,8 +91,8 @@ class StepGraph:
         # Where the inputs of the backward function are: (whether among what was kept, place there or among the gradients)
         self._backward_inputs: list[tuple[bool, int]] = []
 
-    def _record(self, function: ListFunction, inputs: list[str], outputs: list[str | None], is_backward: bool) -> None:
-        self._directions[is_backward] = Direction(function, inputs, outputs)
+    def _record(self, direction: Direction, is_backward: bool) -> None:
+        self._directions[is_backward] = direction
 
     @property
     def n_outputs(self) -> int:
@@ -117,19 +129,21 @@ class StepGraph:
         :param collected: what is collected from all steps
         """
         self.loops = False
+        # Inputs that follow from one another count for themselves here
+        leaves = [x.detach().requires_grad_(x.requires_grad) if isinstance(x, th.Tensor) else x for x in inputs]
         wanted = [place for place, x in enumerate(inputs) if isinstance(x, th.Tensor) and x.requires_grad]
         differentiable = [place for place, output in enumerate(outputs) if output.requires_grad]
         # Any gradients will do
         gradients = [th.cos(output.detach()).contiguous() if output.requires_grad else None for output in outputs]
         devices = {x.device for x in inputs if isinstance(x, th.Tensor) and x.device.type == "cuda"}
         with th.random.fork_rng(devices):
-            again = self.step(*inputs)
+            again = self.step(*leaves)
         expected: list[th.Tensor | None] = [*again]
         if differentiable:
             # The backward pass is compiled when it is first asked for; and for being asked for again if it was at first
             expected += th.autograd.grad(
                 [again[place] for place in differentiable],
-                [inputs[place] for place in wanted],
+                [leaves[place] for place in wanted],
                 [gradients[place] for place in differentiable],
                 retain_graph=True,
                 allow_unused=True,
@@ -137,7 +151,7 @@ class StepGraph:
         try:
             self._find_places(inputs, outputs, before, after, collected)
             with th.random.fork_rng(devices), th.no_grad():
-                forward, kept = self.forward(inputs)
+                forward, kept = self.forward(leaves)
                 results: list[th.Tensor | None] = [*forward]
                 if differentiable:
                     self._find_backward_inputs(outputs, differentiable)
@@ -245,6 +259,8 @@ class CompiledLoop:
         self._compile_graph = compile_graph
         # fullgraph: what breaks the graph would run slower than without compilation
         self._step = th.compile(step, fullgraph=True, dynamic=False, backend=self._backend)
+        #: All graphs so far
+        self.graphs: list[StepGraph] = []
         # For the graph that is called, how many steps to take; and from it, how many were taken, and what of if it is new
         self._n_steps = 0
         self._n_taken = 0
@@ -252,6 +268,7 @@ class CompiledLoop:
 
     def _backend(self, graph: th.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Sequence[Any]]:
         step_graph = StepGraph(graph, example_inputs, self._compile_graph)
+        self.graphs.append(step_graph)
 
         def call(*inputs: Any) -> Sequence[Any]:
             if step_graph.loops:

@@ -1,0 +1,214 @@
+"""Steps in a row, of graphs that torch takes apart for both directions without compiling them."""
+
+import gc
+
+import pytest
+import torch as th
+from lq import LinearEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
+
+from sb3_mpg import MPG, PriorModel
+from sb3_mpg.common import compilation
+from sb3_mpg.common.compilation import StepCompiler, rewritten
+from sb3_mpg.common.compiled_loop import CompiledLoop, Direction, StepGraph
+
+SMALL = {"policy_kwargs": {"net_arch": [16]}, "learning_starts": 40, "batch_size": 32, "seed": 0, "buffer_size": 2000}
+
+
+def compile_nothing(graph, example_inputs, record):
+    def taken_apart(is_backward):
+        def compile_direction(graph, example_inputs):
+            direction = Direction.of(graph, lambda: make_boxed_func(graph.forward))
+            record(direction, is_backward)
+            return direction.function
+
+        return compile_direction
+
+    return aot_autograd(fw_compiler=taken_apart(False), bw_compiler=taken_apart(True))(graph, list(example_inputs))
+
+
+@pytest.fixture
+def compiler(monkeypatch):
+    monkeypatch.setattr(
+        compilation, "compile_loop", lambda step, device, backend: CompiledLoop(rewritten(step, device), compile_nothing)
+    )
+    return StepCompiler()
+
+
+def graphs_of(compiler):
+    return [graph for loop in compiler._steps.values() for graph in loop.graphs]
+
+
+class Turning(PriorModel):
+    """What is observed is a part of the state; a parameter, noise, and an end if asked for."""
+
+    def __init__(self, terminates=False):
+        super().__init__()
+        self.terminates = terminates
+        self.rate = th.nn.Parameter(th.tensor(0.3))
+
+    def transition(self, states, actions):
+        position, velocity, age = states.split(1, dim=1)
+        noise = 0.1 * th.randn_like(position) if self.training else 0.0
+        return th.cat([position + self.rate * velocity + noise, velocity.cos() + actions, age + 1], dim=1)
+
+    def reward(self, states, actions, next_states):
+        return -(next_states**2).sum(1, keepdim=True) - actions**2
+
+    def observation(self, states):
+        return states[:, :2]
+
+    def state_from_observation(self, observations):
+        return th.cat([observations, th.zeros_like(observations[:, :1])], dim=1)
+
+    def terminal(self, states):
+        return (states[:, :1] > 0.5) & self.terminates
+
+    @property
+    def may_terminate(self):
+        return self.terminates
+
+
+def make_model(prior_model, env=None, **kwargs):
+    settings = {"residual": False, "weighting": "constant", "horizons": (0, 1, 4), "compile": False, **SMALL, **kwargs}
+    return MPG("MlpPolicy", LinearEnv() if env is None else env, prior_model=prior_model, **settings).learn(44)
+
+
+def gradients(model, compiler, weights, balance=0.0):
+    """With the noise of the model, the same one at each call."""
+    model._step_compiler = compiler
+    observations = th.as_tensor(model.replay_buffer.observations[:32, 0])
+    th.manual_seed(3)
+    model.rollout_model.train()
+    result = model._mixed_policy_gradient(observations, model._units(), weights, balance)
+    return [*result.gradients, result.loss, result.actions, *result.returns.values(), th.rand(1)]
+
+
+class Slanted(Turning):
+    """States that do not lie together in memory, neither at the start nor behind a step, and differently so."""
+
+    def transition(self, states, actions):
+        return super().transition(states, actions).t().contiguous().t()
+
+    def state_from_observation(self, observations):
+        return th.cat([observations, th.zeros_like(observations)], dim=1)[:, :3]
+
+
+class Reshaped(Turning):
+    """Observations are all of the state, but a view of it."""
+
+    def transition(self, states, actions):
+        position, velocity = states.split(1, dim=1)
+        return th.cat([position + self.rate * velocity, velocity.cos() + actions], dim=1)
+
+    def observation(self, states):
+        return states.reshape(len(states), 2, 1).reshape(len(states), 2)
+
+    def state_from_observation(self, observations):
+        return observations
+
+
+@pytest.mark.parametrize("balance", [0.0, 0.5], ids=["mixed", "balanced"])
+@pytest.mark.parametrize("normalises", [False, True], ids=["raw", "normalised"])
+@pytest.mark.parametrize("terminates", [False, True], ids=["goes_on", "terminates"])
+def test_steps_in_a_row_are_the_same(compiler, terminates, normalises, balance):
+    env = VecNormalize(DummyVecEnv([LinearEnv])) if normalises else None
+    model = make_model(Turning(terminates), env)
+    weights = {0: 0.1, 1: 0.3, 4: 0.6}
+    expected = gradients(model, None, weights, balance)
+    # The first time the steps are looked into
+    for _ in range(2):
+        th.testing.assert_close(gradients(model, compiler, weights, balance), expected)
+    assert not compiler.has_failed
+    (graph,) = graphs_of(compiler)
+    assert graph.loops
+
+
+@pytest.mark.parametrize("model", [Slanted(), Reshaped()], ids=["slanted", "reshaped"])
+def test_however_states_lie_in_memory(compiler, model):
+    algorithm = make_model(model)
+    expected = gradients(algorithm, None, {1: 0.4, 4: 0.6})
+    for _ in range(2):
+        th.testing.assert_close(gradients(algorithm, compiler, {1: 0.4, 4: 0.6}), expected)
+    (graph,) = graphs_of(compiler)
+    assert graph.loops
+
+
+def test_all_actions_share_the_parameters(compiler):
+    model = make_model(Turning(), differentiate="all_actions")
+    expected = gradients(model, None, {4: 1.0})
+    for _ in range(2):
+        th.testing.assert_close(gradients(model, compiler, {4: 1.0}), expected)
+    (graph,) = graphs_of(compiler)
+    assert graph.loops
+
+
+def test_nothing_is_kept_in_memory(compiler):
+    model = make_model(Turning())
+    gradients(model, compiler, {4: 1.0})
+
+    def n_tensors():
+        return sum(issubclass(type(thing), th.Tensor) for thing in gc.get_objects())
+
+    gradients(model, compiler, {4: 1.0})
+    gc.collect()
+    gc.disable()
+    try:
+        before = n_tensors()
+        for _ in range(3):
+            gradients(model, compiler, {4: 1.0})
+        assert n_tensors() == before
+    finally:
+        gc.enable()
+
+
+class Counting(Turning):
+    """Keeps something between the calls, which it should not."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("n_calls", th.zeros(()))
+
+    def transition(self, states, actions):
+        self.n_calls += 1
+        return super().transition(states, actions)
+
+
+def test_what_cannot_be_taken_in_a_row_is_taken_one_by_one(compiler):
+    model = make_model(Counting())
+    expected = gradients(model, None, {4: 1.0})
+    for _ in range(2):
+        th.testing.assert_close(gradients(model, compiler, {4: 1.0}), expected)
+    assert not compiler.has_failed
+    assert not any(graph.loops for graph in graphs_of(compiler))
+
+
+@pytest.mark.parametrize("is_forward", [True, False])
+def test_plain_functions_that_do_something_else_are_not_used(compiler, monkeypatch, is_forward):
+    name = "forward" if is_forward else "backward"
+    other = getattr(StepGraph, name)
+
+    def double(results):
+        return [None if result is None else 2 * result for result in results]
+
+    def wrong(self, *args):
+        results = other(self, *args)
+        return (double(results[0]), results[1]) if is_forward else double(results)
+
+    model = make_model(Turning())
+    expected = gradients(model, None, {4: 1.0})
+    monkeypatch.setattr(StepGraph, name, wrong)
+    th.testing.assert_close(gradients(model, compiler, {4: 1.0}), expected)
+    (graph,) = graphs_of(compiler)
+    assert graph.loops is False
+
+
+def test_a_graph_that_changed_is_looked_into_anew(compiler):
+    model = make_model(Turning())
+    gradients(model, compiler, {4: 1.0})
+    model.rollout_model.terminates = True
+    expected = gradients(model, None, {4: 1.0})
+    th.testing.assert_close(gradients(model, compiler, {4: 1.0}), expected)
+    assert [graph.loops for graph in graphs_of(compiler)] == [True, True]

@@ -2,6 +2,8 @@
 
 import gc
 
+import gymnasium as gym
+import numpy as np
 import pytest
 import torch as th
 from lq import LinearEnv
@@ -9,10 +11,12 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 
+import sb3_mpg_envs  # noqa: F401
 from sb3_mpg import MPG, PriorModel
 from sb3_mpg.common import compilation
 from sb3_mpg.common.compilation import StepCompiler, rewritten
 from sb3_mpg.common.compiled_loop import CompiledLoop, Direction, StepGraph
+from sb3_mpg.common.value_targets import SimulatorTarget
 
 SMALL = {"policy_kwargs": {"net_arch": [16]}, "learning_starts": 40, "batch_size": 32, "seed": 0, "buffer_size": 2000}
 
@@ -212,3 +216,56 @@ def test_a_graph_that_changed_is_looked_into_anew(compiler):
     expected = gradients(model, None, {4: 1.0})
     th.testing.assert_close(gradients(model, compiler, {4: 1.0}), expected)
     assert [graph.loops for graph in graphs_of(compiler)] == [True, True]
+
+
+TASKS = {"path": "PathTracking-v0", "pendulum": "InvertedPendulumConti-v0"}
+
+
+@pytest.mark.parametrize("normalises", [False, True], ids=["raw", "normalised"])
+@pytest.mark.parametrize("task", list(TASKS))
+def test_exact_models_give_the_value_targets_of_simulators(compiler, task, normalises, monkeypatch):
+    """Terminated rollouts included."""
+    env = DummyVecEnv([lambda: gym.make(TASKS[task], early_reset_terminates=True, early_reset_penalty=3.0)])
+    target = {"value_target": "n_step_simulator", "value_target_kwargs": {"n_steps": 5}}
+    model = MPG("MlpPolicy", VecNormalize(env) if normalises else env, compile=False, horizons=(0, 2), **target, **SMALL)
+    model.learn(100)
+    simulate, goes_on = SimulatorTarget._simulate, []
+
+    def observed(self, *args):
+        result = simulate(self, *args)
+        goes_on.append(result[-1])
+        return result
+
+    monkeypatch.setattr(SimulatorTarget, "_simulate", observed)
+    results = []
+    for used in (None, compiler, compiler):
+        model._step_compiler = used
+        np.random.seed(0)
+        results.append(model._draw_batch(1, 128, model._units()).target_q_values)
+    assert not compiler.has_failed
+    (graph,) = graphs_of(compiler)
+    assert graph.loops
+    for result in results[1:]:
+        th.testing.assert_close(result, results[0], rtol=1e-5, atol=1e-5)
+    assert len(goes_on) == 1 and 0 < goes_on[0].sum() < 128
+
+
+def test_without_a_compiler_simulators_are_used(monkeypatch):
+    target = {"value_target": "n_step_simulator", "value_target_kwargs": {"n_steps": 3}}
+    model = MPG("MlpPolicy", "PathTracking-v0", compile=False, horizons=(0, 2), **target, **SMALL).learn(44)
+
+    def batch():
+        np.random.seed(0)
+        return model._draw_batch(1, 32, model._units()).target_q_values
+
+    expected = batch()
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(th, "compile", fail)
+    model._step_compiler = StepCompiler()
+    with pytest.warns(UserWarning, match=r"could not be compiled.*RuntimeError: no C\+\+ compiler"):
+        th.testing.assert_close(batch(), expected, rtol=1e-5, atol=1e-5)
+    # Warnings are errors, and numbers are those of the simulator again
+    assert th.equal(batch(), expected)

@@ -68,8 +68,8 @@ SelfMPG = TypeVar("SelfMPG", bound="MPG")
 # Table VI of the first version
 ACTOR_LEARNING_RATE = LinearSchedule(3e-4, 3e-6, 1.0)
 CRITIC_LEARNING_RATE = LinearSchedule(8e-4, 8e-6, 1.0)
-# Compiling takes some ten seconds and saves about a millisecond for each model step of a batch (benchmarks/speed.py)
-COMPILE_FROM_MODEL_STEPS = 50_000
+# Compiling takes 10 to 20 seconds and saves 1 to 3 milliseconds for each model step of a batch (benchmarks/speed.py)
+COMPILE_FROM_MODEL_STEPS = 15_000
 # The errors of the gradients are measured at so many states, once in so many updates
 N_MEASURED_STATES = 128
 MEASURE_EVERY = 20

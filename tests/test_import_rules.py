@@ -23,6 +23,7 @@ LAYERS = [
     ("sb3_mpg.common.models", 2),
     ("sb3_mpg.common.buffers", 3),
     ("sb3_mpg.common.model_rollout", 3),
+    ("sb3_mpg.common.compiled_loop", 2),
     ("sb3_mpg.common.compilation", 3),
     ("sb3_mpg.common.weighting", 3),
     ("sb3_mpg.common.value_targets", 3),

@@ -1,9 +1,10 @@
 """One compiled step, taken many times in a row without what torch does around each call of what it compiled."""
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from itertools import compress
+from typing import Any, NamedTuple, TypeVar
 
 import torch as th
 from torch.autograd.function import once_differentiable
@@ -53,15 +54,31 @@ def places_of(tensor: th.Tensor, tensors: Sequence[Any]) -> list[int]:
     return [place for place, other in enumerate(tensors) if other is tensor]
 
 
-def is_same(result: th.Tensor | None, expected: th.Tensor | None) -> bool:
+def is_same(one: Any, other: Any) -> bool:
     """
-    :param result: a tensor, or ``None`` for no gradient
-    :param expected: another
-    :return: whether they are the same, but for rounding errors
+    :param one: a tensor, or anything
+    :param other: the same
+    :return: whether they are the same, tensors but for rounding errors
     """
-    if result is None or expected is None:
-        return result is expected
-    return th.allclose(result, expected, rtol=1e-4, atol=1e-6, equal_nan=True)
+    if one is other or not (isinstance(one, th.Tensor) and isinstance(other, th.Tensor)):
+        return one is other
+    return th.allclose(one, other, rtol=1e-4, atol=1e-6, equal_nan=True)
+
+
+class Trial(NamedTuple):
+    """
+    A step that the compiler's function took.
+
+    :param inputs: of the step, without a past
+    :param outputs: of the same
+    :param gradients: of the outputs, ``None`` where there is none
+    :param of_inputs: gradients that followed, of the inputs that have one
+    """
+
+    inputs: Sequence[Any]
+    outputs: Sequence[th.Tensor]
+    gradients: Sequence[th.Tensor | None]
+    of_inputs: Sequence[th.Tensor | None]
 
 
 class StepGraph:
@@ -81,6 +98,7 @@ class StepGraph:
         # By whether it is the backward pass
         self._directions: dict[bool, Direction] = {}
         self.step = compile_graph(graph, example_inputs, self._record)
+        self.was_tried = False
         #: Whether steps can be taken in a row; ``None`` before that was looked into
         self.loops: bool | None = None
         #: (place of an input, place of the output that takes it in the next step)
@@ -116,12 +134,54 @@ class StepGraph:
         sources = gradients, kept
         return self._directions[True].function([sources[is_kept][place] for is_kept, place in self._backward_inputs])
 
+    def try_out(self, inputs: Sequence[Any]) -> Trial:
+        """
+        A step and its backward pass, for nothing but to see what comes of it. No random numbers are used up.
+
+        :param inputs: of a step
+        :return: the trial
+        """
+        # Inputs that follow from one another count for themselves here
+        leaves = [x.detach().requires_grad_(x.requires_grad) if isinstance(x, th.Tensor) else x for x in inputs]
+        with self._same_randomness(inputs):
+            outputs = self.step(*leaves)
+        differentiable = [output for output in outputs if output.requires_grad]
+        # Any will do
+        gradients = [th.cos(output.detach()).contiguous() if output.requires_grad else None for output in outputs]
+        of_inputs: Sequence[th.Tensor | None] = []
+        if differentiable:
+            # The backward pass is compiled when it is first asked for; and to be asked again for, if it was so at first
+            of_inputs = th.autograd.grad(
+                differentiable,
+                [leaf for leaf in leaves if isinstance(leaf, th.Tensor) and leaf.requires_grad],
+                [gradient for gradient in gradients if gradient is not None],
+                retain_graph=True,
+                allow_unused=True,
+            )
+        self.was_tried = True
+        return Trial(leaves, outputs, gradients, of_inputs)
+
+    @staticmethod
+    @contextmanager
+    def _same_randomness(inputs: Sequence[Any]) -> Iterator[None]:
+        devices = {x.device for x in inputs if isinstance(x, th.Tensor) and x.device.type == "cuda"}
+        with th.random.fork_rng(devices):
+            th.manual_seed(0)
+            yield
+
     def look_into(
-        self, inputs: Sequence[Any], outputs: Sequence[th.Tensor], before: Carried, after: Carried, collected: th.Tensor
+        self,
+        earlier_inputs: Sequence[Any],
+        inputs: Sequence[Any],
+        outputs: Sequence[th.Tensor],
+        before: Carried,
+        after: Carried,
+        collected: th.Tensor,
     ) -> None:
         """
-        Find out whether and how steps can be taken in a row. No random numbers are used up.
+        Find out whether and how steps can be taken in a row.
 
+        :param earlier_inputs: of the step before
         :param inputs: of a step that was taken
         :param outputs: of the same
         :param before: what the step began with
@@ -129,38 +189,35 @@ class StepGraph:
         :param collected: what is collected from all steps
         """
         self.loops = False
-        # Inputs that follow from one another count for themselves here
-        leaves = [x.detach().requires_grad_(x.requires_grad) if isinstance(x, th.Tensor) else x for x in inputs]
-        wanted = [place for place, x in enumerate(inputs) if isinstance(x, th.Tensor) and x.requires_grad]
-        differentiable = [place for place, output in enumerate(outputs) if output.requires_grad]
-        # Any gradients will do
-        gradients = [th.cos(output.detach()).contiguous() if output.requires_grad else None for output in outputs]
-        devices = {x.device for x in inputs if isinstance(x, th.Tensor) and x.device.type == "cuda"}
-        with th.random.fork_rng(devices):
-            again = self.step(*leaves)
-        expected: list[th.Tensor | None] = [*again]
-        if differentiable:
-            # The backward pass is compiled when it is first asked for; and for being asked for again if it was at first
-            expected += th.autograd.grad(
-                [again[place] for place in differentiable],
-                [leaves[place] for place in wanted],
-                [gradients[place] for place in differentiable],
-                retain_graph=True,
-                allow_unused=True,
-            )
+        trial = self.try_out(inputs)
         try:
             self._find_places(inputs, outputs, before, after, collected)
-            with th.random.fork_rng(devices), th.no_grad():
-                forward, kept = self.forward(leaves)
-                results: list[th.Tensor | None] = [*forward]
-                if differentiable:
-                    self._find_backward_inputs(outputs, differentiable)
-                    of_inputs = self.backward(kept, gradients)
-                    results += [of_inputs[place] for place in wanted]
-            self.loops = all(is_same(*pair) for pair in zip(results, expected, strict=True))
+            self.loops = self._shares(inputs, earlier_inputs) and self._agrees(trial)
         except Exception:
             # Whatever torch makes of it in other versions, there is another way
             return
+
+    def _shares(self, inputs: Sequence[Any], earlier_inputs: Sequence[Any]) -> bool:
+        """
+        :return: whether inputs that are not carried on stay as they are; unlike numbers that Python draws for each step
+        """
+        carried = {place for place, _ in self.carried}
+        pairs = enumerate(zip(inputs, earlier_inputs, strict=True))
+        return all(place in carried or is_same(*pair) for place, pair in pairs)
+
+    def _agrees(self, trial: Trial) -> bool:
+        """
+        :return: whether the plain functions do what the compiler's function did
+        """
+        with self._same_randomness(trial.inputs), th.no_grad():
+            outputs, kept = self.forward(trial.inputs)
+            pairs: list[tuple[Any, Any]] = [*zip(outputs, trial.outputs, strict=True)]
+            if any(gradient is not None for gradient in trial.gradients):
+                self._find_backward_inputs(trial)
+                of_inputs = self.backward(kept, trial.gradients)
+                wanted = [isinstance(leaf, th.Tensor) and leaf.requires_grad for leaf in trial.inputs]
+                pairs += zip(compress(of_inputs, wanted), trial.of_inputs, strict=True)
+        return all(is_same(*pair) for pair in pairs)
 
     def _find_places(
         self, inputs: Sequence[Any], outputs: Sequence[th.Tensor], before: Carried, after: Carried, collected: th.Tensor
@@ -170,13 +227,17 @@ class StepGraph:
         for old, new in zip(before, after, strict=True):
             # What a step does not look at is no input, and what it leaves alone no output
             for place in places_of(old, inputs) if new is not old else []:
-                (source,) = places_of(new, outputs)
+                # Outputs that are the same count in each of their places; one of them is enough
+                source = places_of(new, outputs)[0]
                 # Compiled for these
                 assert (new.shape, new.dtype, new.stride()) == (old.shape, old.dtype, old.stride())
-                self.carried.append((place, source))
+                # Where observations are the states, both are the same tensor
+                if (place, source) not in self.carried:
+                    self.carried.append((place, source))
 
-    def _find_backward_inputs(self, outputs: Sequence[th.Tensor], differentiable: list[int]) -> None:
-        assert all(outputs[place].is_contiguous() for place in differentiable)
+    def _find_backward_inputs(self, trial: Trial) -> None:
+        differentiable = [place for place, gradient in enumerate(trial.gradients) if gradient is not None]
+        assert all(trial.outputs[place].is_contiguous() for place in differentiable)
         names_kept = self._directions[False].outputs[self.n_outputs :]
         places = iter(differentiable)
         for name in self._directions[True].inputs:
@@ -292,6 +353,7 @@ class CompiledLoop:
         :return: what the next step would begin with, and the outputs of the steps, ``(n_steps, ...)``
         """
         parts: list[th.Tensor] = []
+        earlier: tuple[StepGraph, Sequence[Any]] | None = None
         while n_steps > 0:
             self._n_steps = n_steps
             # What was checked in the middle holds for the other steps
@@ -301,7 +363,11 @@ class CompiledLoop:
             parts.append(output)
             if self._new is not None:
                 (graph, inputs, outputs), self._new = self._new, None
-                graph.look_into(inputs, outputs, carried, after, output)
+                if not graph.was_tried:
+                    graph.try_out(inputs)
+                elif earlier is not None and earlier[0] is graph:
+                    graph.look_into(earlier[1], inputs, outputs, carried, after, output)
+                earlier = graph, inputs
             carried = after
             n_steps -= self._n_taken
         return carried, parts[0] if len(parts) == 1 else th.cat(parts)

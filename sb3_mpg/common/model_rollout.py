@@ -237,6 +237,7 @@ class PolicyGradient(NamedTuple):
     :param gradients: of the loss, or of what replaces it, one tensor for each trainable parameter of the actor
     :param actions: of the policy, in [-1, 1], ``(B, A)``
     :param returns: of each horizon that counts, ``(B, 1)``
+    :param mean_returns: the same over the states at which they are finite, scalars
     :param share_left_out: of states that a horizon left out, see :func:`finite_rows`, a scalar
     """
 
@@ -244,6 +245,7 @@ class PolicyGradient(NamedTuple):
     gradients: list[th.Tensor]
     actions: th.Tensor
     returns: dict[int, th.Tensor]
+    mean_returns: dict[int, th.Tensor]
     share_left_out: th.Tensor
 
 
@@ -314,9 +316,10 @@ def mixed_policy_gradient(
                 ascent = th.where(is_finite, ascent, 0.0)
                 descent -= used[horizon] * ascent * balance_states(sizes, balance) / len(ascent)
         gradients = gradient_of(actions, actor, descent)
-    finite_loss = -sum(used[horizon] * finite_mean(values) for horizon, values in detached.items())
+    mean_returns = {horizon: finite_mean(values) for horizon, values in detached.items()}
+    finite_loss = -sum(used[horizon] * mean for horizon, mean in mean_returns.items())
     assert isinstance(finite_loss, th.Tensor)
-    return PolicyGradient(finite_loss, gradients, actions.detach(), detached, 1 - counts.float().mean())
+    return PolicyGradient(finite_loss, gradients, actions.detach(), detached, mean_returns, 1 - counts.float().mean())
 
 
 def first_non_finite_step(

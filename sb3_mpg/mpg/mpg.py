@@ -53,7 +53,6 @@ from sb3_mpg.common.units import Units
 from sb3_mpg.common.utils import (
     check_number,
     clip_norm,
-    finite_mean,
     gradient_of,
     polyak_update_all,
     randomness_of_update,
@@ -644,9 +643,7 @@ class MPG(OffPolicyModelAlgorithm):
             actor_gradients = policy_gradient.gradients
             logs["train/actor_loss"] = policy_gradient.loss.item()
             logs.update({f"horizons/weight_{horizon}": weight for horizon, weight in weights.items()})
-            logs.update(
-                {f"horizons/return_{horizon}": finite_mean(x).item() for horizon, x in policy_gradient.returns.items()}
-            )
+            logs.update({f"horizons/return_{horizon}": mean.item() for horizon, mean in policy_gradient.mean_returns.items()})
             logs["train/states_left_out"] = policy_gradient.share_left_out.item()
             if trust > 0:
                 policy_values = self.critic(units.normalize_observations(observations), policy_gradient.actions)

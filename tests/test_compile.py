@@ -210,10 +210,12 @@ def test_garbage_is_collected_again(is_enabled):
 
 def test_biases_behind_products_change_nothing_else():
     linear, inputs = th.nn.Linear(5, 3), th.randn(7, 5)
+    narrow, wide, back = th.nn.Linear(5, 20), th.nn.Linear(20, 17), th.nn.Linear(17, 3)
     weight, bias = th.randn(2, 5, 3), th.randn(2, 1, 3)
     functions = [
         lambda: linear(inputs),
         lambda: linear(inputs.expand(4, 7, 5)),
+        lambda: back(wide(narrow(inputs))),
         lambda: th.nn.functional.linear(inputs, linear.weight),
         lambda: th.nn.functional.linear(inputs, linear.weight, bias=linear.bias),
         lambda: th.baddbmm(bias, inputs.expand(2, 7, 5), weight),

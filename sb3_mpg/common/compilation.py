@@ -31,6 +31,24 @@ RECOMPUTE_WHAT_IS_CHEAP: dict[str, Any] = {
 }
 
 
+# A library for products takes up to twice as long for a matrix of fewer columns than this as for its transpose
+NARROW = 16
+
+
+def product_of(inputs: th.Tensor, weight: th.Tensor) -> th.Tensor:
+    """
+    :param inputs: ``(..., n_inputs)``
+    :param weight: ``(n_outputs, n_inputs)``
+    :return: ``inputs @ weight.T``, of narrow matrices by columns
+    """
+    if inputs.dim() != 2:
+        return inputs @ weight.t()
+    if inputs.shape[1] < NARROW:
+        # The gradient of what lies in columns is computed in columns
+        inputs = inputs.t().contiguous().t()
+    return (weight @ inputs.t()).t() if weight.shape[0] < NARROW else inputs @ weight.t()
+
+
 class BiasBehindProduct(TorchFunctionMode):
     """
     Linear layers as a product and, apart from it, the bias. The products of the CPU's libraries begin with a copy of the bias
@@ -43,7 +61,7 @@ class BiasBehindProduct(TorchFunctionMode):
         """As in ``TorchFunctionMode``."""
         bias, product = None, None
         if func is F.linear and not kwargs and len(args) == 3:
-            bias, product = args[2], args[0] @ args[1].t()
+            bias, product = args[2], product_of(args[0], args[1])
         elif func is th.baddbmm and not kwargs:
             bias, product = args[0], th.bmm(args[1], args[2])
         if bias is None or product is None:
@@ -207,11 +225,10 @@ def step(
     :return: the rollout after a step of :func:`advance`, and the reward of this step, ``(1, B, 1)``
     """
     rollout, rewards = advance(rollout, 1, actor, actor_parameters, model, units, gamma=1.0)
-    # No views of one another
-    network_inputs = rollout.network_inputs
-    if network_inputs is not rollout.states:
-        network_inputs = network_inputs.clone(memory_format=th.contiguous_format)
-    return rollout._replace(states=rollout.states.contiguous(), network_inputs=network_inputs), th.stack([rewards])
+    # In memory as the next step takes them, and no views of one another
+    states, actions, network_inputs = rollout.states.contiguous(), rollout.actions.contiguous(), rollout.network_inputs
+    network_inputs = states if network_inputs is rollout.states else network_inputs.clone(memory_format=th.contiguous_format)
+    return rollout._replace(states=states, network_inputs=network_inputs, actions=actions), th.stack([rewards])
 
 
 class StepCompiler:

@@ -59,8 +59,9 @@ class BatchSimulator(ABC):
 
     Actions are between -1 and 1; multiplied by the ranges of the actuators they are the *controls*, in physical units.
 
-    A subclass writes :meth:`_start_states`, :meth:`_transition`, :meth:`_is_outside`, :meth:`prior_model`,
-    :meth:`exact_model` and :meth:`make_renderer`. There, arrays have one row per dimension and one column per agent.
+    A subclass writes :meth:`_start_states`, :meth:`_transition`, :meth:`_is_outside`, :meth:`prior_model` and
+    :meth:`make_renderer`, and :meth:`_exact_model` if it can. There, arrays have one row per dimension and one column per
+    agent.
 
     :param num_agents: number of agents that are stepped together
     :param observation_space: observation space of one agent
@@ -203,13 +204,14 @@ class BatchSimulator(ABC):
         controls = self._max_controls * np.minimum(np.maximum(actions, -1.0), 1.0)
 
         states = self._states[:, columns]
-        next_states, rewards, is_outside = self._transition(states, controls, columns)
+        next_states, rewards = self._transition(states, controls, columns)
         self._states[:, columns] = next_states
         self._controls[:, columns] = controls
 
         terminated = np.zeros(n_stepped, dtype=bool)
         truncated = np.zeros(n_stepped, dtype=bool)
         if self.early_reset:
+            is_outside = self._is_outside(next_states)
             if self.early_reset_terminates:
                 terminated = is_outside
                 rewards = rewards - self.early_reset_penalty * is_outside
@@ -244,15 +246,12 @@ class BatchSimulator(ABC):
         """
 
     @abstractmethod
-    def _transition(
-        self, states: np.ndarray, controls: np.ndarray, columns: Columns
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _transition(self, states: np.ndarray, controls: np.ndarray, columns: Columns) -> tuple[np.ndarray, np.ndarray]:
         """
         :param states: states, ``(S, n)``
         :param controls: controls in physical units, ``(A, n)``
         :param columns: which agents they belong to
-        :return: next states, ``(S, n)``, the rewards of the step, ``(n,)``, and whether the next states lie outside of the
-            useful region, bool ``(n,)``, in new arrays
+        :return: next states, ``(S, n)``, and the rewards of the step, ``(n,)``, in new arrays
         """
 
     @abstractmethod
@@ -266,9 +265,21 @@ class BatchSimulator(ABC):
     def prior_model(self) -> PriorModel:
         """The paper's rough model of this task, with the parameters of this simulator."""
 
-    @abstractmethod
-    def exact_model(self) -> PriorModel:
-        """A model that agrees with this simulator step by step."""
+    def exact_model(self) -> PriorModel | None:
+        """
+        :return: a new model that agrees with this simulator step by step, ``None`` where there is none: also of a subclass
+            that changes what a step does, unless it writes :meth:`_exact_model` too
+        """
+
+        def owner(name: str) -> type:
+            return next(cls for cls in type(self).__mro__ if name in vars(cls))
+
+        parts = ("step", "_transition", "_is_outside", "_canonical_states")
+        is_unchanged = all(issubclass(owner("_exact_model"), owner(part)) for part in parts)
+        return self._exact_model() if is_unchanged else None
+
+    def _exact_model(self) -> PriorModel | None:
+        return None
 
     def _termination(self) -> dict[str, Any]:
         """

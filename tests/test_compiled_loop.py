@@ -1,14 +1,17 @@
 """Steps in a row, of graphs that torch takes apart for both directions without compiling them."""
 
+import copy
 import gc
 import random
+import weakref
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
-from lq import LinearEnv
+from lq import LinearEnv, LinearSimulator
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from stable_baselines3.td3.policies import Actor
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 
@@ -18,6 +21,8 @@ from sb3_mpg.common import compilation
 from sb3_mpg.common.compilation import StepCompiler, rewritten
 from sb3_mpg.common.compiled_loop import CompiledLoop, Direction, StepGraph
 from sb3_mpg.common.value_targets import SimulatorTarget
+from sb3_mpg.mpg.policies import MPGPolicy
+from sb3_mpg_envs.path_tracking import PathTrackingModel, PathTrackingSimulator
 
 SMALL = {"policy_kwargs": {"net_arch": [16]}, "learning_starts": 40, "batch_size": 32, "seed": 0, "buffer_size": 2000}
 
@@ -195,9 +200,58 @@ def test_nothing_is_kept_in_memory(compiler):
         gc.enable()
 
 
-class Counting(Turning):
-    """Keeps something between the calls, which it should not."""
+class Drawing(Turning):
+    """Noise of Python's, the same in two steps in a row now and then."""
 
+    def transition(self, states, actions):
+        return super().transition(states, actions) + 0.1 * random.randint(0, 1)
+
+
+class Storing(Turning):
+    """Keeps something for somebody to look at."""
+
+    def __init__(self):
+        super().__init__()
+        self.latest = th.zeros(3)
+
+    def transition(self, states, actions):
+        next_states = super().transition(states, actions)
+        self.latest = next_states.detach().mean(0)
+        return next_states
+
+
+class Ageing(Turning):
+    """Depends on how often it was called."""
+
+    def __init__(self):
+        super().__init__()
+        self.age = th.full((), 100.0)
+
+    def transition(self, states, actions):
+        self.age = self.age + 1e-4
+        return super().transition(states, actions) + 1e-3 * self.age
+
+
+@pytest.mark.parametrize("model_class", [Drawing, Storing, Ageing])
+def test_what_cannot_be_taken_in_a_row_is_taken_one_by_one(compiler, model_class):
+    model = make_model(model_class())
+
+    def set_back():
+        if model_class is Ageing:
+            model.rollout_model.age = th.full((), 100.0)
+
+    set_back()
+    expected = gradients(model, None, {4: 1.0})
+    for _ in range(3):
+        set_back()
+        th.testing.assert_close(gradients(model, compiler, {4: 1.0}), expected)
+    if model_class is Storing:
+        assert not model.rollout_model.latest.requires_grad
+    assert not compiler.has_failed
+    assert not any(graph.loops for graph in graphs_of(compiler))
+
+
+class Counting(Turning):
     def __init__(self):
         super().__init__()
         self.register_buffer("n_calls", th.zeros(()))
@@ -207,21 +261,52 @@ class Counting(Turning):
         return super().transition(states, actions)
 
 
-class Drawing(Turning):
-    """Noise of Python's."""
-
-    def transition(self, states, actions):
-        return super().transition(states, actions) + random.uniform(0.0, 0.1)
-
-
-@pytest.mark.parametrize("model", [Counting(), Drawing()], ids=["counting", "drawing"])
-def test_what_cannot_be_taken_in_a_row_is_taken_one_by_one(compiler, model):
-    model = make_model(model)
+def test_what_changes_in_place_is_not_compiled():
+    """With the compiler itself; nothing is changed before that is noticed."""
+    model = make_model(Counting())
+    model.rollout_model.n_calls.zero_()
     expected = gradients(model, None, {4: 1.0})
-    for _ in range(2):
+    assert model.rollout_model.n_calls == 4
+    compiler = StepCompiler()
+    with pytest.warns(UserWarning, match="Counting and the policy could not be compiled.*in place, as batch normalisation"):
         th.testing.assert_close(gradients(model, compiler, {4: 1.0}), expected)
-    assert not compiler.has_failed
-    assert not any(graph.loops for graph in graphs_of(compiler))
+    assert model.rollout_model.n_calls == 8
+    assert compiler.has_failed
+
+
+def test_batch_normalisation_in_the_policy():
+    class NormalisedActor(Actor):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.mu.insert(1, th.nn.BatchNorm1d(16))
+
+    class Policy(MPGPolicy):
+        def make_actor(self, features_extractor=None):
+            kwargs = self._update_features_extractor(self.actor_kwargs, features_extractor)
+            return NormalisedActor(**kwargs).to(self.device)
+
+    kwargs = {"prior_model": Turning(), "horizons": (0, 2), "weighting": "constant", "residual": False}
+    with pytest.warns(UserWarning, match="Turning and the policy could not be compiled"):
+        MPG(Policy, LinearEnv(), compile=True, **kwargs, **SMALL).learn(44)
+
+
+def test_copies_compile_for_themselves(compiler):
+    model = make_model(Turning())
+    gradients(model, compiler, {4: 1.0})
+    copied = copy.deepcopy(compiler)
+    assert not copied._steps
+    expected = gradients(model, None, {4: 1.0})
+    for used in (copied, compiler, copied):
+        th.testing.assert_close(gradients(model, used, {4: 1.0}), expected)
+
+
+def test_what_was_compiled_goes_with_its_owner(compiler):
+    model = make_model(Turning())
+    gradients(model, compiler, {4: 1.0})
+    loop = weakref.ref(compiler._steps[True])
+    compiler._steps.clear()
+    gc.collect()
+    assert loop() is None
 
 
 @pytest.mark.parametrize("is_forward", [True, False])
@@ -285,6 +370,37 @@ def test_exact_models_give_the_value_targets_of_simulators(compiler, task, norma
     assert len(goes_on) == 1 and 0 < goes_on[0].sum() < 128
 
 
+def test_exact_models_of_users_are_run_in_double_precision(compiler, monkeypatch):
+    monkeypatch.setattr(LinearSimulator, "exact_model", lambda self: LinearEnv().prior_model(), raising=False)
+    target = {"value_target": "n_step_simulator", "value_target_kwargs": {"n_steps": 4}}
+    model = MPG("MlpPolicy", LinearEnv(), compile=False, horizons=(0, 2), **target, **SMALL).learn(44)
+    results = []
+    for used in (None, compiler):
+        model._step_compiler = used
+        np.random.seed(0)
+        results.append(model._draw_batch(1, 32, model._units()).target_q_values)
+    assert not compiler.has_failed and graphs_of(compiler)[0].loops
+    th.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+
+
+def test_simulators_that_change_what_a_step_does_have_no_exact_model():
+    class Slippery(PathTrackingSimulator):
+        def _transition(self, states, controls, columns):
+            return super()._transition(states, 0.5 * controls, columns)
+
+    class Known(Slippery):
+        def _exact_model(self):
+            return Turning()
+
+    class Wider(PathTrackingSimulator):
+        def _start_states(self, n_starts):
+            return 2 * super()._start_states(n_starts)
+
+    assert Slippery(2).exact_model() is None
+    assert isinstance(Known(2).exact_model(), Turning)
+    assert isinstance(Wider(2).exact_model(), PathTrackingModel)
+
+
 def test_without_a_compiler_simulators_are_used(monkeypatch):
     target = {"value_target": "n_step_simulator", "value_target_kwargs": {"n_steps": 3}}
     model = MPG("MlpPolicy", "PathTracking-v0", compile=False, horizons=(0, 2), **target, **SMALL).learn(44)
@@ -300,7 +416,9 @@ def test_without_a_compiler_simulators_are_used(monkeypatch):
 
     monkeypatch.setattr(th, "compile", fail)
     model._step_compiler = StepCompiler()
-    with pytest.warns(UserWarning, match=r"could not be compiled.*RuntimeError: no C\+\+ compiler"):
+    with pytest.warns(
+        UserWarning, match=r"PathTrackingModel and the policy could not be compiled.*RuntimeError: no C\+\+ compiler"
+    ):
         th.testing.assert_close(batch(), expected, rtol=1e-5, atol=1e-5)
     # Warnings are errors, and numbers are those of the simulator again
     assert th.equal(batch(), expected)

@@ -248,6 +248,10 @@ class StepCompiler:
         self._held_step: HeldStep | None = None
         self._act: Callable[..., th.Tensor] | None = None
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "StepCompiler":
+        # What was compiled belongs to the functions of this one
+        return StepCompiler(self.backend)
+
     def _attempt(
         self, what: str, compiled: Callable[..., Result], as_it_is: Callable[..., Result], args: tuple[Any, ...]
     ) -> Result:
@@ -346,7 +350,7 @@ class StepCompiler:
 @contextmanager
 def compiling() -> Iterator[None]:
     """
-    What compiled steps are run and differentiated in. Keeps torch's remarks about its own compiler from the user, who can do
+    What compiled steps are compiled and run in. Keeps torch's remarks about its own compiler from the user, who can do
     nothing about them; buffers that the backward pass would overwrite are kept, because each horizon passes back through
     the steps that it shares with longer ones; and the backward pass computes the small quantities of the model once more:
     to hand over hundreds of small tensors takes longer. No garbage is collected meanwhile: the compiler makes millions of

@@ -1,5 +1,7 @@
 """One compiled step, taken many times in a row without what torch does around each call of what it compiled."""
 
+import logging
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -8,6 +10,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch as th
 from torch.autograd.function import once_differentiable
+
+logger = logging.getLogger(__name__)
 
 Carried = TypeVar("Carried", bound=tuple[th.Tensor, ...])
 #: Takes a list of inputs, which it may empty, and gives outputs
@@ -109,6 +113,8 @@ class StepGraph:
         #: Place of the output that is collected from all steps, and of those that count behind the last one
         self.collected = 0
         self.last: list[int] = []
+        #: Of each output, whether it has a gradient
+        self.has_gradient: list[bool] = []
         # Where the inputs of the backward function are: (whether among what was kept, place there or among the gradients)
         self._backward_inputs: list[tuple[bool, int]] = []
 
@@ -139,15 +145,19 @@ class StepGraph:
 
     def try_out(self, inputs: Sequence[Any]) -> Trial:
         """
-        A step and its backward pass, for nothing but to see what comes of it. No random numbers are used up.
+        A step and its backward pass, for nothing but to see what comes of it: nothing is changed.
 
         :param inputs: of a step
         :return: the trial
+        :raises RuntimeError: when the step changes its inputs in place
         """
         # Inputs that follow from one another count for themselves here
-        leaves = [x.detach().requires_grad_(x.requires_grad) if isinstance(x, th.Tensor) else x for x in inputs]
+        leaves = [x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, th.Tensor) else x for x in inputs]
+        versions = [x._version for x in leaves if isinstance(x, th.Tensor)]
         with self._same_randomness(inputs):
             outputs = self.step(*leaves)
+        if versions != [x._version for x in leaves if isinstance(x, th.Tensor)]:
+            raise RuntimeError("a step changes tensors of the model or the policy in place, as batch normalisation does")
         differentiable = [output for output in outputs if output.requires_grad]
         # Any will do
         gradients = [th.cos(output.detach()).contiguous() if output.requires_grad else None for output in outputs]
@@ -169,7 +179,10 @@ class StepGraph:
     def _same_randomness(inputs: Sequence[Any]) -> Iterator[None]:
         devices = {x.device for x in inputs if isinstance(x, th.Tensor) and x.device.type == "cuda"}
         with th.random.fork_rng(devices):
-            th.manual_seed(0)
+            th.default_generator.manual_seed(0)
+            for device in devices:
+                with th.cuda.device(device):
+                    th.cuda.manual_seed(0)
             yield
 
     def look_into(
@@ -195,27 +208,32 @@ class StepGraph:
         trial = self.try_out(inputs)
         try:
             self._find_places(inputs, outputs, before, after, collected)
-            self.loops = self._shares(inputs, earlier_inputs) and self._agrees(trial)
-        except Exception:
+            self._check_the_rest(inputs, earlier_inputs)
+            self.loops = self._agrees(trial)
+        except Exception as error:
             # Whatever torch makes of it in other versions, there is another way
-            return
+            logger.debug("Compiled steps are taken one by one: %s: %s", type(error).__name__, error)
 
-    def _shares(self, inputs: Sequence[Any], earlier_inputs: Sequence[Any]) -> bool:
+    def _check_the_rest(self, inputs: Sequence[Any], earlier_inputs: Sequence[Any]) -> None:
         """
-        :return: whether inputs that are not carried on stay as they are; unlike numbers that Python draws for each step
+        What is not carried on must stay the same; unlike numbers that Python draws for each step, and what a model replaces.
         """
         carried = {place for place, _ in self.carried}
-        pairs = enumerate(zip(inputs, earlier_inputs, strict=True))
-        return all(place in carried or is_same(*pair) for place, pair in pairs)
+        for place, (one, other) in enumerate(zip(inputs, earlier_inputs, strict=True)):
+            assert isinstance(one, th.Tensor) and isinstance(other, th.Tensor), "an input is no tensor"
+            # Arrays of NumPy come as new tensors each time
+            is_shared = one is other or (one.data_ptr(), one.stride()) == (other.data_ptr(), other.stride())
+            assert place in carried or is_shared, "something else changes with each step"
 
     def _agrees(self, trial: Trial) -> bool:
         """
         :return: whether the plain functions do what the compiler's function did
         """
+        self.has_gradient = [gradient is not None for gradient in trial.gradients]
         with self._same_randomness(trial.inputs), th.no_grad():
             outputs, kept = self.forward(trial.inputs)
             pairs: list[tuple[Any, Any]] = [*zip(outputs, trial.outputs, strict=True)]
-            if any(gradient is not None for gradient in trial.gradients):
+            if any(self.has_gradient):
                 self._find_backward_inputs(trial)
                 of_inputs = self.backward(kept, trial.gradients)
                 wanted = [isinstance(leaf, th.Tensor) and leaf.requires_grad for leaf in trial.inputs]
@@ -227,6 +245,7 @@ class StepGraph:
     ) -> None:
         (self.collected,) = places_of(collected, outputs)
         self.last = [place for place in range(len(outputs)) if place != self.collected]
+        assert all(places_of(outputs[place], after) for place in self.last), "a step stores something"
         for old, new in zip(before, after, strict=True):
             # What a step does not look at is no input, and what it leaves alone no output
             for place in places_of(old, inputs) if new is not old else []:
@@ -239,7 +258,7 @@ class StepGraph:
                     self.carried.append((place, source))
 
     def _find_backward_inputs(self, trial: Trial) -> None:
-        differentiable = [place for place, gradient in enumerate(trial.gradients) if gradient is not None]
+        differentiable = [place for place, has_gradient in enumerate(self.has_gradient) if has_gradient]
         assert all(trial.outputs[place].is_contiguous() for place in differentiable)
         names_kept = self._directions[False].outputs[self.n_outputs :]
         places = iter(differentiable)
@@ -270,9 +289,9 @@ class Loop(th.autograd.Function):
             for place, source in graph.carried:
                 now[place] = outputs[source]
         # Aliases: what was kept, too, would hold itself in memory if it came to know where it is from
-        last = [outputs[place].detach() for place in graph.last]
-        ctx.mark_non_differentiable(*(output for output in last if not output.is_floating_point()))
-        return *last, th.cat(collected)
+        results = {place: outputs[place].detach() for place in graph.last} | {graph.collected: th.cat(collected)}
+        ctx.mark_non_differentiable(*(result for place, result in results.items() if not graph.has_gradient[place]))
+        return tuple(results.values())
 
     @staticmethod
     @once_differentiable
@@ -320,33 +339,49 @@ class CompiledLoop:
     """
 
     def __init__(self, step: Callable[..., tuple[Any, th.Tensor]], compile_graph: CompileGraph):
-        self._compile_graph = compile_graph
-        # fullgraph: what breaks the graph would run slower than without compilation
-        self._step = th.compile(step, fullgraph=True, dynamic=False, backend=self._backend)
         #: All graphs so far
         self.graphs: list[StepGraph] = []
         # For the graph that is called, how many steps to take; and from it, how many were taken, and what of if it is new
         self._n_steps = 0
         self._n_taken = 0
         self._new: tuple[StepGraph, Sequence[Any], Sequence[Any]] | None = None
+        # torch keeps the backend, and what it gave, for longer than this lives
+        this = weakref.ref(self)
 
-    def _backend(self, graph: th.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Sequence[Any]]:
-        step_graph = StepGraph(graph, example_inputs, self._compile_graph)
-        self.graphs.append(step_graph)
+        def backend(graph: th.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Sequence[Any]]:
+            step_graph = StepGraph(graph, example_inputs, compile_graph)
+            owner = this()
+            assert owner is not None
+            owner.graphs.append(step_graph)
 
-        def call(*inputs: Any) -> Sequence[Any]:
-            if step_graph.loops:
-                *last, collected = Loop.apply(step_graph, self._n_steps, *inputs)
-                self._n_taken = self._n_steps
-                last.insert(step_graph.collected, collected)
-                return last
-            outputs = tuple(step_graph.step(*inputs))
-            self._n_taken = 1
-            if step_graph.loops is None:
-                self._new = step_graph, inputs, outputs
-            return outputs
+            def call(*inputs: Any) -> Sequence[Any]:
+                loop = this()
+                assert loop is not None
+                return loop._run(step_graph, inputs)
 
-        return call
+            return call
+
+        # fullgraph: what breaks the graph would run slower than without compilation
+        self._step = th.compile(step, fullgraph=True, dynamic=False, backend=backend)
+
+    def _run(self, graph: StepGraph, inputs: Sequence[Any]) -> Sequence[Any]:
+        """
+        :param graph: the graph
+        :param inputs: of the first step
+        :return: outputs of the last of as many steps as were asked for, or of the first one
+        """
+        if graph.loops:
+            *last, collected = Loop.apply(graph, self._n_steps, *inputs)
+            self._n_taken = self._n_steps
+            last.insert(graph.collected, collected)
+            return last
+        if not graph.was_tried:
+            graph.try_out(inputs)
+        outputs = tuple(graph.step(*inputs))
+        self._n_taken = 1
+        if graph.loops is None:
+            self._new = graph, inputs, outputs
+        return outputs
 
     def __call__(self, carried: Carried, n_steps: int, *args: Any) -> tuple[Carried, th.Tensor]:
         """
@@ -366,9 +401,7 @@ class CompiledLoop:
             parts.append(output)
             if self._new is not None:
                 (graph, inputs, outputs), self._new = self._new, None
-                if not graph.was_tried:
-                    graph.try_out(inputs)
-                elif earlier is not None and earlier[0] is graph:
+                if earlier is not None and earlier[0] is graph:
                     graph.look_into(earlier[1], inputs, outputs, carried, after, output)
                 earlier = graph, inputs
             carried = after

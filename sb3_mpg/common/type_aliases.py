@@ -48,7 +48,8 @@ class Simulator(Protocol):
     A batch of environments that can be put into the states that observations describe.
     Environments offer one with a method ``make_simulator(num_agents) -> Simulator``.
 
-    It may have a method ``exact_model()``: a new ``PriorModel`` that does the same, to rounding error.
+    It may have a method ``exact_model()``: a new ``PriorModel`` that does the same, to the rounding error of the double
+    precision that it is then run in, or ``None``.
     """
 
     num_agents: int

@@ -160,8 +160,9 @@ class SimulatorTarget(ValueTarget):
     def __call__(self, replay_data, actor, actor_target, target_values, units, gamma, make_simulator, compiler=None):
         simulator = make_simulator(len(replay_data.observations))
         compiler = None if compiler is None or compiler.has_failed else compiler
-        if compiler is not None and hasattr(simulator, "exact_model"):
-            model = InDoublePrecision(simulator.exact_model())
+        model = None if compiler is None or not hasattr(simulator, "exact_model") else simulator.exact_model()
+        if model is not None:
+            model = InDoublePrecision(model).to(replay_data.observations.device)
             returns, last_inputs, goes_on = self._roll_out(replay_data, actor, units, gamma, model, compiler)
         else:
             returns, last_inputs, goes_on = self._simulate(replay_data, actor, units, gamma, simulator, compiler)

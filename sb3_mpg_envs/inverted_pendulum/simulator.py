@@ -80,7 +80,7 @@ class InvertedPendulumSimulator(BatchSimulator):
     def prior_model(self) -> InvertedPendulumModel:
         return InvertedPendulumModel(parameters=self.parameters, **self._termination())
 
-    def exact_model(self) -> InvertedPendulumModel:
+    def _exact_model(self) -> InvertedPendulumModel:
         return InvertedPendulumModel.exact(parameters=self.parameters, **self._termination())
 
     def make_renderer(self, render_mode: str) -> Renderer:
@@ -92,9 +92,7 @@ class InvertedPendulumSimulator(BatchSimulator):
         half_width = self.start_width * dynamics.START_HALF_WIDTH
         return half_width * self.np_random.uniform(-1, 1, (4, n_starts))
 
-    def _transition(
-        self, states: np.ndarray, controls: np.ndarray, columns: Columns
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _transition(self, states: np.ndarray, controls: np.ndarray, columns: Columns) -> tuple[np.ndarray, np.ndarray]:
         n_stepped = states.shape[1]
         initial_states, trajectories = self._initial_states[:n_stepped], self._trajectories[:n_stepped]
         held_controls = self._held_controls[:n_stepped]
@@ -112,8 +110,7 @@ class InvertedPendulumSimulator(BatchSimulator):
             state=trajectories,
         )
         next_states = np.ascontiguousarray(trajectories[:, -1, 1:].T)
-        rewards = dynamics.pendulum_reward(PendulumState(*next_states), dynamics.REWARD_WEIGHTS)
-        return next_states, rewards, self._is_outside(next_states)
+        return next_states, dynamics.pendulum_reward(PendulumState(*next_states), dynamics.REWARD_WEIGHTS)
 
     def _is_outside(self, states: np.ndarray) -> np.ndarray:
         return dynamics.is_fallen(PendulumState(*states))

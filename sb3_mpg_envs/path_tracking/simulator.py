@@ -54,8 +54,8 @@ class CompiledTracking:
 
     def _compile(self, tensors: Sequence[th.Tensor]) -> Callable[..., tuple[th.Tensor, ...]]:
         def step(states: th.Tensor, path: th.Tensor, controls: th.Tensor) -> tuple[th.Tensor, ...]:
-            next_state, next_path, rewards, is_outside = tracking(states, path, controls, self.vehicle, th)
-            return th.stack(next_state), th.stack(next_path), rewards, is_outside
+            next_state, next_path, rewards = tracking(states, path, controls, self.vehicle, th)
+            return th.stack(next_state), th.stack(next_path), rewards
 
         # A code object of its own: what torch compiled for one is taken for all functions that share it, whatever the vehicle
         own_step = FunctionType(step.__code__.replace(), step.__globals__, step.__name__, None, step.__closure__)
@@ -89,7 +89,7 @@ def tracking(
     controls: dynamics.Array,
     vehicle: VehicleParameters,
     xp: dynamics.ArrayModule,
-) -> tuple[TrackingState, tuple[dynamics.Array, dynamics.Array], dynamics.Array, dynamics.Array]:
+) -> tuple[TrackingState, tuple[dynamics.Array, dynamics.Array], dynamics.Array]:
     """
     A step of the simulator.
 
@@ -98,7 +98,7 @@ def tracking(
     :param controls: front wheel angle and acceleration, ``(2, n)``
     :param vehicle: parameters of the vehicles
     :param xp: array module
-    :return: next tracking errors, the path there, the rewards, and whether the vehicles are off the path then, each ``(n,)``
+    :return: next tracking errors, the path there, and the rewards, each ``(n,)``
     """
     y_ref, phi_ref = path
     steering, acceleration = controls
@@ -106,8 +106,7 @@ def tracking(
     next_state, next_path = dynamics.tracking_step(
         state, (y_ref, phi_ref), steering, acceleration, vehicle, dynamics.N_SUBSTEPS, "path", xp
     )
-    rewards = dynamics.tracking_reward(state, steering, acceleration)
-    return next_state, next_path, rewards, dynamics.is_off_path(next_state)
+    return next_state, next_path, dynamics.tracking_reward(state, steering, acceleration)
 
 
 def numpy_tracking(
@@ -118,12 +117,11 @@ def numpy_tracking(
     :param path: the path where the vehicles are, ``(2, n)``
     :param controls: front wheel angle and acceleration, ``(2, n)``
     :param vehicle: parameters of the vehicles
-    :return: next tracking errors, ``(6, n)``, the path there, ``(2, n)``, the rewards, and whether the vehicles are off the
-        path then, both ``(n,)``, in new arrays
+    :return: next tracking errors, ``(6, n)``, the path there, ``(2, n)``, and the rewards, ``(n,)``, in new arrays
     """
-    next_state, next_path, *rest = tracking(states, path, controls, vehicle, np)
+    next_state, next_path, rewards = tracking(states, path, controls, vehicle, np)
     # As np.stack(), with less overhead
-    return np.concatenate(next_state).reshape(states.shape), np.concatenate(next_path).reshape(path.shape), *rest
+    return np.concatenate(next_state).reshape(states.shape), np.concatenate(next_path).reshape(path.shape), rewards
 
 
 class PathTrackingSimulator(BatchSimulator):
@@ -183,7 +181,7 @@ class PathTrackingSimulator(BatchSimulator):
     def prior_model(self) -> PathTrackingModel:
         return PathTrackingModel(vehicle=self.vehicle, **self._termination())
 
-    def exact_model(self) -> PathTrackingModel:
+    def _exact_model(self) -> PathTrackingModel:
         return PathTrackingModel.exact(vehicle=self.vehicle, **self._termination())
 
     def make_renderer(self, render_mode: str) -> Renderer:
@@ -215,16 +213,13 @@ class PathTrackingSimulator(BatchSimulator):
             )
         )
 
-    def _transition(
-        self, states: np.ndarray, controls: np.ndarray, columns: Columns
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _transition(self, states: np.ndarray, controls: np.ndarray, columns: Columns) -> tuple[np.ndarray, np.ndarray]:
         path = self._path[:, columns]
         if self.compile:
-            next_states, next_path, rewards, is_outside = compiled_tracking(self.vehicle)(states, path, controls)
+            next_states, self._path[:, columns], rewards = compiled_tracking(self.vehicle)(states, path, controls)
         else:
-            next_states, next_path, rewards, is_outside = numpy_tracking(states, path, controls, self.vehicle)
-        self._path[:, columns] = next_path
-        return next_states, rewards, is_outside
+            next_states, self._path[:, columns], rewards = numpy_tracking(states, path, controls, self.vehicle)
+        return next_states, rewards
 
     def _is_outside(self, states: np.ndarray) -> np.ndarray:
         return dynamics.is_off_path(TrackingState(*states))

@@ -9,12 +9,12 @@ class InDoublePrecision(PriorModel):
     """
     A model that steps states in double precision, and speaks single precision to the outside, as simulators do.
 
-    :param model: the model
+    :param model: the model; what it holds is of double precision from now on
     """
 
     def __init__(self, model: PriorModel):
         super().__init__()
-        self.model = model
+        self.model = model.double()
 
     def step(self, states: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sb3_mpg.common.models.base import PriorModel
+from sb3_mpg.common.models.double_precision import InDoublePrecision
 from sb3_mpg.common.models.prediction_errors import Windows
 from sb3_mpg.common.models.trainable import TrainableModel, Transitions
 from sb3_mpg.common.torch_layers import n_with_waves, with_waves
@@ -657,7 +658,9 @@ def _to_cpu(value: Any) -> Any:
 
 def name_of(model: PriorModel) -> str:
     """
-    :param model: a model, corrected or not
+    :param model: a model, or what the library made of it
     :return: what the user calls it
     """
-    return type(model.prior if isinstance(model, ResidualModel) else model).__name__
+    if isinstance(model, ResidualModel):
+        model = model.prior
+    return type(model.model if isinstance(model, InDoublePrecision) else model).__name__

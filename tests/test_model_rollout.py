@@ -125,7 +125,8 @@ def test_negligible_horizons_cost_nothing(problem):
     assert model.calls == 0
     assert set(returns) == {0}
     weights = {0: 0.25, 5: 0.75}
-    loss, _, actions, returns, _ = mixed_policy_gradient(states, actor, q_function, model, IDENTITY, weights, 0.9)
+    loss, _, actions, returns, means, _ = mixed_policy_gradient(states, actor, q_function, model, IDENTITY, weights, 0.9)
+    assert all(means[horizon] == returns[horizon].mean() for horizon in weights)
     assert model.calls == 5
     th.testing.assert_close(loss, -(0.25 * returns[0] + 0.75 * returns[5]).mean())
     th.testing.assert_close(actions, (states @ th.as_tensor(k).T))

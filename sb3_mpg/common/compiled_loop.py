@@ -72,6 +72,16 @@ def is_same(one: Any, other: Any) -> bool:
     return th.allclose(one, other, rtol=1e-4, atol=1e-5 * size, equal_nan=True)
 
 
+def require(condition: bool, reason: str) -> None:
+    """
+    :param condition: what steps in a row need
+    :param reason: why they are not possible without
+    :raises ValueError: when it does not hold
+    """
+    if not condition:
+        raise ValueError(reason)
+
+
 class Trial(NamedTuple):
     """
     A step that the compiler's function took.
@@ -209,7 +219,8 @@ class StepGraph:
         try:
             self._find_places(inputs, outputs, before, after, collected)
             self._check_the_rest(inputs, earlier_inputs)
-            self.loops = self._agrees(trial)
+            require(self._agrees(trial), "the plain functions do something else")
+            self.loops = True
         except Exception as error:
             # Whatever torch makes of it in other versions, there is another way
             logger.debug("Compiled steps are taken one by one: %s: %s", type(error).__name__, error)
@@ -220,10 +231,10 @@ class StepGraph:
         """
         carried = {place for place, _ in self.carried}
         for place, (one, other) in enumerate(zip(inputs, earlier_inputs, strict=True)):
-            assert isinstance(one, th.Tensor) and isinstance(other, th.Tensor), "an input is no tensor"
+            require(isinstance(one, th.Tensor) and isinstance(other, th.Tensor), "an input is no tensor")
             # Arrays of NumPy come as new tensors each time
             is_shared = one is other or (one.data_ptr(), one.stride()) == (other.data_ptr(), other.stride())
-            assert place in carried or is_shared, "something else changes with each step"
+            require(place in carried or is_shared, "something else changes with each step")
 
     def _agrees(self, trial: Trial) -> bool:
         """
@@ -245,27 +256,27 @@ class StepGraph:
     ) -> None:
         (self.collected,) = places_of(collected, outputs)
         self.last = [place for place in range(len(outputs)) if place != self.collected]
-        assert all(places_of(outputs[place], after) for place in self.last), "a step stores something"
+        require(all(places_of(outputs[place], after) for place in self.last), "a step stores something")
         for old, new in zip(before, after, strict=True):
             # What a step does not look at is no input, and what it leaves alone no output
             for place in places_of(old, inputs) if new is not old else []:
                 # Outputs that are the same count in each of their places; one of them is enough
                 source = places_of(new, outputs)[0]
-                # Compiled for these
-                assert (new.shape, new.dtype, new.stride()) == (old.shape, old.dtype, old.stride())
+                is_alike = (new.shape, new.dtype, new.stride()) == (old.shape, old.dtype, old.stride())
+                require(is_alike, "it is compiled for other tensors than it gives")
                 # Where observations are the states, both are the same tensor
                 if (place, source) not in self.carried:
                     self.carried.append((place, source))
 
     def _find_backward_inputs(self, trial: Trial) -> None:
         differentiable = [place for place, has_gradient in enumerate(self.has_gradient) if has_gradient]
-        assert all(trial.outputs[place].is_contiguous() for place in differentiable)
+        require(all(trial.outputs[place].is_contiguous() for place in differentiable), "an output is not contiguous")
         names_kept = self._directions[False].outputs[self.n_outputs :]
         places = iter(differentiable)
         for name in self._directions[True].inputs:
             is_kept = not name.startswith("tangents_")
             self._backward_inputs.append((is_kept, names_kept.index(name) if is_kept else next(places)))
-        assert next(places, None) is None, "a gradient that the backward pass does not ask for"
+        require(next(places, None) is None, "there are gradients that the backward pass does not ask for")
 
 
 class Loop(th.autograd.Function):

@@ -4,6 +4,7 @@ import gc
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import lru_cache
 from types import FunctionType
 from typing import Any, TypeVar
 
@@ -23,8 +24,13 @@ from sb3_mpg.common.units import Units
 
 Result = TypeVar("Result")
 
-# Of what is known to be cheap. Not `aggressive_recomputation`, which also draws random numbers a second time
-RECOMPUTE_WHAT_IS_CHEAP: dict[str, Any] = {
+# How steps are differentiated. The backward pass computes the small quantities of a model once more, as it takes longer to
+# hand over hundreds of small tensors; not by `aggressive_recomputation`, which also draws random numbers a second time. It
+# overwrites nothing, as each horizon passes back through the steps that it shares with longer ones. And what comes from
+# torch's cache of both directions was not compiled here, where they are told apart
+OF_STEPS: dict[str, Any] = {
+    "enable_autograd_cache": False,
+    "donated_buffer": False,
     "ban_recompute_used_far_apart": False,
     "ban_recompute_long_fusible_chains": False,
     "ban_recompute_materialized_backward": False,
@@ -180,8 +186,7 @@ def compile_loop(step: Callable[..., Any], device: th.device, backend: str) -> C
             record(direction, kwargs.get("is_backward", False))
             return direction.function
 
-        # What comes from this cache was not compiled here
-        with functorch_config.patch(enable_autograd_cache=False):
+        with functorch_config.patch(OF_STEPS):
             return compile_fx(graph, example_inputs, compile_direction, inductor_options(device))
 
     return CompiledLoop(rewritten(step, device), compile_graph)
@@ -229,6 +234,17 @@ def step(
     states, actions, network_inputs = rollout.states.contiguous(), rollout.actions.contiguous(), rollout.network_inputs
     network_inputs = states if network_inputs is rollout.states else network_inputs.clone(memory_format=th.contiguous_format)
     return rollout._replace(states=states, network_inputs=network_inputs, actions=actions), th.stack([rewards])
+
+
+@lru_cache(maxsize=64)
+def discounts_of(gamma: float, n_steps: int, device: th.device) -> th.Tensor:
+    """
+    :param gamma: discount factor
+    :param n_steps: number of steps
+    :param device: where they are needed
+    :return: the discounts of these steps, ``(n_steps, 1, 1)``, always the same tensor
+    """
+    return th.tensor([gamma**index for index in range(n_steps)], device=device).reshape(-1, 1, 1)
 
 
 class StepCompiler:
@@ -299,8 +315,7 @@ class StepCompiler:
         if has_gradient:
             rollout = like_a_middle(rollout)
         rollout, rewards = self._steps[has_gradient](rollout, n_steps, actor, actor_parameters, model, units)
-        discounts = th.tensor([gamma**index for index in range(n_steps)], device=rewards.device).reshape(-1, 1, 1)
-        total = (discounts * rewards).sum(dim=0)
+        total = (discounts_of(gamma, n_steps, rewards.device) * rewards).sum(dim=0)
         if len(total) > n_rows:
             rollout, total = RolloutState(*(tensor[:n_rows] for tensor in rollout)), total[:n_rows]
         return rollout, total
@@ -350,16 +365,14 @@ class StepCompiler:
 @contextmanager
 def compiling() -> Iterator[None]:
     """
-    What compiled steps are compiled and run in. Keeps torch's remarks about its own compiler from the user, who can do
-    nothing about them; buffers that the backward pass would overwrite are kept, because each horizon passes back through
-    the steps that it shares with longer ones; and the backward pass computes the small quantities of the model once more:
-    to hand over hundreds of small tensors takes longer. No garbage is collected meanwhile: the compiler makes millions of
-    objects, and to look for garbage among them takes a twentieth of its time.
+    What may compile is called in here. Keeps torch's remarks about its own compiler from the user, who can do nothing about
+    them. No garbage is collected meanwhile: the compiler makes millions of objects, and to look for garbage among them takes a
+    twentieth of its time.
     """
     collects_garbage = gc.isenabled()
     try:
         gc.disable()
-        with warnings.catch_warnings(), functorch_config.patch(donated_buffer=False, **RECOMPUTE_WHAT_IS_CHEAP):
+        with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
             warnings.filterwarnings("ignore", category=DeprecationWarning, message=r".*torch\.jit")
             yield

@@ -31,7 +31,18 @@ def gradient(model, observations, weights):
     return th.cat([g.flatten() for g in model._mixed_policy_gradient(observations, model._units(), weights).gradients])
 
 
-@pytest.mark.parametrize("env", [LinearEnv(), "PathTracking-v0", "InvertedPendulumConti-v0"], ids=["lq", "path", "pendulum"])
+class RandomLinearEnv(LinearEnv):
+    """The costs of ``LinearEnv`` and random dynamics, its model's too."""
+
+    def __init__(self):
+        super().__init__()
+        rng = np.random.default_rng(0)
+        self.a, self.b = 0.5 * rng.normal(size=(2, 2)), 0.5 * rng.normal(size=(2, 1))
+
+
+@pytest.mark.parametrize(
+    "env", [RandomLinearEnv(), "PathTracking-v0", "InvertedPendulumConti-v0"], ids=["lq", "path", "pendulum"]
+)
 def test_compiled_gradient_equals_the_other(env):
     model = MPG("MlpPolicy", env, compile=False, horizons=(0, 3), **SMALL).learn(44)
     assert model._step_compiler is None

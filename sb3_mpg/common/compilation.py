@@ -298,23 +298,16 @@ class StepCompiler:
         _, _, model, _, _ = args
         return self._attempt(f"{name_of(model)} and the policy", self._advance, advance, (rollout, n_steps, *args))
 
-    def _advance(
-        self,
-        rollout: RolloutState,
-        n_steps: int,
-        actor: th.nn.Module,
-        actor_parameters: dict[str, th.Tensor],
-        model: PriorModel,
-        units: Units,
-        gamma: float,
-    ) -> tuple[RolloutState, th.Tensor]:
+    def _advance(self, rollout: RolloutState, n_steps: int, *args: Any) -> tuple[RolloutState, th.Tensor]:
+        *of_steps, gamma = args
+        _, _, model, _ = of_steps
         n_rows, has_gradient = len(rollout.states), th.is_grad_enabled()
         if has_gradient not in self._steps:
             self._steps[has_gradient] = compile_loop(step, rollout.states.device, self.backend)
         rollout = RolloutState(*(tensor.contiguous() for tensor in even_rows(rollout, model)))
         if has_gradient:
             rollout = like_a_middle(rollout)
-        rollout, rewards = self._steps[has_gradient](rollout, n_steps, actor, actor_parameters, model, units)
+        rollout, rewards = self._steps[has_gradient](rollout, n_steps, *of_steps)
         total = (discounts_of(gamma, n_steps, rewards.device) * rewards).sum(dim=0)
         if len(total) > n_rows:
             rollout, total = RolloutState(*(tensor[:n_rows] for tensor in rollout)), total[:n_rows]

@@ -37,7 +37,7 @@ OF_STEPS: dict[str, Any] = {
 }
 
 
-# A library for products takes up to twice as long for a matrix of fewer columns than this as for its transpose
+# To a matrix of fewer columns than this, a library for products takes several times as long as to its transpose
 NARROW = 16
 
 
@@ -45,14 +45,13 @@ def product_of(inputs: th.Tensor, weight: th.Tensor) -> th.Tensor:
     """
     :param inputs: ``(..., n_inputs)``
     :param weight: ``(n_outputs, n_inputs)``
-    :return: ``inputs @ weight.T``, of narrow matrices by columns
+    :return: ``inputs @ weight.T``
     """
-    if inputs.dim() != 2:
-        return inputs @ weight.t()
-    if inputs.shape[1] < NARROW:
-        # The gradient of what lies in columns is computed in columns
+    if inputs.dim() == 2 and inputs.shape[1] < NARROW:
+        # The gradient of what lies in columns is computed in columns. Not so narrow outputs, which would be a little sooner: of
+        # activations behind a view, what they come from is kept for the backward pass, and computed from once more
         inputs = inputs.t().contiguous().t()
-    return (weight @ inputs.t()).t() if weight.shape[0] < NARROW else inputs @ weight.t()
+    return inputs @ weight.t()
 
 
 class BiasBehindProduct(TorchFunctionMode):

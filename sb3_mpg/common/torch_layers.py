@@ -32,10 +32,12 @@ def with_waves(inputs: th.Tensor, frequencies: Sequence[float] = FREQUENCIES, am
     """
     if not frequencies:
         return inputs
-    waves = [wave(factor * inputs) for factor in frequencies for wave in (th.sin, th.cos)]
+    # One element of all rows behind the other: many at once are compiled to instructions that take many, few in a row are not
+    columns = inputs.t()
+    waves = [wave(factor * columns) for factor in frequencies for wave in (th.sin, th.cos)]
     if amplitude is not None:
         waves = [amplitude * wave for wave in waves]
-    return th.cat([inputs, *waves], dim=1)
+    return th.cat([columns, *waves]).t()
 
 
 class ELU(nn.ELU):

@@ -9,6 +9,7 @@ from lq import LinearEnv
 import sb3_mpg_envs  # noqa: F401
 from sb3_mpg import MPG, PriorModel
 from sb3_mpg.common.compilation import BiasBehindProduct, PartsOneByOne, StepCompiler, compiling
+from sb3_mpg.common.compiled_loop import StepGraph
 from sb3_mpg.common.model_rollout import explore_in_model, held_step
 from sb3_mpg.common.value_targets import SimulatorTarget
 
@@ -43,17 +44,29 @@ class RandomLinearEnv(LinearEnv):
 @pytest.mark.parametrize(
     "env", [RandomLinearEnv(), "PathTracking-v0", "InvertedPendulumConti-v0"], ids=["lq", "path", "pendulum"]
 )
-def test_compiled_gradient_equals_the_other(env):
+def test_compiled_gradient_equals_the_other(env, monkeypatch):
     model = MPG("MlpPolicy", env, compile=False, horizons=(0, 3), **SMALL).learn(44)
     assert model._step_compiler is None
     observations = th.as_tensor(model.replay_buffer.observations[:32, 0])
     weights = {0: 0.2, 3: 0.8}
+    activations, kept = [], []
+    hook = model.actor.mu[1].register_forward_hook(lambda module, inputs, output: activations.append(output.detach()))
     expected = gradient(model, observations, weights)
+    hook.remove()
+
+    def forward(graph, inputs, forward=StepGraph.forward):
+        results = forward(graph, inputs)
+        kept.append(results[1])
+        return results
+
+    monkeypatch.setattr(StepGraph, "forward", forward)
     model._step_compiler = StepCompiler()
     compiled = gradient(model, observations, weights)
     assert not model._step_compiler.has_failed
     # What torch compiles with is as it is expected
     assert all(graph.loops for graph in model._step_compiler._steps[True].graphs)
+    # What the backward pass needs of the policy is kept, and not computed once more
+    assert any(tensor.shape == activations[-1].shape and tensor.allclose(activations[-1], atol=1e-4) for tensor in kept[-1])
     scale = expected.abs().max()
     th.testing.assert_close(compiled / scale, expected / scale, rtol=0, atol=5e-6)
 

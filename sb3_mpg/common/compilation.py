@@ -48,8 +48,8 @@ def product_of(inputs: th.Tensor, weight: th.Tensor) -> th.Tensor:
     :return: ``inputs @ weight.T``
     """
     if inputs.dim() == 2 and inputs.shape[1] < NARROW:
-        # The gradient of what lies in columns is computed in columns. Not so narrow outputs, which would be a little sooner: of
-        # activations behind a view, what they come from is kept for the backward pass, and computed from once more
+        # The gradient of what lies in columns is computed in columns. Not so narrow outputs, which it would save less: of
+        # activations behind a view the compiler keeps what they come from, and computes them once more in the backward pass
         inputs = inputs.t().contiguous().t()
     return inputs @ weight.t()
 

@@ -33,7 +33,7 @@ from sb3_mpg.common.precision import choose_matmul_precision, matmul_precision, 
 from sb3_mpg.common.torch_layers import ObservationScaler
 from sb3_mpg.common.type_aliases import GradientResult, Simulator, TrainingBatch
 from sb3_mpg.common.units import Units
-from sb3_mpg.common.utils import check_keywords, check_number, is_whole, keep_freed_memory, randomness_of_update
+from sb3_mpg.common.utils import check_count, check_keywords, check_number, keep_freed_memory, randomness_of_update
 from sb3_mpg.common.value_targets import ValueTarget, make_value_target
 
 SelfOffPolicyModelAlgorithm = TypeVar("SelfOffPolicyModelAlgorithm", bound="OffPolicyModelAlgorithm")
@@ -227,9 +227,7 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         check_number("reward_scale", self.reward_scale, 0.0, includes_low=False)
         check_number("exploration_noise", self.exploration_noise, 0.0)
         for name, low in (("max_skipped_updates", 0), ("batch_size", 1)):
-            number = getattr(self, name)
-            if not is_whole(number) or number < low:
-                raise ValueError(f"`{name}` must be a whole number, {low} or more, got {number!r}.")
+            check_count(name, getattr(self, name), low)
         for name in ("gamma", "tau"):
             share = getattr(self, name)
             check_number(name, share, 0.0)

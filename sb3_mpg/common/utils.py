@@ -132,6 +132,17 @@ def is_whole(number: Any) -> bool:
     return is_finite_number(number) and int(number) == number
 
 
+def check_count(name: str, count: int, low: int) -> None:
+    """
+    :param name: of a setting
+    :param count: its value
+    :param low: the least that makes sense
+    :raises ValueError: when it is no whole number, or too small
+    """
+    if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < low:
+        raise ValueError(f"`{name}` must be a whole number, {low} or more, got {count!r}.")
+
+
 def check_number(name: str, number: float, low: float, includes_low: bool = True) -> None:
     """
     :param name: of a setting

@@ -51,6 +51,7 @@ from sb3_mpg.common.trust_report import Measurement, TrustReport, make_trust_rep
 from sb3_mpg.common.type_aliases import Differentiate, GradientResult, TrainingBatch
 from sb3_mpg.common.units import Units
 from sb3_mpg.common.utils import (
+    check_count,
     check_number,
     clip_norm,
     gradient_of,
@@ -295,9 +296,7 @@ class MPG(OffPolicyModelAlgorithm):
         if self.compile not in (True, False, "auto"):
             raise ValueError(f"`compile` must be True, False or 'auto', got {self.compile!r}.")
         for name in ("batch_reuse", "policy_delay"):
-            count = getattr(self, name)
-            if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < 1:
-                raise ValueError(f"`{name}` counts updates and must be a whole number, 1 or more, got {count!r}.")
+            check_count(name, getattr(self, name), 1)
         check_differentiate(self.differentiate)
         check_number("model_exploration", self.model_exploration, 0.0)
         if self.model_exploration > 1:

@@ -12,7 +12,7 @@ from stable_baselines3.common.logger import Logger
 from sb3_mpg.common.processes import check_start_method
 from sb3_mpg.common.type_aliases import GradientResult
 from sb3_mpg.common.units import Units
-from sb3_mpg.common.utils import check_keywords, check_number
+from sb3_mpg.common.utils import check_count, check_keywords, check_number
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,8 @@ class LearnerSettings:
 
     def __post_init__(self) -> None:
         for name in ("n_learners", "max_staleness", "max_restarts"):
-            count = getattr(self, name)
-            if name == "max_staleness" and count is None:
-                continue
-            if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-                raise ValueError(f"`{name}` must be a whole number, 0 or more, got {count!r}.")
+            if name != "max_staleness" or self.max_staleness is not None:
+                check_count(name, getattr(self, name), 0)
         check_number("timeout", self.timeout, 0.0, includes_low=False)
         check_start_method(self.start_method)
 

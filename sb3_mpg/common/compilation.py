@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from sb3_mpg.common.compiled_loop import CompiledLoop, Direction, Record
-from sb3_mpg.common.model_rollout import HeldStep, RolloutState, advance, held_step
+from sb3_mpg.common.model_rollout import HeldState, RolloutState, advance, hold
 from sb3_mpg.common.models.base import PriorModel
 from sb3_mpg.common.models.residual import name_of
 from sb3_mpg.common.models.trainable import TrainableModel
@@ -235,6 +235,16 @@ def step(
     return rollout._replace(states=states, network_inputs=network_inputs, actions=actions), th.stack([rewards])
 
 
+def held_step(
+    held: HeldState, env_actions: th.Tensor, model: PriorModel, low: th.Tensor, high: th.Tensor
+) -> tuple[HeldState, th.Tensor]:
+    """
+    :return: a step of :func:`hold`
+    """
+    held, is_taken = hold(held, 1, env_actions, model, low, high)
+    return HeldState(*(tensor.contiguous() for tensor in held)), is_taken
+
+
 @lru_cache(maxsize=64)
 def discounts_of(gamma: float, n_steps: int, device: th.device) -> th.Tensor:
     """
@@ -248,7 +258,7 @@ def discounts_of(gamma: float, n_steps: int, device: th.device) -> th.Tensor:
 
 class StepCompiler:
     """
-    Compiles :func:`advance` and :func:`~sb3_mpg.common.model_rollout.held_step`, and the policy alone. What cannot be compiled
+    Compiles :func:`advance` and :func:`~sb3_mpg.common.model_rollout.hold`, and the policy alone. What cannot be compiled
     runs as it is, with one warning.
 
     :param backend: of ``torch.compile``
@@ -260,7 +270,7 @@ class StepCompiler:
         self.has_failed = False
         # Compiled at the first call, because that is where failures are dealt with; steps by whether they have a gradient
         self._steps: dict[bool, CompiledLoop] = {}
-        self._held_step: HeldStep | None = None
+        self._held_steps: CompiledLoop | None = None
         self._act: Callable[..., th.Tensor] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "StepCompiler":
@@ -312,21 +322,21 @@ class StepCompiler:
             rollout, total = RolloutState(*(tensor[:n_rows] for tensor in rollout)), total[:n_rows]
         return rollout, total
 
-    def held_step(
-        self, states: th.Tensor, env_actions: th.Tensor, n_left: th.Tensor, model: PriorModel, *args: Any
-    ) -> tuple[th.Tensor, th.Tensor]:
-        """As :func:`~sb3_mpg.common.model_rollout.held_step`."""
-        return self._attempt(
-            f"{name_of(model)} and the policy", self._hold, held_step, (states, env_actions, n_left, model, *args)
-        )
+    def hold(
+        self, held: HeldState, n_steps: int, env_actions: th.Tensor, model: PriorModel, *args: Any
+    ) -> tuple[HeldState, th.Tensor]:
+        """As :func:`~sb3_mpg.common.model_rollout.hold`."""
+        return self._attempt(f"{name_of(model)} and the policy", self._hold, hold, (held, n_steps, env_actions, model, *args))
 
     def _hold(
-        self, states: th.Tensor, env_actions: th.Tensor, n_left: th.Tensor, model: PriorModel, *args: Any
-    ) -> tuple[th.Tensor, th.Tensor]:
-        if self._held_step is None:
-            self._held_step = compile_function(held_step, states.device, self.backend)
-        next_states, n_left = self._held_step(*even_rows((states, env_actions, n_left), model), model, *args)
-        return next_states[: len(states)], n_left[: len(states)]
+        self, held: HeldState, n_steps: int, env_actions: th.Tensor, model: PriorModel, *args: Any
+    ) -> tuple[HeldState, th.Tensor]:
+        n_rows = len(env_actions)
+        if self._held_steps is None:
+            self._held_steps = compile_loop(held_step, env_actions.device, self.backend)
+        states, n_left, env_actions = (tensor.contiguous() for tensor in even_rows((*held, env_actions), model))
+        held, is_taken = self._held_steps(HeldState(states, n_left), n_steps, env_actions, model, *args)
+        return HeldState(*(tensor[:n_rows] for tensor in held)), is_taken[:, :n_rows]
 
     def policy(self, actor: th.nn.Module, n_rows: int) -> Policy:
         """

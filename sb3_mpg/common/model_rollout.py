@@ -164,31 +164,49 @@ def model_rollout(
     return returns
 
 
-def held_step(
-    states: th.Tensor, env_actions: th.Tensor, n_left: th.Tensor, model: PriorModel, low: th.Tensor, high: th.Tensor
-) -> tuple[th.Tensor, th.Tensor]:
+class HeldState(NamedTuple):
     """
-    A step of :func:`explore_in_model`.
+    Where steps with a held action stand.
 
     :param states: states of the model, ``(B, S)``
-    :param env_actions: actions in the units of the environment, ``(B, A)``
     :param n_left: how many steps each row still takes, ``(B, 1)``
+    """
+
+    states: th.Tensor
+    n_left: th.Tensor
+
+
+#: Steps a model as :func:`hold` does
+Hold = Callable[..., tuple[HeldState, th.Tensor]]
+
+
+def hold(
+    held: HeldState, n_steps: int, env_actions: th.Tensor, model: PriorModel, low: th.Tensor, high: th.Tensor
+) -> tuple[HeldState, th.Tensor]:
+    """
+    Some steps of the model with an action that is held.
+
+    :param held: where the steps stand
+    :param n_steps: number of steps, at least 1
+    :param env_actions: actions in the units of the environment, ``(B, A)``
     :param model: the model
     :param low: least raw observations of the region, ``obs_shape``
     :param high: largest raw observations of the region, ``obs_shape``
-    :return: the next states, and how many steps are left then: none where this one would leave the region or terminate
+    :return: where they stand then, with no step left of a row that would have left the region or terminated; and whether each
+        row took each step, bool ``(n_steps, B, 1)``
     """
-    next_states, _ = model.step(states, env_actions)
-    observations = model.observation(next_states)
-    # What is not a number is within no region
-    goes_on = ((observations >= low) & (observations <= high)).flatten(1).all(dim=1, keepdim=True) & (n_left > 0)
-    if model.may_terminate:
-        goes_on = goes_on & ~model.terminal(next_states)
-    return th.where(goes_on, next_states, states), th.where(goes_on, n_left - 1, 0)
-
-
-#: Steps a model as :func:`held_step` does
-HeldStep = Callable[..., tuple[th.Tensor, th.Tensor]]
+    states, n_left = held
+    is_taken = []
+    for _ in range(n_steps):
+        next_states, _ = model.step(states, env_actions)
+        observations = model.observation(next_states)
+        # What is not a number is within no region
+        goes_on = ((observations >= low) & (observations <= high)).flatten(1).all(dim=1, keepdim=True) & (n_left > 0)
+        if model.may_terminate:
+            goes_on = goes_on & ~model.terminal(next_states)
+        states, n_left = th.where(goes_on, next_states, states), th.where(goes_on, n_left - 1, 0)
+        is_taken.append(goes_on)
+    return HeldState(states, n_left), th.stack(is_taken)
 
 
 @th.no_grad()
@@ -202,7 +220,7 @@ def explore_in_model(
     low: th.Tensor,
     high: th.Tensor,
     max_steps: int,
-    held_step: HeldStep = held_step,
+    hold: Hold = hold,
 ) -> th.Tensor:
     """
     Where the system would be had it been explored from recorded states: some model steps away from them, with an action
@@ -217,18 +235,16 @@ def explore_in_model(
     :param low: least raw observations of the region, ``obs_shape``
     :param high: largest raw observations of the region, ``obs_shape``
     :param max_steps: the largest number of steps
-    :param held_step: steps the model; :func:`held_step`, or the same compiled
+    :param hold: steps the model; :func:`hold`, or the same compiled
     :return: raw observations, ``(B, *obs_shape)``
     """
     actions = (actor(units.normalize_observations(observations)) + noise).clamp(-1, 1)
     env_actions = units.unscale_actions(actions)
-    start = states = model.state_from_observation(observations)
-    n_left = n_steps
-    for _ in range(max_steps):
-        states, n_left = held_step(states, env_actions, n_left, model, low, high)
+    held = HeldState(model.state_from_observation(observations), n_steps)
+    held, is_taken = hold(held, max_steps, env_actions, model, low, high)
     # A model need not know all that is observed
-    has_moved = (states != start).any(dim=1).reshape(-1, *[1] * (observations.ndim - 1))
-    return th.where(has_moved, model.observation(states), observations)
+    has_moved = is_taken.any(dim=0).reshape(-1, *[1] * (observations.ndim - 1))
+    return th.where(has_moved, model.observation(held.states), observations)
 
 
 class PolicyGradient(NamedTuple):

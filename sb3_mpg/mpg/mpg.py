@@ -38,7 +38,7 @@ from sb3_mpg.common.model_rollout import (
     advance,
     explore_in_model,
     first_non_finite_step,
-    held_step,
+    hold,
     mixed_policy_gradient,
 )
 from sb3_mpg.common.models.loading import PriorModelLike
@@ -686,7 +686,7 @@ class MPG(OffPolicyModelAlgorithm):
             low - margin,
             high + margin,
             MAX_EXPLORED_STEPS,
-            held_step if self._step_compiler is None else self._step_compiler.held_step,
+            hold if self._step_compiler is None else self._step_compiler.hold,
         )
         return observations.index_copy(0, rows, explored)
 

@@ -152,7 +152,7 @@ def test_compiled_exploration_equals_the_other():
         model._step_compiler = compiler
         th.manual_seed(0)
         explored.append(model._explored(observations, units, 0.9))
-        assert compiler is None or (not compiler.has_failed and all(graph.loops for graph in compiler._held_steps.graphs))
+        assert compiler is None or (not compiler.has_failed and all(graph.loops for graph in compiler._hold_loop.graphs))
     th.testing.assert_close(*explored, rtol=1e-5, atol=1e-5)
     assert (explored[0] != observations).any()
 

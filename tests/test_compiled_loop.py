@@ -19,7 +19,7 @@ import sb3_mpg_envs  # noqa: F401
 from sb3_mpg import MPG, PriorModel
 from sb3_mpg.common import compilation
 from sb3_mpg.common.compilation import StepCompiler, rewritten
-from sb3_mpg.common.compiled_loop import CompiledLoop, Direction, StepGraph
+from sb3_mpg.common.compiled_loop import CompiledLoop, Direction, StepGraph, copy_of
 from sb3_mpg.common.value_targets import SimulatorTarget
 from sb3_mpg.mpg.policies import MPGPolicy
 from sb3_mpg_envs.path_tracking import PathTrackingModel, PathTrackingSimulator
@@ -422,3 +422,19 @@ def test_without_a_compiler_simulators_are_used(monkeypatch):
         th.testing.assert_close(batch(), expected, rtol=1e-5, atol=1e-5)
     # Warnings are errors, and numbers are those of the simulator again
     assert th.equal(batch(), expected)
+
+
+TABLE = th.arange(24.0).reshape(4, 6)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [TABLE, TABLE.t(), TABLE[:, 1], TABLE[1:, ::2], TABLE[::3].t(), TABLE[:1].expand(5, 6), TABLE[:0], TABLE[2, 3]],
+    ids=["whole", "transposed", "column", "gaps", "rows", "expanded", "empty", "number"],
+)
+def test_copies_lie_in_memory_as_what_they_are_of(tensor):
+    """What is compiled for a tensor reads where that one is, whatever it is given."""
+    copied = copy_of(tensor)
+    assert (copied.stride(), copied.dtype) == (tensor.stride(), tensor.dtype)
+    assert th.equal(copied, tensor)
+    assert copied.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr()

@@ -4,7 +4,14 @@ import torch as th
 from lq import LinearActor, LinearModel, analytic_gradient, quadratic_q, random_problem
 
 from sb3_mpg import PriorModel
-from sb3_mpg.common.model_rollout import explore_in_model, first_non_finite_step, mixed_policy_gradient, model_rollout
+from sb3_mpg.common.model_rollout import (
+    HeldState,
+    explore_in_model,
+    first_non_finite_step,
+    hold,
+    mixed_policy_gradient,
+    model_rollout,
+)
 from sb3_mpg.common.units import Units
 
 IDENTITY = Units()
@@ -414,3 +421,33 @@ def test_exploring_keeps_to_the_units_of_everything():
     # The action is (8 - 6) / 2 / 4 + 0.5 = 0.75, in the environment 13, and 4 + 2 * 13 = 30 is seen as 60. Where no step is
     # taken, what the model does not know stays, too
     assert explored.tolist() == [[60.0, 0.0], [8.0, 7.0]]
+
+
+def test_what_stopped_does_not_go_on():
+    """Even if it could, as where the model is random."""
+
+    class Swinging(Counter):
+        sign = 1.0
+
+        def transition(self, states, actions):
+            self.sign = -self.sign
+            return states + self.sign * actions
+
+    held = HeldState(th.zeros(2, 1), th.tensor([[5], [5]]))
+    low, high = th.tensor([-1.0]), th.tensor([1.0])
+    held, is_taken = hold(held, 4, th.tensor([[-2.0], [0.5]]), Swinging(), low, high)
+    assert is_taken[:, :, 0].tolist() == [[False, True]] * 4
+    assert held.states.tolist() == [[0.0], [0.0]] and held.n_left.tolist() == [[0], [1]]
+
+
+def test_a_row_that_steps_is_what_the_model_says_of_it():
+    """Also where it stands still; what the model does not know is what it says everywhere."""
+
+    class Still(DoubledCounter):
+        def transition(self, states, actions):
+            return states
+
+    observations, inf = th.tensor([[8.0, 7.0], [8.0, 7.0]]), th.full((2,), th.inf)
+    actor, steps = LinearActor(th.zeros(1, 2)), th.tensor([[1], [0]])
+    explored = explore_in_model(observations, actor, Still(), IDENTITY, steps, th.zeros(2, 1), -inf, inf, 2)
+    assert explored.tolist() == [[8.0, 0.0], [8.0, 7.0]]

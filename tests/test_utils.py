@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch as th
 
-from sb3_mpg.common.utils import clip_norm
+from sb3_mpg.common.utils import check_count, clip_norm
 
 FAULTS_OF_GRADIENTS = """
 import resource
@@ -47,3 +47,14 @@ def test_norms_are_clipped_as_by_torch(max_norm):
 @pytest.mark.parametrize("bad", [th.nan, th.inf])
 def test_norms_that_are_not_finite_are_told(bad):
     assert not np.isfinite(clip_norm([th.randn(3), th.tensor([1.0, bad])], 3.0))
+
+
+@pytest.mark.parametrize("count", [True, 2.0, 1.5, -1, 1, "2", None, float("nan")])
+def test_what_is_no_count_is_refused(count):
+    with pytest.raises(ValueError, match="`n` must be a whole number, 2 or more, got"):
+        check_count("n", count, 2)
+
+
+def test_counts_of_numpy_are_counts():
+    check_count("n", 2, 2)
+    check_count("n", np.int64(3), 2)

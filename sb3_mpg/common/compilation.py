@@ -37,7 +37,7 @@ OF_STEPS: dict[str, Any] = {
 }
 
 
-# To a matrix of fewer columns than this, a library for products takes several times as long as to its transpose
+# A product of fewer columns than this takes a library for products up to four times as long as its transpose
 NARROW = 16
 
 
@@ -48,8 +48,8 @@ def product_of(inputs: th.Tensor, weight: th.Tensor) -> th.Tensor:
     :return: ``inputs @ weight.T``
     """
     if inputs.dim() == 2 and inputs.shape[1] < NARROW:
-        # The gradient of what lies in columns is computed in columns. Not so narrow outputs, which it would save less: of
-        # activations behind a view the compiler keeps what they come from, and computes them once more in the backward pass
+        # The gradient of what lies in columns is computed in columns. Narrow outputs are left as they are: behind a transposed
+        # view, the compiler would compute activations once more in the backward pass instead of keeping them
         inputs = inputs.t().contiguous().t()
     return inputs @ weight.t()
 
@@ -239,9 +239,10 @@ def held_step(
     held: HeldState, env_actions: th.Tensor, model: PriorModel, low: th.Tensor, high: th.Tensor
 ) -> tuple[HeldState, th.Tensor]:
     """
-    :return: a step of :func:`hold`
+    :return: held and whether it was taken, behind one step of :func:`hold`
     """
     held, is_taken = hold(held, 1, env_actions, model, low, high)
+    # In memory as the next step takes them
     return HeldState(*(tensor.contiguous() for tensor in held)), is_taken
 
 
@@ -270,7 +271,7 @@ class StepCompiler:
         self.has_failed = False
         # Compiled at the first call, because that is where failures are dealt with; steps by whether they have a gradient
         self._steps: dict[bool, CompiledLoop] = {}
-        self._held_steps: CompiledLoop | None = None
+        self._hold_loop: CompiledLoop | None = None
         self._act: Callable[..., th.Tensor] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "StepCompiler":
@@ -332,10 +333,10 @@ class StepCompiler:
         self, held: HeldState, n_steps: int, env_actions: th.Tensor, model: PriorModel, *args: Any
     ) -> tuple[HeldState, th.Tensor]:
         n_rows = len(env_actions)
-        if self._held_steps is None:
-            self._held_steps = compile_loop(held_step, env_actions.device, self.backend)
+        if self._hold_loop is None:
+            self._hold_loop = compile_loop(held_step, env_actions.device, self.backend)
         states, n_left, env_actions = (tensor.contiguous() for tensor in even_rows((*held, env_actions), model))
-        held, is_taken = self._held_steps(HeldState(states, n_left), n_steps, env_actions, model, *args)
+        held, is_taken = self._hold_loop(HeldState(states, n_left), n_steps, env_actions, model, *args)
         return HeldState(*(tensor[:n_rows] for tensor in held)), is_taken[:, :n_rows]
 
     def policy(self, actor: th.nn.Module, n_rows: int) -> Policy:

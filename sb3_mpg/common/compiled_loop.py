@@ -72,6 +72,18 @@ def is_same(one: Any, other: Any) -> bool:
     return th.allclose(one, other, rtol=1e-4, atol=1e-5 * size, equal_nan=True)
 
 
+def copy_of(tensor: th.Tensor) -> th.Tensor:
+    """
+    :param tensor: a tensor
+    :return: the same without a past, in memory of its own and with gaps where it has some, as what is compiled for it expects
+    """
+    if tensor.numel() == 0:
+        return tensor.detach().clone()
+    n_spanned = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    spanned = tensor.detach().as_strided((n_spanned,), (1,))
+    return spanned.clone().as_strided(tensor.shape, tensor.stride())
+
+
 def require(condition: bool, reason: str) -> None:
     """
     :param condition: what steps in a row need
@@ -162,7 +174,7 @@ class StepGraph:
         :raises RuntimeError: when the step changes its inputs in place
         """
         # Inputs that follow from one another count for themselves here
-        leaves = [x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, th.Tensor) else x for x in inputs]
+        leaves = [copy_of(x).requires_grad_(x.requires_grad) if isinstance(x, th.Tensor) else x for x in inputs]
         versions = [x._version for x in leaves if isinstance(x, th.Tensor)]
         with self._same_randomness(inputs):
             outputs = self.step(*leaves)

@@ -242,9 +242,9 @@ def explore_in_model(
     env_actions = units.unscale_actions(actions)
     held = HeldState(model.state_from_observation(observations), n_steps)
     held, is_taken = hold(held, max_steps, env_actions, model, low, high)
-    # A model need not know all that is observed
-    has_moved = is_taken.any(dim=0).reshape(-1, *[1] * (observations.ndim - 1))
-    return th.where(has_moved, model.observation(held.states), observations)
+    # A model need not know all that is observed. Who does not take the first step takes none
+    takes_steps = is_taken[0].reshape(-1, *[1] * (observations.ndim - 1))
+    return th.where(takes_steps, model.observation(held.states), observations)
 
 
 class PolicyGradient(NamedTuple):

@@ -28,7 +28,7 @@ def with_waves(inputs: th.Tensor, frequencies: Sequence[float] = FREQUENCIES, am
     :param inputs: ``(B, n)``
     :param frequencies: :math:`K` factors
     :param amplitude: of the sines and cosines; 1 by default
-    :return: the inputs, and the sine and cosine of each times each factor, ``(B, n (1 + 2 K))``
+    :return: the inputs, and the sine and cosine of each times each factor, ``(B, n (1 + 2 K))``, in memory by columns
     """
     if not frequencies:
         return inputs

@@ -208,9 +208,9 @@ def even_rows(tensors: Iterable[th.Tensor], model: PriorModel) -> list[th.Tensor
 
     :param tensors: each ``(B, ...)``
     :param model: the model
-    :return: the same, if need be with more rows, so that they come out even
+    :return: the same, contiguous, as steps are compiled for, and if need be with more rows, so that they come out even
     """
-    return [model.even_rows(tensor) if isinstance(model, TrainableModel) else tensor for tensor in tensors]
+    return [(model.even_rows(tensor) if isinstance(model, TrainableModel) else tensor).contiguous() for tensor in tensors]
 
 
 def act(network_inputs: th.Tensor, actor: th.nn.Module) -> th.Tensor:
@@ -314,7 +314,7 @@ class StepCompiler:
         n_rows, has_gradient = len(rollout.states), th.is_grad_enabled()
         if has_gradient not in self._steps:
             self._steps[has_gradient] = compile_loop(step, rollout.states.device, self.backend)
-        rollout = RolloutState(*(tensor.contiguous() for tensor in even_rows(rollout, model)))
+        rollout = RolloutState(*even_rows(rollout, model))
         if has_gradient:
             rollout = like_a_middle(rollout)
         rollout, rewards = self._steps[has_gradient](rollout, n_steps, *of_steps)
@@ -335,7 +335,7 @@ class StepCompiler:
         n_rows = len(env_actions)
         if self._hold_loop is None:
             self._hold_loop = compile_loop(held_step, env_actions.device, self.backend)
-        states, n_left, env_actions = (tensor.contiguous() for tensor in even_rows((*held, env_actions), model))
+        states, n_left, env_actions = even_rows((*held, env_actions), model)
         held, is_taken = self._hold_loop(HeldState(states, n_left), n_steps, env_actions, model, *args)
         return HeldState(*(tensor[:n_rows] for tensor in held)), is_taken[:, :n_rows]
 

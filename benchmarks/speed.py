@@ -28,7 +28,7 @@ from tables import write_csv
 from torch.profiler import ProfilerActivity, profile
 
 from sb3_mpg import MPG
-from sb3_mpg.common.compilation import StepCompiler
+from sb3_mpg.common.compilation.step_compiler import StepCompiler
 from sb3_mpg.common.precision import (
     DEFAULT,
     ONEDNN,

@@ -10,7 +10,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 import sb3_mpg_envs  # noqa: F401
 from sb3_mpg import MPG
 from sb3_mpg.common.models.base import PriorModel
-from sb3_mpg.common.models.checker import check_prior_model, validate_prior_model
+from sb3_mpg.common.models.checking.checker import check_prior_model, validate_prior_model
 
 TIME_STEP = 0.1
 MASS = 2.0

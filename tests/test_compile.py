@@ -8,9 +8,9 @@ from lq import LinearEnv
 
 import sb3_mpg_envs  # noqa: F401
 from sb3_mpg import MPG, PriorModel
-from sb3_mpg.common.compilation import BiasBehindProduct, PartsOneByOne, StepCompiler, compiling
-from sb3_mpg.common.compiled_loop import StepGraph
-from sb3_mpg.common.model_rollout import explore_in_model, hold
+from sb3_mpg.common.compilation.step_compiler import BiasBehindProduct, PartsOneByOne, StepCompiler, compiling
+from sb3_mpg.common.compilation.compiled_loop import StepGraph
+from sb3_mpg.common.rollouts.model_rollout import explore_in_model, hold
 from sb3_mpg.common.value_targets import SimulatorTarget
 
 

@@ -17,9 +17,9 @@ from torch._functorch.aot_autograd import make_boxed_func
 
 import sb3_mpg_envs  # noqa: F401
 from sb3_mpg import MPG, PriorModel
-from sb3_mpg.common import compilation
-from sb3_mpg.common.compilation import StepCompiler, rewritten
-from sb3_mpg.common.compiled_loop import CompiledLoop, Direction, StepGraph, copy_of
+from sb3_mpg.common.compilation import step_compiler as compilation
+from sb3_mpg.common.compilation.step_compiler import StepCompiler, rewritten
+from sb3_mpg.common.compilation.compiled_loop import CompiledLoop, Direction, StepGraph, copy_of
 from sb3_mpg.common.value_targets import SimulatorTarget
 from sb3_mpg.mpg.policies import MPGPolicy
 from sb3_mpg_envs.path_tracking import PathTrackingModel, PathTrackingSimulator

@@ -14,9 +14,9 @@ from recorded import filled_buffer
 from stable_baselines3.common.logger import configure
 
 from sb3_mpg import MPG, PriorModel
-from sb3_mpg.common.error_estimates import MATTERING_ENDS, action_gradients, gradient_errors, misjudges_ends
+from sb3_mpg.common.trust.gradient_errors import MATTERING_ENDS, action_gradients, gradient_errors, misjudges_ends
 from sb3_mpg.common.units import Units
-from sb3_mpg.common.weighting import MeasuredWeighting
+from sb3_mpg.common.trust.weighting import MeasuredWeighting
 from sb3_mpg.mpg import mpg
 
 IDENTITY = Units()

@@ -16,7 +16,7 @@ from stable_baselines3.common.vec_env import SubprocVecEnv
 
 from sb3_mpg import MPG, NStepADP, NStepDPG, PriorModel
 from sb3_mpg.common.value_targets import ReplayTarget
-from sb3_mpg.common.weighting import ConstantWeighting, make_weighting_rule
+from sb3_mpg.common.trust.weighting import ConstantWeighting, make_weighting_rule
 
 
 class NeverStepped(LinearEnv):

@@ -13,6 +13,8 @@ ROOT = Path(__file__).parent.parent
 # Which modules may be imported by which: those of the same or of a lower layer; the first prefix that fits counts
 LAYERS = [
     ("sb3_mpg.common.type_aliases", 0),
+    ("sb3_mpg.common.checks", 1),
+    ("sb3_mpg.common.randomness", 1),
     ("sb3_mpg.common.utils", 1),
     ("sb3_mpg.common.units", 1),
     ("sb3_mpg.common.torch_layers", 1),
@@ -22,13 +24,10 @@ LAYERS = [
     ("sb3_mpg.common.callbacks", 1),
     ("sb3_mpg.common.models", 2),
     ("sb3_mpg.common.buffers", 3),
-    ("sb3_mpg.common.model_rollout", 3),
-    ("sb3_mpg.common.compiled_loop", 2),
+    ("sb3_mpg.common.rollouts", 3),
     ("sb3_mpg.common.compilation", 3),
-    ("sb3_mpg.common.weighting", 3),
     ("sb3_mpg.common.value_targets", 3),
-    ("sb3_mpg.common.error_estimates", 4),
-    ("sb3_mpg.common.trust_report", 4),
+    ("sb3_mpg.common.trust", 4),
     ("sb3_mpg.common.learners", 4),
     ("sb3_mpg.common.off_policy_model_algorithm", 5),
     ("sb3_mpg.mpg", 6),
@@ -135,8 +134,12 @@ def test_rules_find_offenders(tmp_path, monkeypatch):
     monkeypatch.setitem(globals(), "ROOT", tmp_path)
     path = tmp_path / "sb3_mpg" / "common" / "models" / "base.py"
     path.parent.mkdir(parents=True)
-    (tmp_path / "sb3_mpg" / "common" / "weighting.py").touch()
-    path.write_text("from ..weighting import x\nfrom sb3_mpg.common import weighting\ndef f():\n    import sb3_mpg.mpg.mpg\n")
-    assert sorted(imported_modules(path)) == ["sb3_mpg.common.weighting", "sb3_mpg.common.weighting", "sb3_mpg.mpg.mpg"]
+    (tmp_path / "sb3_mpg" / "common" / "buffers.py").touch()
+    path.write_text("from ..buffers import x\nfrom sb3_mpg.common import buffers\ndef f():\n    import sb3_mpg.mpg.mpg\n")
+    assert sorted(imported_modules(path)) == [
+        "sb3_mpg.common.buffers",
+        "sb3_mpg.common.buffers",
+        "sb3_mpg.mpg.mpg",
+    ]
     with pytest.raises(AssertionError, match="lies above it"):
         test_imports_go_one_way(path)

@@ -28,8 +28,8 @@ from sb3_mpg import MPG, NStepADP, NStepDPG, PriorModel
 from sb3_mpg.common.learners import multiprocess
 from sb3_mpg.common.learners.shared_memory import SharedParameters, SharedReplayBuffer, SharedReplayReader
 from sb3_mpg.common.processes import Worker, process_context
-from sb3_mpg.common.utils import randomness_of_update
-from sb3_mpg.common.weighting import ConstantWeighting
+from sb3_mpg.common.randomness import randomness_of_update
+from sb3_mpg.common.trust.weighting import ConstantWeighting
 
 SMALL = {
     "policy_kwargs": {"net_arch": [8]},

@@ -4,7 +4,7 @@ import torch as th
 from lq import LinearActor, LinearModel, analytic_gradient, quadratic_q, random_problem
 
 from sb3_mpg import PriorModel
-from sb3_mpg.common.model_rollout import (
+from sb3_mpg.common.rollouts.model_rollout import (
     HeldState,
     explore_in_model,
     first_non_finite_step,

@@ -16,11 +16,11 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFram
 import sb3_mpg_envs  # noqa: F401
 from sb3_mpg import MPG, NStepADP, NStepDPG, PriorModel
 from sb3_mpg.common.balance import balanced_mse_loss, rollout_value_loss
-from sb3_mpg.common.model_rollout import model_rollout
+from sb3_mpg.common.rollouts.model_rollout import model_rollout
 from sb3_mpg.common.torch_layers import ObservationScaler
 from sb3_mpg.common.utils import gradient_of
 from sb3_mpg.common.value_targets import SimulatorTarget
-from sb3_mpg.common.weighting import make_weighting_rule
+from sb3_mpg.common.trust.weighting import make_weighting_rule
 from sb3_mpg.mpg import mpg
 from sb3_mpg_envs.path_tracking.dynamics import VehicleParameters
 

@@ -11,7 +11,7 @@ from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
 
 from sb3_mpg import MPG, PriorModel
 from sb3_mpg.common.buffers import HELD_OUT_BLOCK
-from sb3_mpg.common.models.prediction_errors import Windows
+from sb3_mpg.common.models.checking.prediction_errors import Windows
 from sb3_mpg.common.models.residual import ResidualModel
 from sb3_mpg.common.models.trainable import Transitions
 from sb3_mpg_envs.path_tracking.model import PathTrackingModel

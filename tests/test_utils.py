@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch as th
 
-from sb3_mpg.common.utils import check_count, clip_norm
+from sb3_mpg.common.checks import check_count
+from sb3_mpg.common.utils import clip_norm
 
 FAULTS_OF_GRADIENTS = """
 import resource

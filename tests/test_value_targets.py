@@ -9,7 +9,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_mpg import MPG
 from sb3_mpg.common.value_targets import ReplayTarget, SimulatorTarget, make_value_target
-from sb3_mpg.common.weighting import ConstantWeighting, MeasuredWeighting
+from sb3_mpg.common.trust.weighting import ConstantWeighting, MeasuredWeighting
 
 SMALL = {"policy_kwargs": {"net_arch": [8]}, "learning_starts": 40, "batch_size": 32, "seed": 0, "buffer_size": 500}
 

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from sb3_mpg.common.weighting import ConstantWeighting, GeometricWeighting, RuleBasedWeighting, make_weighting_rule
+from sb3_mpg.common.trust.weighting import ConstantWeighting, GeometricWeighting, RuleBasedWeighting, make_weighting_rule
 
 
 def softmax(values):

@@ -6,7 +6,7 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.buffers import ReplayBuffer
 
-from sb3_mpg.common.models.prediction_errors import Windows, cut_windows
+from sb3_mpg.common.models.checking.prediction_errors import Windows, cut_windows
 from sb3_mpg.common.models.trainable import Transitions
 
 # Neighbours in time are alike: what is held out is held out in blocks

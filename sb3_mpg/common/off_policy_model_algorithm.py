@@ -24,7 +24,7 @@ from sb3_mpg.common.callbacks import close_evaluators
 from sb3_mpg.common.learners.base import InProcessLearner, Learners, LearnerSettings
 from sb3_mpg.common.learners.multiprocess import MultiprocessLearners
 from sb3_mpg.common.models.base import PriorModel
-from sb3_mpg.common.models.checker import validate_prior_model
+from sb3_mpg.common.models.checking.checker import validate_prior_model
 from sb3_mpg.common.models.loading import PriorModelLike, make_prior_model
 from sb3_mpg.common.models.residual import ResidualModel
 from sb3_mpg.common.models.trainable import TrainableModel, Transitions
@@ -33,7 +33,9 @@ from sb3_mpg.common.precision import choose_matmul_precision, matmul_precision, 
 from sb3_mpg.common.torch_layers import ObservationScaler
 from sb3_mpg.common.type_aliases import GradientResult, Simulator, TrainingBatch
 from sb3_mpg.common.units import Units
-from sb3_mpg.common.utils import check_count, check_keywords, check_number, keep_freed_memory, randomness_of_update
+from sb3_mpg.common.checks import check_spaces, check_count, check_keywords, check_number
+from sb3_mpg.common.randomness import randomness_of_update
+from sb3_mpg.common.utils import keep_freed_memory
 from sb3_mpg.common.value_targets import ValueTarget, make_value_target
 
 SelfOffPolicyModelAlgorithm = TypeVar("SelfOffPolicyModelAlgorithm", bound="OffPolicyModelAlgorithm")
@@ -50,33 +52,6 @@ PRETRAINING_CHECK_EVERY = 50
 TINY_REWARD = 1e-4
 # What only rollouts show is settled by those from about as many steps
 N_JUDGED_STEPS = 1000
-
-
-def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) -> None:
-    """
-    :param observation_space: observation space of the environment
-    :param action_space: action space of the environment
-    :raises ValueError: when a policy cannot be differentiated through a model between these spaces
-    """
-    if not isinstance(observation_space, spaces.Box) or not np.issubdtype(observation_space.dtype, np.floating):
-        raise ValueError(
-            f"The gradient runs through the observations, which must be a Box of floats, got {observation_space}; "
-            "flatten dictionaries (gymnasium.wrappers.FlattenObservation) and convert integers to floats."
-        )
-    if (
-        not isinstance(action_space, spaces.Box)
-        or len(action_space.shape) != 1
-        or not np.issubdtype(action_space.dtype, np.floating)
-    ):
-        raise ValueError(
-            f"The gradient runs through the actions, which must be a one-dimensional Box of floats, got {action_space}; "
-            "flatten it, give it a float dtype, or take an algorithm for discrete actions."
-        )
-    if not (np.isfinite(action_space.low).all() and np.isfinite(action_space.high).all()):
-        raise ValueError(
-            f"Policies act between the bounds of the action space, which must be finite, got {action_space}; "
-            "set bounds in the environment. (gymnasium.wrappers.ClipAction hides them; SB3 clips by itself.)"
-        )
 
 
 class OffPolicyModelAlgorithm(OffPolicyAlgorithm):

@@ -1,36 +1,8 @@
-"""What several modules need: random numbers, gradients and parameters of networks, checks of arguments."""
+"""Gradients and parameters of networks."""
 
-import inspect
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterable
 
-import numpy as np
 import torch as th
-
-
-@contextmanager
-def randomness_of_update(seed: int, n_updates: int, device: th.device) -> Iterator[None]:
-    """
-    Within this context the global random numbers of NumPy and torch are a function of the update alone, and no others are
-    used up: whoever computes an update, and whenever, draws the same ones.
-
-    :param seed: seed of the algorithm
-    :param n_updates: number of the update
-    :param device: where the networks are; the generator of a GPU is seeded, too
-    """
-    seeds = np.random.SeedSequence([seed, n_updates]).generate_state(2)
-    numpy_state = np.random.get_state()
-    with th.random.fork_rng([device] if device.type == "cuda" else []):
-        np.random.seed(seeds[0])
-        th.default_generator.manual_seed(int(seeds[1]))
-        if device.type == "cuda":
-            with th.cuda.device(device):
-                th.cuda.manual_seed(int(seeds[1]))
-        try:
-            yield
-        finally:
-            np.random.set_state(numpy_state)
 
 
 def keep_freed_memory() -> None:
@@ -96,61 +68,3 @@ def finite_mean(values: th.Tensor) -> th.Tensor:
     """
     is_finite = th.isfinite(values)
     return th.where(is_finite, values, 0.0).sum() / is_finite.sum()
-
-
-def check_keywords(name: str, kwargs: dict[str, Any] | None, function: Callable[..., Any], *taken: str) -> dict[str, Any]:
-    """
-    :param name: of the setting that gives keyword arguments
-    :param kwargs: the keyword arguments, or ``None`` for none
-    :param function: what they are for
-    :param taken: its arguments that are given otherwise
-    :return: the keyword arguments
-    :raises ValueError: when there is one that the function does not have
-    """
-    kwargs = kwargs or {}
-    known = [parameter for parameter in inspect.signature(function).parameters if parameter not in taken]
-    unknown = [keyword for keyword in kwargs if keyword not in known]
-    if unknown:
-        raise ValueError(f"`{name}` got {unknown}, expected some of {known}.")
-    return kwargs
-
-
-def is_finite_number(number: Any) -> bool:
-    """
-    :param number: anything
-    :return: whether it is a finite number; booleans are none
-    """
-    is_number = isinstance(number, (int, float, np.integer, np.floating)) and not isinstance(number, bool)
-    return is_number and bool(np.isfinite(number))
-
-
-def is_whole(number: Any) -> bool:
-    """
-    :param number: anything
-    :return: whether it is a whole number, written as one or not
-    """
-    return is_finite_number(number) and int(number) == number
-
-
-def check_count(name: str, count: int, low: int) -> None:
-    """
-    :param name: of a setting
-    :param count: its value
-    :param low: the least that makes sense
-    :raises ValueError: when it is no whole number, or too small
-    """
-    if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < low:
-        raise ValueError(f"`{name}` must be a whole number, {low} or more, got {count!r}.")
-
-
-def check_number(name: str, number: float, low: float, includes_low: bool = True) -> None:
-    """
-    :param name: of a setting
-    :param number: its value
-    :param low: what it must not fall below
-    :param includes_low: whether it may be as small as that
-    :raises ValueError: when it is no finite number, or too small
-    """
-    if not is_finite_number(number) or number < low or (number == low and not includes_low):
-        expected = f"{low} or more" if includes_low else f"more than {low}"
-        raise ValueError(f"`{name}` must be a number, {expected}, got {number!r}.")

@@ -10,13 +10,13 @@ import torch as th
 from stable_baselines3.common.policies import ContinuousCritic
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
-from sb3_mpg.common.compilation import StepCompiler
-from sb3_mpg.common.model_rollout import QFunction, start_rollout
+from sb3_mpg.common.compilation.step_compiler import StepCompiler
+from sb3_mpg.common.rollouts.model_rollout import QFunction, start_rollout
 from sb3_mpg.common.models.base import PriorModel
 from sb3_mpg.common.models.double_precision import InDoublePrecision
 from sb3_mpg.common.type_aliases import Policy, Simulator
 from sb3_mpg.common.units import Units
-from sb3_mpg.common.utils import check_keywords, check_number, is_whole
+from sb3_mpg.common.checks import check_keywords, check_number, is_whole
 
 
 def bootstrap_values(

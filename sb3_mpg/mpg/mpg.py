@@ -21,8 +21,8 @@ from stable_baselines3.td3.policies import Actor
 
 from sb3_mpg.common.balance import balanced_mse_loss, rollout_value_loss
 from sb3_mpg.common.buffers import RecordedSteps
-from sb3_mpg.common.compilation import StepCompiler
-from sb3_mpg.common.error_estimates import (
+from sb3_mpg.common.compilation.step_compiler import StepCompiler
+from sb3_mpg.common.trust.gradient_errors import (
     GradientErrors,
     action_gradients,
     measure_gradient_errors,
@@ -30,7 +30,7 @@ from sb3_mpg.common.error_estimates import (
     warn_of_errors,
 )
 from sb3_mpg.common.learners.base import InProcessLearner
-from sb3_mpg.common.model_rollout import (
+from sb3_mpg.common.rollouts.model_rollout import (
     NEGLIGIBLE_WEIGHT,
     Advance,
     PolicyGradient,
@@ -42,25 +42,19 @@ from sb3_mpg.common.model_rollout import (
     mixed_policy_gradient,
 )
 from sb3_mpg.common.models.loading import PriorModelLike
-from sb3_mpg.common.models.prediction_errors import MIN_WINDOWS
+from sb3_mpg.common.models.checking.prediction_errors import MIN_WINDOWS
 from sb3_mpg.common.models.residual import ResidualModel, name_of
 from sb3_mpg.common.models.trainable import TrainableModel
 from sb3_mpg.common.off_policy_model_algorithm import OffPolicyModelAlgorithm
 from sb3_mpg.common.torch_layers import ObservationScaler
-from sb3_mpg.common.trust_report import Measurement, TrustReport, make_trust_report
+from sb3_mpg.common.trust.report import Measurement, TrustReport, make_trust_report
 from sb3_mpg.common.type_aliases import Differentiate, GradientResult, TrainingBatch
 from sb3_mpg.common.units import Units
-from sb3_mpg.common.utils import (
-    check_count,
-    check_number,
-    clip_norm,
-    gradient_of,
-    polyak_update_all,
-    randomness_of_update,
-    trainable_parameters,
-)
+from sb3_mpg.common.checks import check_count, check_number
+from sb3_mpg.common.randomness import randomness_of_update
+from sb3_mpg.common.utils import clip_norm, gradient_of, polyak_update_all, trainable_parameters
 from sb3_mpg.common.value_targets import ValueTarget, target_values_of
-from sb3_mpg.common.weighting import WeightingRule, check_horizons, make_weighting_rule
+from sb3_mpg.common.trust.weighting import WeightingRule, check_horizons, make_weighting_rule
 from sb3_mpg.mpg.policies import MlpPolicy, MPGPolicy
 
 SelfMPG = TypeVar("SelfMPG", bound="MPG")
@@ -306,7 +300,7 @@ class MPG(OffPolicyModelAlgorithm):
         if given:
             raise ValueError(
                 f"A saved algorithm keeps its rule for the weights of the horizons, but `load` got {given}; give it "
-                "weighting_rule=sb3_mpg.common.weighting.make_weighting_rule(weighting, horizons, weighting_kwargs)."
+                "weighting_rule=sb3_mpg.common.trust.weighting.make_weighting_rule(weighting, horizons, weighting_kwargs)."
             )
 
     def _setup_model(self) -> None:

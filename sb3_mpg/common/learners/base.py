@@ -12,7 +12,7 @@ from stable_baselines3.common.logger import Logger
 from sb3_mpg.common.processes import check_start_method
 from sb3_mpg.common.type_aliases import GradientResult
 from sb3_mpg.common.units import Units
-from sb3_mpg.common.utils import check_count, check_keywords, check_number
+from sb3_mpg.common.checks import check_count, check_keywords, check_number
 
 
 @dataclass(frozen=True)

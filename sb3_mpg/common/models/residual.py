@@ -14,10 +14,10 @@ from torch.nn import functional as F
 
 from sb3_mpg.common.models.base import PriorModel
 from sb3_mpg.common.models.double_precision import InDoublePrecision
-from sb3_mpg.common.models.prediction_errors import Windows
+from sb3_mpg.common.models.checking.prediction_errors import Windows
 from sb3_mpg.common.models.trainable import TrainableModel, Transitions
 from sb3_mpg.common.torch_layers import n_with_waves, with_waves
-from sb3_mpg.common.utils import is_whole
+from sb3_mpg.common.checks import is_whole
 
 # Least squares with fewer rows for each factor than this fit the noise
 MIN_ROWS_PER_FACTOR = 5

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch as th
 
 from sb3_mpg.common.models.base import PriorModel
-from sb3_mpg.common.models.prediction_errors import Windows
+from sb3_mpg.common.models.checking.prediction_errors import Windows
 
 
 class Transitions(NamedTuple):

@@ -13,7 +13,7 @@ import numpy as np
 import torch as th
 
 from sb3_mpg.common.buffers import RecordedSteps
-from sb3_mpg.common.model_rollout import Advance, QFunction, advance, model_rollout
+from sb3_mpg.common.rollouts.model_rollout import Advance, QFunction, advance, model_rollout
 from sb3_mpg.common.models.base import PriorModel
 from sb3_mpg.common.models.residual import ResidualModel
 from sb3_mpg.common.models.trainable import TrainableModel, Transitions

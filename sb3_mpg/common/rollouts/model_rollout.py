@@ -136,7 +136,7 @@ def model_rollout(
     :param differentiate: ``"first_action"``: the parameters of the actor get their gradient through the first action
         alone, later ones come from a frozen copy (eq. 6); ``"all_actions"``: through every action, the critic's at the
         end included (eq. 5)
-    :param advance: steps the model; :func:`advance` or a :class:`~sb3_mpg.common.compilation.StepCompiler`
+    :param advance: steps the model; :func:`advance` or a :class:`~sb3_mpg.common.compilation.step_compiler.StepCompiler`
     :param first_actions: in [-1, 1], ``(B, A)``; by default the actor's
     :return: returns of each horizon, ``(B, 1)``: tensors of their own, so that the gradient of one has nothing to do with
         another, which may have overflowed

@@ -13,7 +13,7 @@ from gymnasium import spaces
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_mpg.common.models.base import PriorModel
-from sb3_mpg.common.models.prediction_errors import (
+from sb3_mpg.common.models.checking.prediction_errors import (
     MIN_WINDOWS,
     PriorModelReport,
     Windows,

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from sb3_mpg.common.utils import check_keywords, is_whole
+from sb3_mpg.common.checks import check_keywords, is_whole
 
 
 def check_horizons(horizons: Sequence[int]) -> tuple[int, ...]:

@@ -14,8 +14,8 @@ from torch._inductor import config as inductor_config
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from sb3_mpg.common.compiled_loop import CompiledLoop, Direction, Record
-from sb3_mpg.common.model_rollout import HeldState, RolloutState, advance, hold
+from sb3_mpg.common.compilation.compiled_loop import CompiledLoop, Direction, Record
+from sb3_mpg.common.rollouts.model_rollout import HeldState, RolloutState, advance, hold
 from sb3_mpg.common.models.base import PriorModel
 from sb3_mpg.common.models.residual import name_of
 from sb3_mpg.common.models.trainable import TrainableModel
@@ -259,8 +259,8 @@ def discounts_of(gamma: float, n_steps: int, device: th.device) -> th.Tensor:
 
 class StepCompiler:
     """
-    Compiles :func:`advance` and :func:`~sb3_mpg.common.model_rollout.hold`, and the policy alone. What cannot be compiled
-    runs as it is, with one warning.
+    Compiles :func:`advance`, :func:`~sb3_mpg.common.rollouts.model_rollout.hold` and the policy alone. What cannot be
+    compiled runs eagerly, with one warning.
 
     :param backend: of ``torch.compile``
     """
@@ -326,7 +326,7 @@ class StepCompiler:
     def hold(
         self, held: HeldState, n_steps: int, env_actions: th.Tensor, model: PriorModel, *args: Any
     ) -> tuple[HeldState, th.Tensor]:
-        """As :func:`~sb3_mpg.common.model_rollout.hold`."""
+        """As :func:`~sb3_mpg.common.rollouts.model_rollout.hold`."""
         return self._attempt(f"{name_of(model)} and the policy", self._hold, hold, (held, n_steps, env_actions, model, *args))
 
     def _hold(

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch as th
 
-from sb3_mpg.common.error_estimates import GradientErrors
+from sb3_mpg.common.trust.gradient_errors import GradientErrors
 from sb3_mpg.common.models.base import PriorModel
-from sb3_mpg.common.models.prediction_errors import MIN_WINDOWS, Windows, format_table, rms, to_numpy
+from sb3_mpg.common.models.checking.prediction_errors import MIN_WINDOWS, Windows, format_table, rms, to_numpy
 from sb3_mpg.common.models.residual import ResidualModel
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Recorded transitions as models learn from them."""
+"""The recorded transitions that models are fitted to."""
 
 from collections.abc import Callable
 
@@ -6,24 +6,24 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.buffers import ReplayBuffer
 
-from sb3_mpg.common.models.checking.prediction_errors import Windows, cut_windows
-from sb3_mpg.common.models.trainable import Transitions
+from sb3_mpg.common.models.windows import Transitions, Windows, cut_windows, to_tensor
 
-# Neighbours in time are alike: what is held out is held out in blocks
+# Consecutive steps are similar, so steps are held out in blocks
 HELD_OUT_BLOCK = 20
-# One block of so many is held out
+# One of this many blocks is held out
 HELD_OUT_EVERY = 10
+# Of random positions, until enough of them are usable
 MAX_DRAWS = 20
 
 
 class RecordedSteps:
     """
-    The single steps in a replay buffer, whatever its samples are (n-step sums, say), split into those to learn from and
-    those to judge by. Steps whose end the buffer does not hold are left out.
+    The single steps of a replay buffer, whatever its samples are (n-step returns, for example), split into training steps
+    and held-out steps. Steps whose next observation the buffer does not hold are excluded.
 
-    :param replay_buffer: the buffer; it is read, never written
-    :param unscale_actions: from [-1, 1], as they are stored, to the units of the environment
-    :param device: where the transitions go
+    :param replay_buffer: the buffer; it is never written
+    :param unscale_actions: converts actions from [-1, 1], as they are stored, to the units of the environment
+    :param device: device of the transitions
     """
 
     def __init__(
@@ -34,13 +34,13 @@ class RecordedSteps:
         self.device = device
 
     def _is_usable(self, positions: np.ndarray, envs: np.ndarray, held_out: bool) -> np.ndarray:
-        # Other blocks in each environment: of few steps of several environments some are held out, too
+        # Shift the blocks from environment to environment, so that steps are held out early
         shifts = envs * HELD_OUT_EVERY // self.replay_buffer.n_envs
         is_held_out = (positions // HELD_OUT_BLOCK + shifts) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
         usable = is_held_out == held_out
         if self.replay_buffer.optimize_memory_usage:
-            # The next observation is the one stored next: of another episode behind an end; and the newest one was
-            # written over the oldest step
+            # The next observation is stored in the next row. It belongs to another episode after an episode end, and the
+            # newest one has overwritten the oldest step
             usable &= (self.replay_buffer.dones[positions, envs] == 0) & (positions != self.replay_buffer.pos)
         return usable
 
@@ -51,21 +51,18 @@ class RecordedSteps:
         else:
             next_observations = buffer.next_observations[positions, envs]
 
-        def to_tensor(array: np.ndarray) -> th.Tensor:
-            return th.as_tensor(array, dtype=th.float32, device=self.device)
-
         return Transitions(
-            to_tensor(buffer.observations[positions, envs]),
-            self.unscale_actions(to_tensor(buffer.actions[positions, envs])),
-            to_tensor(buffer.rewards[positions, envs]).reshape(-1, 1),
-            to_tensor(next_observations),
+            to_tensor(buffer.observations[positions, envs], self.device),
+            self.unscale_actions(to_tensor(buffer.actions[positions, envs], self.device)),
+            to_tensor(buffer.rewards[positions, envs], self.device).reshape(-1, 1),
+            to_tensor(next_observations, self.device),
         )
 
     def sample(self, n_samples: int, held_out: bool = False) -> Transitions | None:
         """
         :param n_samples: number of steps, drawn with replacement
-        :param held_out: whether to draw from those to judge by
-        :return: the steps, or ``None`` while there is none of that kind
+        :param held_out: whether to draw held-out steps instead of training steps
+        :return: the steps, or ``None`` while there are none
         """
         n_rows = self.replay_buffer.size()
         positions, envs = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
@@ -83,7 +80,7 @@ class RecordedSteps:
     def latest(self, n_samples: int) -> Transitions | None:
         """
         :param n_samples: number of steps
-        :return: those to learn from among the steps recorded last, or ``None`` when there is none
+        :return: the training steps among the steps recorded last, or ``None`` if there are none
         """
         buffer = self.replay_buffer
         n_rows = min(-(-n_samples // buffer.n_envs), buffer.size())
@@ -93,8 +90,8 @@ class RecordedSteps:
         return self._gather(positions[usable], envs[usable]) if usable.any() else None
 
     def _has_terminated(self, positions: np.ndarray | slice) -> np.ndarray:
-        # Time limits and early resets end an episode without terminating it; a buffer that does not handle them does not
-        # know which ends are theirs
+        # Time limits and early resets end an episode without terminating it. A buffer that does not handle them cannot tell
+        # terminations from them
         buffer = self.replay_buffer
         return (buffer.dones[positions] > 0) & (buffer.timeouts[positions] == 0) & buffer.handle_timeout_termination
 
@@ -107,18 +104,17 @@ class RecordedSteps:
     def observed_last(self, n_samples: int, terminated: bool) -> th.Tensor | None:
         """
         :param n_samples: largest number of steps
-        :param terminated: whether those that are known to have terminated or those that are known not to
-        :return: what was observed behind the steps of that kind that were recorded last, ``(n, *obs_shape)``; ``None`` when
-            there is none
+        :param terminated: whether to take steps that are known to have terminated, or steps that are known not to have
+        :return: next observations of such steps, newest first, ``(n, *obs_shape)``; ``None`` if there are none
         """
         buffer = self.replay_buffer
-        # The newest rows first
+        # Newest rows first
         if terminated:
             rows = np.flatnonzero(self._has_terminated(slice(buffer.size())).any(axis=1))
             rows = np.roll(rows, -np.searchsorted(rows, buffer.pos))[::-1]
             is_wanted = self._has_terminated(rows)
         else:
-            # Only terminations may be far apart
+            # Unlike terminations, other steps need not be searched for in the whole buffer
             rows = (buffer.pos - 1 - np.arange(min(self._n_intact_rows(), 2 * n_samples))) % buffer.buffer_size
             is_wanted = (buffer.dones[rows] == 0) | (buffer.timeouts[rows] > 0)
         places, envs = np.nonzero(is_wanted)
@@ -127,15 +123,15 @@ class RecordedSteps:
         return self._gather(rows[places[:n_samples]], envs[:n_samples]).next_observations
 
     def _n_intact_rows(self) -> int:
-        # Where memory is saved, the newest observation was written over the oldest step
+        # With optimize_memory_usage, the newest observation has overwritten the oldest step
         return self.replay_buffer.size() - int(self.replay_buffer.optimize_memory_usage and self.replay_buffer.full)
 
     def windows(self, n_steps: int, horizon: int) -> Windows | None:
         """
-        :param n_steps: about how many steps, of those recorded last; of so many environments that there are windows of full
-            length among them
-        :param horizon: longest window
-        :return: one window for each of these steps, or ``None`` when there is none
+        :param n_steps: approximate number of steps, of those recorded last. With many environments, they are from some of
+            the environments only, so that there are windows of full length
+        :param horizon: largest number of steps of a window
+        :return: one window for each of these steps, or ``None`` if there are none
         """
         buffer = self.replay_buffer
         n_rows = min(max(-(-n_steps // buffer.n_envs), 2 * horizon), self._n_intact_rows())
@@ -151,11 +147,11 @@ class RecordedSteps:
         records["rewards"] = records["rewards"][..., 0]
         ends = dones.copy()
         ends[-1] = True
-        # A training that is continued may begin with a reset, of which the buffer knows nothing
+        # Continued training may start with a reset, which the buffer does not record
         goes_on = records["next_observations"][:-1] == records["observations"][1:]
         ends[:-1] |= ~goes_on.all(axis=tuple(range(2, goes_on.ndim)))
         if buffer.optimize_memory_usage:
-            # What was observed behind an end is not held: windows stop one step before
+            # The buffer does not hold the last observation of an episode: windows stop one step earlier
             ends[:-1] |= dones[1:]
         windows = cut_windows(
             {**records, "terminated": self._has_terminated(positions)[:, chosen], "ends": ends},

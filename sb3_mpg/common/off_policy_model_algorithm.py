@@ -27,7 +27,8 @@ from sb3_mpg.common.models.base import PriorModel
 from sb3_mpg.common.models.checking.checker import validate_prior_model
 from sb3_mpg.common.models.loading import PriorModelLike, make_prior_model
 from sb3_mpg.common.models.residual import ResidualModel
-from sb3_mpg.common.models.trainable import TrainableModel, Transitions
+from sb3_mpg.common.models.trainable import CorrectedModel, TrainableModel, members_of
+from sb3_mpg.common.models.windows import Transitions
 from sb3_mpg.common.precision import DEFAULT as DEFAULT_PRECISION
 from sb3_mpg.common.precision import choose_matmul_precision, matmul_precision, set_matmul_precision
 from sb3_mpg.common.torch_layers import ObservationScaler
@@ -333,8 +334,9 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
             n_states = model.state_from_observation(observation).shape[1]
             n_actions = self.action_space.shape[0]  # type: ignore[index]
             residual = ResidualModel(model, n_states, n_actions, **(self.residual_kwargs or {})).to(self.device)
-            residual.gains.fill_(float(self.residual))
             model = residual
+        if isinstance(model, CorrectedModel):
+            model.use_correction(self.residual)
         if isinstance(model, TrainableModel) and self._model_state is not None:
             if model.load_learned_state(self._model_state):
                 return model
@@ -376,11 +378,11 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         if known is None:
             return
         is_first, self._n_prepared_for = self._n_prepared_for == 0, n_recorded
-        if is_first or model.is_outgrown(known):
+        if is_first or model.needs_rescaling(known):
             self._adapt_model(model, recorded, known)
         windows = recorded.windows(N_JUDGED_STEPS, self._longest_rollout())
         if windows is not None:
-            model.adapt_to_rollouts(windows)
+            model.tune_on_rollouts(windows)
 
     def _longest_rollout(self) -> int:
         """
@@ -395,7 +397,7 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         :param known: those that its scales come from
         """
         model.train()
-        model.adapt_to(known)
+        model.rescale(known)
         best_error, best_step = float("inf"), 0
         for step in range(MAX_PRETRAINING_STEPS):
             self._fit_model(recorded)
@@ -585,8 +587,8 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         :param units: conversions between environment and networks
         :return: the gradients
         """
-        assert self._update_seed is not None
-        with randomness_of_update(self._update_seed, n_updates, self.device):
+        assert self._update_seed is not None and self.rollout_model is not None
+        with randomness_of_update(self._update_seed, n_updates, self.device), members_of(self.rollout_model, "dealt"):
             return self.compute_gradients(self._sample_batch(n_updates, batch_size, units), n_updates, units)
 
     def gradient_template(self) -> GradientResult:
@@ -618,7 +620,7 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         """
         vars(self).update(attributes)
         if isinstance(self.rollout_model, TrainableModel):
-            self.rollout_model.follow()
+            self.rollout_model.refresh()
 
     def make_replica(self: SelfOffPolicyModelAlgorithm) -> SelfOffPolicyModelAlgorithm:
         """

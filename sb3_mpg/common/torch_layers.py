@@ -9,43 +9,46 @@ from gymnasium import spaces
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
 
-# Factors of what is scaled to about one unit, in sines and cosines of it
+# Of Fourier features, for inputs that are scaled to about one unit
 FREQUENCIES = (1.0, 2.0, 3.0)
 LOG2_E = math.log2(math.e)
 
 
-def n_with_waves(n_inputs: int, frequencies: Sequence[float] = FREQUENCIES) -> int:
+def n_fourier_features(n_inputs: int, frequencies: Sequence[float] = FREQUENCIES) -> int:
     """
     :param n_inputs: number of inputs
-    :param frequencies: see :func:`with_waves`
-    :return: how many :func:`with_waves` makes of them
+    :param frequencies: see :func:`fourier_features`
+    :return: number of outputs of :func:`fourier_features`
     """
     return n_inputs * (1 + 2 * len(frequencies))
 
 
-def with_waves(inputs: th.Tensor, frequencies: Sequence[float] = FREQUENCIES, amplitude: th.Tensor | None = None) -> th.Tensor:
+def fourier_features(
+    inputs: th.Tensor, frequencies: Sequence[float] = FREQUENCIES, scale: th.Tensor | None = None
+) -> th.Tensor:
     """
     :param inputs: ``(B, n)``
-    :param frequencies: :math:`K` factors
-    :param amplitude: of the sines and cosines; 1 by default
-    :return: the inputs, and the sine and cosine of each times each factor, ``(B, n (1 + 2 K))``, in memory by columns
+    :param frequencies: :math:`K` frequencies
+    :param scale: factor of the sines and cosines, a scalar; 1 by default
+    :return: the inputs, with the sine and the cosine of each input at each frequency, ``(B, n (1 + 2 K))``, in column-major
+        memory
     """
     if not frequencies:
         return inputs
-    # One element of all rows behind the other: many at once are compiled to instructions that take many, few in a row are not
+    # Column-major, because the compiler vectorises long runs of contiguous elements, and rows are short
     columns = inputs.t()
-    waves = [wave(factor * columns) for factor in frequencies for wave in (th.sin, th.cos)]
-    if amplitude is not None:
-        waves = [amplitude * wave for wave in waves]
-    return th.cat([columns, *waves]).t()
+    features = [function(frequency * columns) for frequency in frequencies for function in (th.sin, th.cos)]
+    if scale is not None:
+        features = [scale * feature for feature in features]
+    return th.cat([columns, *features]).t()
 
 
 class ELU(nn.ELU):
     """
-    An ELU that overwrites its input: its derivative then comes from its output, without another exponential.
+    An ELU that overwrites its input. Its derivative is then computed from its output, without another exponential.
 
-    Where no derivative is asked for, as in value targets, a CPU computes it from a power of two, which is up to four times as
-    fast as ``expm1`` and, on some processors, more than twice as fast as ``exp``: the same to the rounding error of 1.
+    Without gradients, as in value targets, it is computed from a power of two on a CPU. That is up to four times as fast as
+    ``expm1`` and, on some processors, more than twice as fast as ``exp``. The result differs by the rounding error of 1.
     """
 
     def __init__(self) -> None:
@@ -67,25 +70,25 @@ class ObservationScaler(BaseFeaturesExtractor):
     Flattens observations and scales each of their elements: ``scale * (observation - shift)``.
 
     With ``scale="auto"`` the algorithm fits shift and scale to the replay buffer once, just before its first update:
-    elements that spread over more than one unit are centred and divided by their standard deviation, the others are left
-    as they are (stretching a narrow start distribution would blow up all that lies outside it). From then on they stay
-    fixed, and are part of the policy's parameters: who takes those over takes over their scales.
+    elements with a standard deviation of more than one are standardised, the others do not change (stretching a narrow start
+    distribution would blow up all observations outside of it). From then on shift and scale are fixed. They are part of the
+    policy's parameters, so that copying the parameters also copies the scales.
 
-    Sines and cosines of the scaled elements (Fourier features) come along: networks of smooth units are slow to learn what
-    changes several times over the range of an element, such as the bends along a road. At the border of what is recorded
-    they are free to bend, which a model's rollouts keep them from and nothing else does: the algorithm makes them small
-    (``amplitude``) while no model is trusted.
+    The scaled elements are extended by Fourier features, because networks of smooth units are slow to learn functions that
+    change several times over the range of an element, such as the bends along a road. With Fourier features, critics
+    extrapolate freely at the border of the data, unless they learn from rollouts of a trusted model. Without one, the
+    algorithm reduces their scale (``fourier_scale``).
 
     :param observation_space: float Box
     :param scale: factors, of the shape of an observation; or ``"auto"``
-    :param frequencies: factors of the scaled elements in the sines and cosines, an empty sequence for none;
-        by default ``FREQUENCIES`` if the scale is ``"auto"``, and none if it is given
+    :param frequencies: frequencies of the Fourier features, an empty sequence for none; by default ``FREQUENCIES`` if the
+        scale is ``"auto"``, and none if it is given
     """
 
     shift: th.Tensor
     scale: th.Tensor
     is_fixed: th.Tensor
-    amplitude: th.Tensor
+    fourier_scale: th.Tensor
 
     def __init__(
         self,
@@ -99,7 +102,7 @@ class ObservationScaler(BaseFeaturesExtractor):
             frequencies = FREQUENCIES if is_auto else ()
         self.frequencies = tuple(frequencies)
         n_elements = int(np.prod(observation_space.shape))
-        super().__init__(observation_space, n_with_waves(n_elements, self.frequencies))
+        super().__init__(observation_space, n_fourier_features(n_elements, self.frequencies))
         if isinstance(scale, str):
             if scale != "auto":
                 raise ValueError(f"`scale` of the observations must be 'auto' or one factor for each element, got {scale!r}.")
@@ -114,13 +117,13 @@ class ObservationScaler(BaseFeaturesExtractor):
         self.register_buffer("shift", th.zeros(n_elements))
         self.register_buffer("scale", th.as_tensor(factors.reshape(-1), dtype=th.float32))
         self.register_buffer("is_fixed", th.tensor(not is_auto))
-        self.register_buffer("amplitude", th.ones(()))
+        self.register_buffer("fourier_scale", th.ones(()))
 
     def fit(self, observations: th.Tensor) -> None:
         """
-        Choose shift and scale; does nothing where they are given or chosen already.
+        Choose shift and scale. Does nothing if they are given or chosen already.
 
-        :param observations: what the networks take, ``(N, *obs_shape)``
+        :param observations: observations as the networks see them, ``(N, *obs_shape)``
         """
         if self.is_fixed:
             return
@@ -136,4 +139,4 @@ class ObservationScaler(BaseFeaturesExtractor):
         :return: features, ``(B, features_dim)``
         """
         scaled = (observations.flatten(1) - self.shift) * self.scale
-        return with_waves(scaled, self.frequencies, self.amplitude)
+        return fourier_features(scaled, self.frequencies, self.fourier_scale)

@@ -41,10 +41,9 @@ from sb3_mpg.common.rollouts.model_rollout import (
     hold,
     mixed_policy_gradient,
 )
-from sb3_mpg.common.models.loading import PriorModelLike
-from sb3_mpg.common.models.checking.prediction_errors import MIN_WINDOWS
-from sb3_mpg.common.models.residual import ResidualModel, name_of
-from sb3_mpg.common.models.trainable import TrainableModel
+from sb3_mpg.common.models.loading import PriorModelLike, name_of
+from sb3_mpg.common.models.windows import MIN_WINDOWS
+from sb3_mpg.common.models.trainable import CorrectedModel, TrainableModel, members_of
 from sb3_mpg.common.off_policy_model_algorithm import OffPolicyModelAlgorithm
 from sb3_mpg.common.torch_layers import ObservationScaler
 from sb3_mpg.common.trust.report import Measurement, TrustReport, make_trust_report
@@ -330,7 +329,7 @@ class MPG(OffPolicyModelAlgorithm):
 
     def _create_aliases(self) -> None:
         scalers = [module for module in self.policy.modules() if isinstance(module, ObservationScaler) and module.frequencies]
-        self._amplitudes = [scaler.amplitude for scaler in scalers]
+        self._amplitudes = [scaler.fourier_scale for scaler in scalers]
         self.actor = self.policy.actor
         self.actor_target = self.policy.actor_target
         self.critic = self.policy.critic
@@ -392,16 +391,17 @@ class MPG(OffPolicyModelAlgorithm):
         was_training = self.rollout_model.training
         self.rollout_model.eval()
         try:
-            gradients = mixed_policy_gradient(
-                self._to_tensor(observations),
-                self.actor,
-                self._q_function(0),
-                self.rollout_model,
-                self._units(),
-                {horizon: 1.0},
-                self.gamma,
-                differentiate,
-            ).gradients
+            with members_of(self.rollout_model, "mean"):
+                gradients = mixed_policy_gradient(
+                    self._to_tensor(observations),
+                    self.actor,
+                    self._q_function(0),
+                    self.rollout_model,
+                    self._units(),
+                    {horizon: 1.0},
+                    self.gamma,
+                    differentiate,
+                ).gradients
         finally:
             self.rollout_model.train(was_training)
         return -th.cat([gradient.flatten() for gradient in gradients])
@@ -573,7 +573,7 @@ class MPG(OffPolicyModelAlgorithm):
             model,
             self.weighting_rule.horizons,
             # Without the correction, it is the prior model itself that is judged
-            judges_prior=isinstance(model, ResidualModel) and not self.residual,
+            judges_prior=isinstance(model, CorrectedModel) and not self.residual,
             held_out_steps=lambda: self._held_out_steps(recorded),
         )
         return measured._replace(misjudges_ends=misjudges_ends(model, recorded, self._longest_rollout()))
@@ -746,7 +746,8 @@ class MPG(OffPolicyModelAlgorithm):
             return
         assert self.rollout_model is not None and self._update_seed is not None
         # Its batch once more; unless batches are reused or learners were at other states, when it is one like it
-        with randomness_of_update(self._update_seed, self._n_updates, self.device):
+        dealt = members_of(self.rollout_model, "dealt")
+        with randomness_of_update(self._update_seed, self._n_updates, self.device), dealt:
             batch = self._draw_batch(self._n_updates, batch_size, units)
             observations = self._explored(batch.observations, units, self._trust_in_model(self._n_updates))
         reasons = []
@@ -758,9 +759,10 @@ class MPG(OffPolicyModelAlgorithm):
         for horizon, weight in self.weighting_rule(self._n_updates).items():
             if weight < NEGLIGIBLE_WEIGHT or not recorded_is_finite:
                 continue
-            reason = first_non_finite_step(
-                observations, self.actor, self._q_function(0), self.rollout_model, units, horizon, self.gamma
-            )
+            with members_of(self.rollout_model, "dealt"):
+                reason = first_non_finite_step(
+                    observations, self.actor, self._q_function(0), self.rollout_model, units, horizon, self.gamma
+                )
             if reason is not None:
                 reasons.append(f"horizon {horizon} (weight {weight:.2g}): {reason}")
         raise FloatingPointError(

@@ -1,4 +1,4 @@
-"""Models whose states are kept in double precision."""
+"""Models that keep their states in double precision."""
 
 import torch as th
 
@@ -7,9 +7,10 @@ from sb3_mpg.common.models.base import PriorModel
 
 class InDoublePrecision(PriorModel):
     """
-    A model that steps states in double precision, and speaks single precision to the outside, as simulators do.
+    A model that steps states in double precision. Actions, rewards and observations are in single precision, as those of
+    simulators.
 
-    :param model: the model; what it holds is of double precision from now on
+    :param model: the model; its parameters and buffers are converted to double precision
     """
 
     def __init__(self, model: PriorModel):

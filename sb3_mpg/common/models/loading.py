@@ -1,4 +1,4 @@
-"""From what users pass as ``prior_model`` to a :class:`PriorModel`."""
+"""Makes prior models of what users pass as ``prior_model``, and names them in messages."""
 
 import importlib
 from collections.abc import Callable
@@ -8,6 +8,8 @@ import torch as th
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_mpg.common.models.base import PriorModel
+from sb3_mpg.common.models.double_precision import InDoublePrecision
+from sb3_mpg.common.models.trainable import CorrectedModel
 
 #: What the ``prior_model`` argument of the algorithms may be.
 PriorModelLike = PriorModel | type[PriorModel] | Callable[..., PriorModel] | str
@@ -32,7 +34,7 @@ def import_from_path(path: str) -> Callable[..., PriorModel]:
     """
     :param path: dotted path, ``"package.module:Class"``
     :return: the class or factory
-    :raises ValueError: when there is no such thing
+    :raises ValueError: when it does not exist
     """
     module_name, separator, name = path.partition(":")
     if not separator:
@@ -40,7 +42,7 @@ def import_from_path(path: str) -> Callable[..., PriorModel]:
     try:
         return getattr(importlib.import_module(module_name), name)
     except ModuleNotFoundError as error:
-        # A missing import inside the user's module is their error to see, not ours to rephrase
+        # A missing import inside the user's module must be seen as it is
         if error.name is not None and not (module_name + ".").startswith(error.name + "."):
             raise
         raise ValueError(f"The prior model {path!r} was not found: there is no module {error.name!r}.") from error
@@ -54,8 +56,8 @@ def make_prior_model(prior_model: PriorModelLike, env: VecEnv, prior_model_kwarg
     :param env: the environment
     :param prior_model_kwargs: arguments of the class or factory
     :return: the model
-    :raises ValueError: when the environment offers no model, or the path leads nowhere
-    :raises TypeError: when what was found is no ``PriorModel``
+    :raises ValueError: when the environment offers no model, or the path does not exist
+    :raises TypeError: when the result is no ``PriorModel``
     """
     kwargs = prior_model_kwargs or {}
     model: Any
@@ -72,7 +74,7 @@ def make_prior_model(prior_model: PriorModelLike, env: VecEnv, prior_model_kwarg
         try:
             model = env.env_method("prior_model", indices=[0], **kwargs)[0]
         except (TypeError, NotImplementedError):
-            # Not asked before: a worker process would have to send all of its environment along with a method
+            # Asked only now, because a worker process would send its whole environment along with a method
             model = env.get_attr("prior_model", indices=[0])[0]
             if callable(model) and not isinstance(model, PriorModel):
                 raise
@@ -98,3 +100,13 @@ def make_prior_model(prior_model: PriorModelLike, env: VecEnv, prior_model_kwarg
             f"got {model!r}. (Without any model: MPG with horizons=(0,), weighting='constant'.)\n{HOW_TO_WRITE_A_MODEL}"
         )
     return model
+
+
+def name_of(model: PriorModel) -> str:
+    """
+    :param model: the user's model, or a model of this library around it
+    :return: the name of the user's class
+    """
+    if isinstance(model, CorrectedModel):
+        model = model.prior
+    return type(model.model if isinstance(model, InDoublePrecision) else model).__name__

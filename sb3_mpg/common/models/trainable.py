@@ -1,101 +1,195 @@
-"""The interface of models that learn from recorded transitions."""
+"""The interfaces of models that learn from recorded transitions."""
 
 from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch as th
 
 from sb3_mpg.common.models.base import PriorModel
-from sb3_mpg.common.models.checking.prediction_errors import Windows
-
-
-class Transitions(NamedTuple):
-    """
-    Recorded steps, in the units of the environment; none of them crosses a reset.
-
-    :param observations: ``(B, *obs_shape)``
-    :param actions: ``(B, A)``
-    :param rewards: ``(B, 1)``
-    :param next_observations: ``(B, *obs_shape)``
-    """
-
-    observations: th.Tensor
-    actions: th.Tensor
-    rewards: th.Tensor
-    next_observations: th.Tensor
+from sb3_mpg.common.models.ensemble import Members, even_rows
+from sb3_mpg.common.models.windows import Transitions, Windows
 
 
 class TrainableModel(PriorModel):
     """
-    A model that learns from recorded transitions while it is used: a correction of a prior model, or dynamics that are
-    learned from nothing. It is an ensemble: in training mode the rows of a batch are dealt out to its members in
-    equal parts, the first rows to the first member; in evaluation mode it predicts the members' mean.
+    A model that is fitted to recorded transitions during training: a correction of a prior model, or learned dynamics.
 
-    What is learned lives in parameters and buffers, so that ``state_dict()`` saves it and it can be copied to other processes.
+    It is an ensemble. ``members`` says which of its members predict, see :meth:`using_members`; the train or evaluation mode
+    says only what it does for every ``PriorModel`` (noise, dropout).
+
+    All that is learned lives in parameters and buffers, so that ``state_dict()`` saves it and it can be copied to other
+    processes.
     """
 
     #: Number of members of the ensemble
     n_members: int
+    #: Which members predict; set it by :meth:`using_members`
+    members: Members = "mean"
+
+    @contextmanager
+    def using_members(self, members: Members) -> Iterator[None]:
+        """
+        Choose which members predict within this context. Gradients that are compared between members, and those of a policy
+        that should not exploit the errors of one of them, are computed with rows ``"dealt"`` to the members.
+
+        :param members: ``"dealt"``: the rows of a batch are dealt to the members in equal parts, the first rows to the first
+            member; ``"mean"``: the mean of all members
+        """
+        before = self.members
+        self.members = members
+        try:
+            yield
+        finally:
+            self.members = before
 
     def even_rows(self, tensor: th.Tensor) -> th.Tensor:
         """
         :param tensor: ``(B, ...)``
-        :return: the same, with the last row repeated until each member gets as many, ``(B', ...)``
+        :return: the same with the last row repeated, so that each member gets as many rows, ``(B', ...)``
         """
-        n_missing = -len(tensor) % self.n_members
-        return th.cat([tensor, tensor[-1:].expand(n_missing, *tensor.shape[1:])]) if n_missing > 0 else tensor
+        return even_rows(tensor, self.n_members)
 
     @abstractmethod
-    def adapt_to(self, transitions: Transitions) -> None:
+    def rescale(self, transitions: Transitions) -> None:
         """
-        Take the scales of inputs and targets from data, before the first :meth:`fit`; what was learned before is forgotten.
+        Take the scales of inputs and targets, and all that is solved for by least squares, from data. What networks learned
+        before is forgotten. Called before the first :meth:`fit`.
 
-        :param transitions: what was recorded so far
+        :param transitions: all transitions to fit to that are recorded so far
         """
-
-    def adapt_to_rollouts(self, windows: Windows) -> None:
-        """
-        Settle what single steps cannot tell, when the model is fitted. By default there is nothing to settle.
-
-        :param windows: recorded steps, and what followed them
-        """
-
-    def follow(self) -> None:
-        """What to do when parameters and buffers were written to from outside. By default there is nothing to do."""
 
     @abstractmethod
-    def is_outgrown(self, transitions: Transitions) -> bool:
+    def needs_rescaling(self, transitions: Transitions) -> bool:
         """
-        :param transitions: what was recorded so far
-        :return: whether the data that :meth:`adapt_to` saw do not stand for these, and it should see them
+        :param transitions: all transitions to fit to that are recorded so far
+        :return: whether the data have shifted so far that :meth:`rescale` should see them
         """
+
+    def tune_on_rollouts(self, windows: Windows) -> None:
+        """
+        Make the choices that only rollouts of several steps can decide, after fitting. By default there are none.
+
+        :param windows: recorded trajectory segments
+        """
+
+    def refresh(self) -> None:
+        """Called after parameters and buffers were written from outside. By default there is nothing to do."""
 
     @abstractmethod
     def fit(self, transitions: Transitions) -> float:
         """
-        One step of the optimizer.
+        One step of the optimizer. The rows are dealt to the members, whatever ``members`` is.
 
-        :param transitions: dealt out to the members as rows always are
+        :param transitions: a batch
         :return: the loss, in scaled units
         """
 
     @abstractmethod
     def validation_error(self, transitions: Transitions) -> float:
         """
-        :param transitions: held out from :meth:`fit`
-        :return: the loss there, of the members that rows are dealt out to, in the units of :meth:`fit`
+        The loss of :meth:`fit`, without fitting. The rows are dealt to the members, whatever ``members`` is.
+
+        :param transitions: held-out transitions
+        :return: the loss, in scaled units
         """
 
     @abstractmethod
     def learned_state(self) -> dict[str, Any]:
         """
-        :return: all that was learned, the state of the optimizer included, copied to the CPU
+        :return: all that was learned, including the state of the optimizer, copied to the CPU
         """
 
     @abstractmethod
     def load_learned_state(self, state: dict[str, Any]) -> bool:
         """
         :param state: what :meth:`learned_state` returned
-        :return: whether it is of this model. What was learned of another one, a correction of another prior model, say, is
-            of no use and is not taken
+        :return: whether it was loaded; it is not if it belongs to another model, for which it would be useless
+        """
+
+
+def members_of(model: PriorModel, members: Members) -> AbstractContextManager[None]:
+    """
+    :param model: any model
+    :param members: which of its members predict
+    :return: :meth:`TrainableModel.using_members`; a context that does nothing for models without members
+    """
+    return model.using_members(members) if isinstance(model, TrainableModel) else nullcontext()
+
+
+class StateDescription(NamedTuple):
+    """
+    :param is_hidden: dimensions of the state that observations do not show, bool ``(S,)``
+    :param is_re_encoded: dimensions that rollouts re-encode in each step, where the others keep latent state, bool ``(S,)``
+    """
+
+    is_hidden: np.ndarray
+    is_re_encoded: np.ndarray
+
+
+class CorrectedModel(TrainableModel):
+    """
+    A prior model with a correction that is fitted to recorded transitions. States, observations and terminations are those
+    of the prior model.
+
+    A random prior model is taken at its mean: the noise allows for errors of the model, and those are corrected.
+
+    :param prior: the prior model
+    """
+
+    def __init__(self, prior: PriorModel):
+        super().__init__()
+        self.prior = prior
+        self.prior.eval()
+
+    def train(self, mode: bool = True) -> "CorrectedModel":
+        super().train(mode)
+        self.prior.eval()
+        return self
+
+    @property
+    def may_terminate(self) -> bool:
+        return self.prior.may_terminate
+
+    def terminal(self, states: th.Tensor) -> th.Tensor:
+        return self.prior.terminal(states)
+
+    def observation(self, states: th.Tensor) -> th.Tensor:
+        return self.prior.observation(states)
+
+    def state_from_observation(self, observations: th.Tensor) -> th.Tensor:
+        return self.prior.state_from_observation(observations)
+
+    def state_difference(self, states: th.Tensor, others: th.Tensor) -> th.Tensor:
+        return self.prior.state_difference(states, others)
+
+    def state_add(self, states: th.Tensor, differences: th.Tensor) -> th.Tensor:
+        return self.prior.state_add(states, differences)
+
+    @abstractmethod
+    def use_correction(self, is_used: bool) -> None:
+        """
+        :param is_used: whether predictions are corrected; otherwise they are those of the prior model, and the correction is
+            fitted only to be compared with it
+        """
+
+    @abstractmethod
+    def compared_with_prior(self) -> AbstractContextManager[None]:
+        """
+        :return: a context in which rows are dealt, the first member is the prior model as it is, and all others are corrected
+        """
+
+    @abstractmethod
+    def improves_on_prior(self, transitions: Transitions) -> bool:
+        """
+        :param transitions: held-out transitions
+        :return: whether they are predicted better with the correction than without it
+        """
+
+    @abstractmethod
+    def describe_states(self) -> StateDescription:
+        """
+        :return: which dimensions of the state are hidden, and which are re-encoded
         """

@@ -15,8 +15,8 @@ import torch as th
 from sb3_mpg.common.buffers import RecordedSteps
 from sb3_mpg.common.rollouts.model_rollout import Advance, QFunction, advance, model_rollout
 from sb3_mpg.common.models.base import PriorModel
-from sb3_mpg.common.models.residual import ResidualModel
-from sb3_mpg.common.models.trainable import TrainableModel, Transitions
+from sb3_mpg.common.models.trainable import CorrectedModel, TrainableModel, members_of
+from sb3_mpg.common.models.windows import Transitions
 from sb3_mpg.common.units import Units
 
 # How large the error of a judged model must be, over the square of the gradient, for it to be left out
@@ -93,8 +93,8 @@ def action_gradients(
     advance: Advance = advance,
 ) -> th.Tensor:
     r"""
-    Several estimates of :math:`\nabla_a X_n(s, a)` at the same states: the rows of the batch are repeated once for each
-    critic, so that an ensemble, which deals out rows to its members in equal parts, pairs each with a critic of its own.
+    Several estimates of :math:`\nabla_a X_n(s, a)` at the same states. The rows of the batch are repeated once for each
+    critic, and dealt to the members of the model, so that each member has a critic of its own.
 
     :param observations: raw observations, ``(B, *obs_shape)``
     :param actor: the policy
@@ -103,7 +103,7 @@ def action_gradients(
     :param units: between the environment and the networks
     :param horizons: numbers of model steps
     :param gamma: discount factor
-    :param advance: steps the model; as in ``model_rollout``
+    :param advance: steps the model, as in ``model_rollout``
     :return: ``(n_horizons, E, B, A)``
     """
     n_critics = len(q_functions)
@@ -116,9 +116,10 @@ def action_gradients(
     with th.no_grad():
         actions = actor(units.normalize_observations(repeated))
     actions.requires_grad_()
-    returns = model_rollout(
-        repeated, actor, q_function, model, units, horizons, gamma, "first_action", advance, first_actions=actions
-    )
+    with members_of(model, "dealt"):
+        returns = model_rollout(
+            repeated, actor, q_function, model, units, horizons, gamma, "first_action", advance, first_actions=actions
+        )
     gradients = []
     for index, horizon in enumerate(horizons):
         keep = index + 1 < len(horizons)
@@ -201,19 +202,19 @@ def measure_gradient_errors(
     :param gradients: gives those of the model as it is when it is called, see :func:`action_gradients`
     :param model: the model, in training mode
     :param horizons: numbers of model steps, ascending
-    :param judges_prior: whether the rollouts are those of a prior model, which the corrected one, a ``ResidualModel``, is
-        there to judge
-    :param held_out_steps: gives recorded steps that the model is not fitted to, ``None`` while there is none
+    :param judges_prior: whether the rollouts are those of a prior model, which the corrected model, a ``CorrectedModel``,
+        only judges
+    :param held_out_steps: gives held-out transitions, ``None`` while there are none
     :return: the errors
     """
     if not judges_prior:
         return gradient_errors(gradients().cpu().numpy(), horizons)
-    assert isinstance(model, ResidualModel)
+    assert isinstance(model, CorrectedModel)
     with model.compared_with_prior():
         compared = gradients()
     measured = gradient_errors(compared.cpu().numpy(), horizons, with_judge=True)
     if measured.is_useless.any():
-        # Who predicts no better cannot tell that the other is wrong
+        # The corrected model may only judge the prior model if it predicts held-out transitions better
         held_out = held_out_steps()
         if held_out is None or not model.improves_on_prior(held_out):
             measured = measured._replace(is_useless=np.zeros_like(measured.is_useless))

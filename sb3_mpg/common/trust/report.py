@@ -9,8 +9,9 @@ import torch as th
 
 from sb3_mpg.common.trust.gradient_errors import GradientErrors
 from sb3_mpg.common.models.base import PriorModel
-from sb3_mpg.common.models.checking.prediction_errors import MIN_WINDOWS, Windows, format_table, rms, to_numpy
-from sb3_mpg.common.models.residual import ResidualModel
+from sb3_mpg.common.models.windows import MIN_WINDOWS, Windows, rms, rollout_errors, rounding_errors, to_numpy
+from sb3_mpg.common.models.trainable import CorrectedModel, members_of
+from sb3_mpg.common.tables import format_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,10 +35,10 @@ class Measurement(NamedTuple):
 
 class PredictionErrors(NamedTuple):
     """
-    How far rollouts along recorded actions are from what happened.
+    Errors of open-loop rollouts along recorded actions.
 
-    :param relative: RMS error of each dimension over the RMS of its actual change, ``(H, S)``, NaN where an error is all that
-        changes; row ``k - 1`` is about ``k`` steps ahead
+    :param relative: RMS error of each dimension divided by the RMS of its actual change, ``(H, S)``; row ``k - 1`` is about
+        ``k`` steps ahead; NaN where the dimension does not change but is predicted to
     :param returns: RMS error of the sum of discounted rewards, in the units of the environment, ``(H,)``
     :param return_spread: standard deviation of that sum itself, ``(H,)``
     """
@@ -51,32 +52,29 @@ class PredictionErrors(NamedTuple):
 def prediction_errors(model: PriorModel, windows: Windows, gamma: float) -> PredictionErrors:
     """
     :param model: the model, in evaluation mode
-    :param windows: recorded steps
+    :param windows: recorded windows
     :param gamma: discount factor of the returns
     :return: the errors, for as many steps as enough windows are long
     """
-    start = states = model.state_from_observation(windows.observations)
+    start = model.state_from_observation(windows.observations)
+    rounding = rounding_errors(np.nan_to_num(to_numpy(start)))
     predicted_returns = th.zeros_like(windows.rewards[0])
     actual_returns = th.zeros_like(predicted_returns)
     relative, returns, spread = [], [], []
-    # Changes of no more than that are those of single precision
-    rounding = 1e-5 * np.abs(np.nan_to_num(to_numpy(start))).max(axis=0) + 1e-7
-    is_recorded = th.isfinite(start).all(dim=1)
-    for step in range(len(windows.actions)):
-        states, rewards = model.step(states, windows.actions[step])
-        predicted_returns = predicted_returns + gamma**step * rewards
-        actual_returns = actual_returns + gamma**step * windows.rewards[step]
-        actual_states = model.state_from_observation(windows.next_observations[step])
-        is_recorded = is_recorded & (windows.lengths > step)
-        is_recorded &= th.isfinite(actual_states).all(dim=1) & th.isfinite(actual_returns).squeeze(1)
-        if int(is_recorded.sum()) < MIN_WINDOWS:
+    is_counted = th.isfinite(start).all(dim=1)
+    for step, rollout in enumerate(rollout_errors(model, windows)):
+        predicted_returns = predicted_returns + gamma**step * rollout.rewards
+        actual_returns = actual_returns + gamma**step * rollout.actual_rewards
+        is_counted = is_counted & rollout.is_recorded
+        is_counted &= th.isfinite(rollout.actual_states).all(dim=1) & th.isfinite(actual_returns).squeeze(1)
+        if int(is_counted.sum()) < MIN_WINDOWS:
             break
-        errors = rms(to_numpy(model.state_difference(states, actual_states)[is_recorded]))
-        changes = rms(to_numpy(model.state_difference(actual_states, start)[is_recorded]))
+        errors = rms(to_numpy(rollout.errors[is_counted]))
+        changes = rms(to_numpy(model.state_difference(rollout.actual_states, start)[is_counted]))
         with np.errstate(divide="ignore", invalid="ignore"):
             relative.append(np.where(errors == 0, 0.0, np.where(changes <= rounding, np.nan, errors / changes)))
-        returns.append(float(rms(to_numpy((predicted_returns - actual_returns)[is_recorded]))[0]))
-        spread.append(float(actual_returns[is_recorded].double().std()))
+        returns.append(float(rms(to_numpy((predicted_returns - actual_returns)[is_counted]))[0]))
+        spread.append(float(actual_returns[is_counted].double().std()))
     return PredictionErrors(np.array(relative), np.array(returns), np.array(spread))
 
 
@@ -89,8 +87,8 @@ class TrustReport:
     :param measurements: the errors of the gradients and the weights, in the order of the updates
     :param prior: prediction errors of the prior model
     :param corrected: those of the model that the gradient runs through, or ``None`` when it is the prior model
-    :param dimensions: names of the dimensions of the state; what hidden ones were in truth can only be read from observations
-    :param read_anew: those that the corrected model reads so in each step, see ``ResidualModel``
+    :param dimensions: names of the dimensions of the state; errors of hidden ones are differences to encoded observations
+    :param re_encoded: those that the corrected model re-encodes in each step, see ``HiddenStates``
     """
 
     horizons: tuple[int, ...]
@@ -98,7 +96,7 @@ class TrustReport:
     prior: PredictionErrors
     corrected: PredictionErrors | None
     dimensions: tuple[str, ...]
-    read_anew: tuple[str, ...] = ()
+    re_encoded: tuple[str, ...] = ()
 
     def _models(self) -> dict[str, PredictionErrors]:
         models = {"prior model": self.prior}
@@ -131,7 +129,7 @@ class TrustReport:
             steps = sorted({step for step in (1, 5, 10, 25, n_steps) if step <= n_steps})
             rows = [["dimension", *[f"{step} step{'s' * (step > 1)}" for step in steps], ""]]
             for index, dimension in enumerate(self.dimensions):
-                remark = ", read anew" if errors is self.corrected and dimension in self.read_anew else ""
+                remark = ", re-encoded" if errors is self.corrected and dimension in self.re_encoded else ""
                 shares = [errors.relative[step - 1, index] for step in steps]
                 cells = ["constant" if np.isnan(share) else f"{share:.1%}" for share in shares]
                 rows.append([f"{dimension}{remark}", *cells, ""])
@@ -212,19 +210,20 @@ def make_trust_report(
     was_training = model.training
     model.eval()
     try:
-        prior = model.prior if isinstance(model, ResidualModel) else model
+        prior = model.prior if isinstance(model, CorrectedModel) else model
         n_states = prior.state_from_observation(windows.observations[:1]).shape[1]
-        is_hidden, is_read = np.zeros(n_states, dtype=bool), np.zeros(n_states, dtype=bool)
-        if isinstance(model, ResidualModel):
-            is_hidden, is_read = (to_numpy(~mask).astype(bool) for mask in (model.is_observed, model.is_carried))
+        is_hidden, is_re_encoded = np.zeros(n_states, dtype=bool), np.zeros(n_states, dtype=bool)
+        if isinstance(model, CorrectedModel):
+            is_hidden, is_re_encoded = model.describe_states()
         names = [f"state[{dim}]{', hidden' if is_hidden[dim] else ''}" for dim in range(n_states)]
-        return TrustReport(
-            horizons=horizons,
-            measurements=list(measurements),
-            prior=prediction_errors(prior, windows, gamma),
-            corrected=prediction_errors(model, windows, gamma) if prior is not model and is_corrected else None,
-            dimensions=tuple(names),
-            read_anew=tuple(name for name, is_anew in zip(names, is_read, strict=True) if is_anew),
-        )
+        with members_of(model, "mean"):
+            return TrustReport(
+                horizons=horizons,
+                measurements=list(measurements),
+                prior=prediction_errors(prior, windows, gamma),
+                corrected=prediction_errors(model, windows, gamma) if prior is not model and is_corrected else None,
+                dimensions=tuple(names),
+                re_encoded=tuple(name for name, is_again in zip(names, is_re_encoded, strict=True) if is_again),
+            )
     finally:
         model.train(was_training)

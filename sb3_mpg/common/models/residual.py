@@ -308,7 +308,8 @@ class ResidualModel(CorrectedModel):
             return False
         self.load_state_dict(saved, strict=False)
         self.refresh()
-        self.networks.optimizer.load_state_dict(state["optimizer"])
+        # torch would share the tensors of the optimizer with the state
+        self.networks.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         # The saved learning rate may have been replaced
         update_learning_rate(self.networks.optimizer, self.networks.learning_rate)
         return True

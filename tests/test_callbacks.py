@@ -12,8 +12,9 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import pytest
-import torch as th
+from helpers import assert_same_parameters
 from lq import LinearEnv
+from settings import SMALL
 from stable_baselines3 import PPO, TD3
 from stable_baselines3.common.callbacks import (
     BaseCallback,
@@ -30,8 +31,15 @@ from sb3_mpg import MPG, AsyncEvalCallback
 from sb3_mpg.common import callbacks
 from sb3_mpg.common.processes import SharedBytes
 
-SMALL = {"policy_kwargs": {"net_arch": [8]}, "learning_starts": 20, "batch_size": 16, "seed": 0, "buffer_size": 2000}
-FAST = {**SMALL, "residual": False, "weighting": "constant", "horizons": (0, 1)}
+FAST = {
+    **SMALL,
+    "policy_kwargs": {"net_arch": [8]},
+    "learning_starts": 20,
+    "batch_size": 16,
+    "residual": False,
+    "weighting": "constant",
+    "horizons": (0, 1),
+}
 
 
 def timed_env(noise=0.1, cls=LinearEnv):
@@ -107,8 +115,7 @@ def test_same_results_as_eval_callback(normalized, tmp_path):
     assert first["timesteps"].tolist() == [20, 40, 60, 80, 100]
     best = [MPG.load(tmp_path / cls.__name__ / "best_model.zip") for cls in (EvalCallback, AsyncEvalCallback)]
     assert best[0].num_timesteps == best[1].num_timesteps
-    for expected, value in zip(*(model.policy.parameters() for model in best), strict=True):
-        assert th.equal(expected, value)
+    assert_same_parameters(*best)
 
 
 def test_log_is_of_the_step_of_the_snapshot(tmp_path, capsys):

@@ -4,12 +4,15 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
+from helpers import assert_same_parameters
 from lq import LinearEnv
+from settings import SMALL
 
 import sb3_mpg_envs  # noqa: F401
 from sb3_mpg import MPG, PriorModel
 from sb3_mpg.common.compilation.step_compiler import BiasBehindProduct, PartsOneByOne, StepCompiler, compiling
 from sb3_mpg.common.compilation.compiled_loop import StepGraph
+from sb3_mpg.common.models.trainable import members_of
 from sb3_mpg.common.rollouts.model_rollout import explore_in_model, hold
 from sb3_mpg.common.value_targets import SimulatorTarget
 
@@ -22,14 +25,12 @@ class CustomTarget(SimulatorTarget):
         return super().__call__(replay_data, actor, *args)
 
 
-SMALL = {"policy_kwargs": {"net_arch": [16]}, "learning_starts": 40, "batch_size": 32, "seed": 0, "buffer_size": 2000}
-
-
 def gradient(model, observations, weights):
-    """With the noise of the model, the same one at each call."""
+    """With dealt rows, and with the noise of the model, the same one at each call."""
     th.manual_seed(3)
     model.rollout_model.train()
-    return th.cat([g.flatten() for g in model._mixed_policy_gradient(observations, model._units(), weights).gradients])
+    with members_of(model.rollout_model, "dealt"):
+        return th.cat([g.flatten() for g in model._mixed_policy_gradient(observations, model._units(), weights).gradients])
 
 
 class RandomLinearEnv(LinearEnv):
@@ -81,9 +82,10 @@ def test_batches_that_do_not_come_out_even_between_the_members(n_rows, n_members
     low, high = observations.amin(dim=0) - 1, observations.amax(dim=0) + 1
 
     def explored(hold):
-        return explore_in_model(
-            observations, model.actor, model.rollout_model, model._units(), steps, noise, low, high, 4, hold
-        )
+        with model.rollout_model.using_members("dealt"):
+            return explore_in_model(
+                observations, model.actor, model.rollout_model, model._units(), steps, noise, low, high, 4, hold
+            )
 
     explored_as_it_is = explored(hold)
     model._step_compiler = StepCompiler()
@@ -146,7 +148,6 @@ def test_compiled_exploration_equals_the_other():
     env = gym.make("InvertedPendulumConti-v0", **kwargs)
     model = MPG("MlpPolicy", env, compile=False, horizons=(0, 3), **SMALL).learn(60)
     observations, units = th.as_tensor(model.replay_buffer.observations[:32, 0]), model._units()
-    model.rollout_model.eval()
     explored = []
     for compiler in (None, StepCompiler()):
         model._step_compiler = compiler
@@ -289,8 +290,7 @@ def test_what_cannot_be_compiled_runs_with_one_warning():
         model.learn(60)
     assert len([w for w in record if "compiled" in str(w.message)]) == 1
     reference = MPG("MlpPolicy", LinearEnv(), compile=False, **kwargs).learn(60)
-    for first, second in zip(model.policy.parameters(), reference.policy.parameters(), strict=True):
-        assert th.equal(first, second)
+    assert_same_parameters(model, reference)
 
 
 def test_an_error_of_the_model_is_not_hidden():
@@ -348,7 +348,6 @@ def test_each_horizon_passes_back_through_the_steps_that_it_shares_with_longer_o
     """Also where what was compiled for a single one lies in the compiler's cache."""
     observations = th.randn(32, 2, generator=th.Generator().manual_seed(0))
     model = MPG("MlpPolicy", LinearEnv(), horizons=(0, 2, 6), **SMALL).learn(50)
-    model.rollout_model.eval()
     gradients = {}
     for weights in ({0: 0.5, 6: 0.5}, {0: 0.2, 2: 0.3, 6: 0.5}):
         for compiler in (None, StepCompiler()):

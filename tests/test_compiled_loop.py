@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch as th
 from lq import LinearEnv, LinearSimulator
+from settings import SMALL
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from stable_baselines3.td3.policies import Actor
 from torch._dynamo.backends.common import aot_autograd
@@ -23,8 +24,6 @@ from sb3_mpg.common.compilation.compiled_loop import CompiledLoop, Direction, St
 from sb3_mpg.common.value_targets import SimulatorTarget
 from sb3_mpg.mpg.policies import MPGPolicy
 from sb3_mpg_envs.path_tracking import PathTrackingModel, PathTrackingSimulator
-
-SMALL = {"policy_kwargs": {"net_arch": [16]}, "learning_starts": 40, "batch_size": 32, "seed": 0, "buffer_size": 2000}
 
 
 def compile_nothing(graph, example_inputs, record):

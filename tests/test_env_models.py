@@ -246,3 +246,15 @@ def test_sine_and_cosine_at_every_angle():
     for values, expected in ((sines, inputs.cos()), (cosines, -inputs.sin())):
         (derivatives,) = th.autograd.grad(values.sum(), inputs, retain_graph=True)
         th.testing.assert_close(derivatives, expected, rtol=0, atol=1e-6)
+
+
+def test_periodic_states():
+    model = PathTrackingModel()
+    states = th.zeros(3, 6)
+    states[:, 4], states[:, 5] = th.tensor([math.pi - 0.1, -3.0, 0.0]), th.tensor([1190.0, 5.0, 600.0])
+    others = th.zeros(3, 6)
+    others[:, 4], others[:, 5] = th.tensor([-math.pi + 0.1, 3.0, 1.0]), th.tensor([10.0, 1199.0, 500.0])
+    differences = model.state_difference(states, others)
+    th.testing.assert_close(differences[:, 4], th.tensor([-0.2, 2 * math.pi - 6.0, -1.0]), rtol=0, atol=1e-5)
+    th.testing.assert_close(differences[:, 5], th.tensor([-20.0, 6.0, 100.0]), rtol=0, atol=1e-3)
+    th.testing.assert_close(model.state_add(others, differences), states, rtol=0, atol=1e-3)

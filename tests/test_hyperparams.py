@@ -77,6 +77,8 @@ def test_values_are_accepted(name, key):
 @pytest.mark.parametrize("env_id", TASKS)
 def test_settings_are_those_of_the_benchmarks(env_id, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    # Those of the tests have the same name
+    monkeypatch.delitem(sys.modules, "settings", raising=False)
     settings = pytest.importorskip("settings")
     sys.modules.pop("settings")
     task = next(task for task in settings.TASKS.values() if task.env_id == env_id)
@@ -95,7 +97,7 @@ def test_settings_are_those_of_the_benchmarks(env_id, monkeypatch):
             assert wrappers == [{"sb3_mpg.zoo.ScaleReward": {"factor": task.reward_scale}}], name
 
 
-def test_the_papers_networks_see_no_waves():
+def test_the_papers_networks_see_no_fourier_features():
     for name in ("mpg_v1", "mpg_v2", "nadp", "ndpg"):
         for key, entry in ENTRIES[name].items():
             space = spaces.Box(-1, 1, (6 if key != "InvertedPendulumConti-v0" else 4,))

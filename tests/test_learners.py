@@ -16,8 +16,11 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import pytest
+import settings
 import torch as th
+from helpers import assert_same_parameters
 from lq import LinearEnv, LinearModel
+from models import Breaks
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback
 from stable_baselines3.common.env_util import make_vec_env
@@ -32,11 +35,9 @@ from sb3_mpg.common.randomness import randomness_of_update
 from sb3_mpg.common.trust.weighting import ConstantWeighting
 
 SMALL = {
+    **settings.SMALL,
     "policy_kwargs": {"net_arch": [8]},
-    "learning_starts": 40,
     "batch_size": 16,
-    "seed": 0,
-    "buffer_size": 2000,
     "horizons": (0, 2),
     "residual": False,
     "weighting": "constant",
@@ -47,11 +48,11 @@ ROOT = Path(__file__).parent.parent
 
 
 def small_model(env=None, cls=MPG, **kwargs):
-    settings = {**SMALL, **kwargs}
+    kwargs = {**SMALL, **kwargs}
     if cls is not MPG:
         for name in ("horizons", "residual", "weighting"):
-            del settings[name]
-    return cls("MlpPolicy", LinearEnv() if env is None else env, **settings)
+            del kwargs[name]
+    return cls("MlpPolicy", LinearEnv() if env is None else env, **kwargs)
 
 
 def in_learner():
@@ -72,11 +73,6 @@ def nothing_is_left():
     # Tracebacks of errors that were expected may be cycles
     gc.collect()
     assert shared_files(os.getpid()) == []
-
-
-def assert_same_parameters(first, second):
-    for (key, expected), value in zip(first.policy.state_dict().items(), second.policy.state_dict().values(), strict=True):
-        assert th.equal(expected, value), key
 
 
 class Each(BaseCallback):
@@ -305,14 +301,6 @@ class HangsOnce(Tired):
             self.flag.touch()
             time.sleep(1000)
         return states + 0.1 * actions
-
-
-class Breaks(Tired):
-    def transition(self, states, actions):
-        return 1e10 * states + actions
-
-    def reward(self, states, actions, next_states):
-        return -(next_states**2).sum(1, keepdim=True)
 
 
 class NeedsMuchOnce(HangsOnce):

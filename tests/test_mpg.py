@@ -7,6 +7,8 @@ import pytest
 import torch as th
 from gymnasium import spaces
 from lq import LinearEnv
+from models import Breaks
+from settings import SMALL
 from stable_baselines3 import TD3
 from stable_baselines3.common.callbacks import CheckpointCallback, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
@@ -24,7 +26,6 @@ from sb3_mpg.common.trust.weighting import make_weighting_rule
 from sb3_mpg.mpg import mpg
 from sb3_mpg_envs.path_tracking.dynamics import VehicleParameters
 
-SMALL = {"policy_kwargs": {"net_arch": [16]}, "learning_starts": 40, "batch_size": 32, "seed": 0, "buffer_size": 2000}
 PAPERS = {"weighting": "rule_based", "residual": False}
 ALGORITHMS = {
     "v1": (
@@ -145,7 +146,6 @@ def test_critic_loss_with_measured_weights_equals_the_one_written_by_hand():
     sum_n w_n^2 (Q(s, pi(s)) - X_n(s))^2 is added, outliers limited.
     """
     model = MPG("MlpPolicy", LinearEnv(), horizons=(0, 2, 6), policy_delay=2, model_exploration=0, **SMALL).learn(50)
-    model.rollout_model.eval()
     model.weighting_rule._errors = [np.array([0.6, 0.3, 0.1])]
     weights = dict(zip((0, 2, 6), np.array([1, 2, 6]) / 9, strict=True))
     units = model._units()
@@ -204,7 +204,6 @@ def test_critics_learn_nothing_from_a_model_that_is_not_corrected():
 
 def test_half_of_the_states_are_explored_in_a_model_that_is_trusted(monkeypatch):
     model = MPG("MlpPolicy", LinearEnv(), horizons=(0, 4), policy_delay=1, max_grad_norm=None, **SMALL).learn(50)
-    model.rollout_model.eval()
     units = model._units()
     batch = model._sample_batch(1, 32, units)
     low, high = batch.observations.amin(dim=0), batch.observations.amax(dim=0)
@@ -631,35 +630,35 @@ class TestObservationScaler:
         assert features[:, 0].mean().abs() < 1e-3
         th.testing.assert_close(features[:, 1:3], observations[:, 1:])
 
-    def test_waves(self):
+    def test_fourier_features(self):
         scaler = ObservationScaler(self.space, [1.0, 2.0, 0.5], frequencies=[1.0, 3.0])
         scaled = th.tensor([[1.0, 2.0, 0.5]])
         expected = [scaled, scaled.sin(), scaled.cos(), (3 * scaled).sin(), (3 * scaled).cos()]
         th.testing.assert_close(scaler(th.ones(1, 3)), th.cat(expected, dim=1))
         assert scaler.features_dim == 15
-        scaler.amplitude.fill_(0.3)
-        th.testing.assert_close(scaler(th.ones(1, 3)), th.cat([scaled, *(0.3 * wave for wave in expected[1:])], dim=1))
+        scaler.fourier_scale.fill_(0.3)
+        th.testing.assert_close(scaler(th.ones(1, 3)), th.cat([scaled, *(0.3 * feature for feature in expected[1:])], dim=1))
         assert ObservationScaler(self.space).features_dim == 21
         assert ObservationScaler(self.space, frequencies=()).features_dim == 3
 
-    def test_waves_fade_while_no_model_is_trusted(self, monkeypatch, tmp_path):
+    def test_fourier_features_fade_while_no_model_is_trusted(self, monkeypatch, tmp_path):
         monkeypatch.setattr(mpg, "N_FADING_UPDATES", 10)
 
-        def amplitudes(model):
-            found = [module.amplitude.item() for module in model.policy.modules() if isinstance(module, ObservationScaler)]
-            assert len(found) == 4
-            return found
+        def fourier_scales(model):
+            scalers = [module for module in model.policy.modules() if isinstance(module, ObservationScaler)]
+            assert len(scalers) == 4
+            return [scaler.fourier_scale.item() for scaler in scalers]
 
         def trained(n_updates, **kwargs):
             return MPG("MlpPolicy", LinearEnv(), **SMALL, **kwargs).learn(40 + n_updates)
 
-        assert amplitudes(trained(4, horizons=(0,), weighting="constant")) == pytest.approx([0.6] * 4)
+        assert fourier_scales(trained(4, horizons=(0,), weighting="constant")) == pytest.approx([0.6] * 4)
         model = trained(20, horizons=(0,), weighting="constant")
-        assert amplitudes(model) == pytest.approx([0.3] * 4)
+        assert fourier_scales(model) == pytest.approx([0.3] * 4)
         model.save(tmp_path / "model.zip")
-        assert amplitudes(MPG.load(tmp_path / "model.zip")) == pytest.approx([0.3] * 4)
+        assert fourier_scales(MPG.load(tmp_path / "model.zip")) == pytest.approx([0.3] * 4)
         # Without errors to judge by, a model that is used is trusted
-        assert amplitudes(trained(20, horizons=(0, 2), **PAPERS)) == [1.0] * 4
+        assert fourier_scales(trained(20, horizons=(0, 2), **PAPERS)) == [1.0] * 4
 
         model = MPG("MlpPolicy", LinearEnv(), horizons=(0, 2), **SMALL)
         for weight, n_updates, expected in ((0.6, 3, 1.0), (0.4, 5, 0.5), (0.6, 4, 0.9), (0.6, 9, 1.0), (0.4, 9, 0.3)):
@@ -667,7 +666,7 @@ class TestObservationScaler:
             monkeypatch.setattr(model.weighting_rule, "weights", lambda n_updates, weights=weights: weights)
             for _ in range(n_updates):
                 model._fade_waves()
-            assert amplitudes(model) == pytest.approx([expected] * 4)
+            assert fourier_scales(model) == pytest.approx([expected] * 4)
 
     def test_every_network_gets_the_same_fit_and_keeps_it(self, tmp_path):
         model = MPG("MlpPolicy", "PathTracking-v0", **SMALL).learn(50)
@@ -708,16 +707,6 @@ class TestObservationScaler:
             ObservationScaler(self.space, [1.0])
         with pytest.raises(ValueError, match="must be 'auto'"):
             ObservationScaler(self.space, "big")
-
-
-class Breaks(PriorModel):
-    """A model that is fine for one step and overflows in the next."""
-
-    def transition(self, states, actions):
-        return 1e10 * states + actions
-
-    def reward(self, states, actions, next_states):
-        return -(next_states**2).sum(1, keepdim=True)
 
 
 def test_non_finite_gradients_are_skipped_counted_and_explained():

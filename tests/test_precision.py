@@ -2,6 +2,7 @@ import gymnasium as gym
 import pytest
 import torch as th
 from lq import LinearEnv
+from settings import SMALL
 from stable_baselines3.common.callbacks import BaseCallback
 
 import sb3_mpg_envs  # noqa: F401
@@ -15,8 +16,6 @@ from sb3_mpg.common.precision import (
     is_as_exact,
     matmul_precision,
 )
-
-SMALL = {"learning_starts": 40, "batch_size": 32, "policy_kwargs": {"net_arch": [16]}, "seed": 0}
 
 
 def current() -> str:

@@ -48,7 +48,7 @@ def test_dealt_rows_are_predicted_by_one_member_each(make):
     model, data = fitted(make(n_members=3), truth(1000)), truth(7, seed=1)
     everything = [th.cat([tensor] * 3) for tensor in (data.observations, data.actions, data.next_observations)]
     with model.using_members("dealt"), th.no_grad():
-        of_members = [th.cat(parts, dim=1).chunk(3) for parts in [model.step(*everything[:2])]][0]
+        of_members = th.cat(model.step(*everything[:2]), dim=1).chunk(3)
         dealt = th.cat(model.step(data.observations, data.actions), dim=1)
         rewards_of_members = model.reward(*everything).chunk(3)
         dealt_rewards = model.reward(data.observations, data.actions, data.next_observations)
@@ -105,7 +105,9 @@ def test_fitting_deals_rows_whatever_predicts(make):
     th.manual_seed(0)
     first = make()
     second = copy.deepcopy(first)
-    second.networks.optimizer = th.optim.Adam(second.networks.fitted.parameters(), lr=second.networks.learning_rate, fused=True)
+    second.networks.optimizer = th.optim.Adam(
+        second.networks.fitted.parameters(), lr=second.networks.learning_rate, fused=True
+    )
     second.members = "dealt"
     for model in (first, second):
         fitted(model, data)

@@ -2,6 +2,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import settings
 import torch as th
 from lq import LIMIT, LinearEnv
 from stable_baselines3.common.buffers import NStepReplayBuffer
@@ -11,7 +12,7 @@ from sb3_mpg import MPG
 from sb3_mpg.common.value_targets import ReplayTarget, SimulatorTarget, make_value_target
 from sb3_mpg.common.trust.weighting import ConstantWeighting, MeasuredWeighting
 
-SMALL = {"policy_kwargs": {"net_arch": [8]}, "learning_starts": 40, "batch_size": 32, "seed": 0, "buffer_size": 500}
+SMALL = {**settings.SMALL, "policy_kwargs": {"net_arch": [8]}, "buffer_size": 500}
 
 
 def make_model(env, **kwargs):

@@ -3,54 +3,28 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch as th
 from stable_baselines3.common.policies import ContinuousCritic
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
+from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_mpg.common.compilation.step_compiler import StepCompiler
-from sb3_mpg.common.rollouts.model_rollout import QFunction, start_rollout
-from sb3_mpg.common.models.base import PriorModel
+from sb3_mpg.common.rollouts.model_rollout import start_rollout
+from sb3_mpg.common.rollouts.steps import QFunction, RolloutContext
 from sb3_mpg.common.models.double_precision import InDoublePrecision
 from sb3_mpg.common.type_aliases import Policy, Simulator
-from sb3_mpg.common.units import Units
 from sb3_mpg.common.checks import check_keywords, check_number, is_whole
-
-
-def bootstrap_values(
-    network_inputs: th.Tensor,
-    actor_target: Policy,
-    target_values: QFunction,
-    noise_std: float = 0.0,
-    noise_clip: float = 0.5,
-) -> th.Tensor:
-    r"""
-    The target critics' values of the target policy's actions,
-    :math:`Q_{\omega'}(s, \mathrm{clip}(\pi_{\theta'}(s) + \epsilon))`.
-
-    :param network_inputs: normalised observations, ``(B, *obs_shape)``
-    :param actor_target: the target policy
-    :param target_values: of :func:`target_values_of`
-    :param noise_std: standard deviation of the noise that smooths the target policy, in [-1, 1] units
-    :param noise_clip: largest absolute value of that noise
-    :return: values, ``(B, 1)``
-    """
-    actions = actor_target(network_inputs)
-    if noise_std > 0:
-        noise = (noise_std * th.randn_like(actions)).clamp(-noise_clip, noise_clip)
-        actions = (actions + noise).clamp(-1, 1)
-    return target_values(network_inputs, actions)
 
 
 def target_values_of(critic_target: ContinuousCritic, pessimism: float = 1.0) -> QFunction:
     r"""
-    What several critics say together: :math:`\kappa \min_i Q_i + (1 - \kappa) \, \mathrm{mean}_i \, Q_i`.
+    Several critics as one: :math:`\kappa \min_i Q_i + (1 - \kappa) \, \mathrm{mean}_i \, Q_i`.
 
-    The least of them (clipped double Q) keeps a policy that climbs the critics from exploiting their errors. It also
-    leans the values to wherever the critics agree, and so bends their gradient. A policy that follows a model does not
-    exploit critics, and needs neither.
+    The minimum (clipped double Q) keeps a policy from exploiting overestimated values. It also biases values towards regions
+    where the critics agree, which distorts their gradient. A policy that follows a model does not exploit the critics and
+    does not need the minimum.
 
     :param critic_target: the target critics
     :param pessimism: :math:`\kappa`, from 0 to 1
@@ -65,11 +39,42 @@ def target_values_of(critic_target: ContinuousCritic, pessimism: float = 1.0) ->
     return target_values
 
 
+class TargetNetworks(NamedTuple):
+    """
+    :param actor: the target policy
+    :param values: of the target critics, see :func:`target_values_of`
+    """
+
+    actor: Policy
+    values: QFunction
+
+
+def bootstrap_values(
+    network_inputs: th.Tensor, targets: TargetNetworks, noise_std: float = 0.0, noise_clip: float = 0.5
+) -> th.Tensor:
+    r"""
+    The target critics' values of the target policy's actions,
+    :math:`Q_{\omega'}(s, \mathrm{clip}(\pi_{\theta'}(s) + \epsilon))`.
+
+    :param network_inputs: normalised observations, ``(B, *obs_shape)``
+    :param targets: the target networks
+    :param noise_std: standard deviation of the noise that smooths the target policy, in [-1, 1] units
+    :param noise_clip: largest absolute value of that noise
+    :return: values, ``(B, 1)``
+    """
+    actions = targets.actor(network_inputs)
+    if noise_std > 0:
+        noise = (noise_std * th.randn_like(actions)).clamp(-noise_clip, noise_clip)
+        actions = (actions + noise).clamp(-1, 1)
+    return targets.values(network_inputs, actions)
+
+
 class ValueTarget(ABC):
     """
-    A rule for the values that the critics regress on.
+    A rule for the values that the critics regress on. It is sent to learner processes with each update, so it must be small
+    and picklable.
 
-    :cvar needs_simulator: whether a batched simulator must be at hand
+    :cvar needs_simulator: whether it needs a batched simulator
     """
 
     needs_simulator: bool = False
@@ -79,27 +84,31 @@ class ValueTarget(ABC):
         """Number of recorded steps that one sample of the replay buffer must span."""
         return 1
 
+    def check_env(self, env: VecEnv) -> None:
+        """
+        :param env: the environment
+        :raises ValueError: when it offers no simulator and the target needs one
+        """
+        if self.needs_simulator and not env.has_attr("make_simulator"):
+            raise ValueError(
+                "The value target runs the policy in the simulator from recorded states, but the environment has no method "
+                "`make_simulator(num_agents)` and cannot be put into a state; use MPG with value_target='n_step_replay' (and "
+                "horizons=(0,), weighting='constant' to do without a model)."
+            )
+
     @abstractmethod
     def __call__(
         self,
         replay_data: ReplayBufferSamples,
-        actor: th.nn.Module,
-        actor_target: Policy,
-        target_values: QFunction,
-        units: Units,
-        gamma: float,
-        make_simulator: Callable[[int], Simulator],
-        compiler: StepCompiler | None = None,
+        context: RolloutContext,
+        targets: TargetNetworks,
+        simulator: Simulator | None,
     ) -> th.Tensor:
         """
         :param replay_data: raw observations and rewards, actions in [-1, 1]
-        :param actor: the current policy
-        :param actor_target: the target policy
-        :param target_values: of the target critics, see :func:`target_values_of`
-        :param units: between the environment and the networks
-        :param gamma: discount factor
-        :param make_simulator: gives a simulator of so many agents
-        :param compiler: of policies and models, where training is compiled
+        :param context: the current policy and critic, the model, units, discount factor and steps
+        :param targets: the target networks
+        :param simulator: of as many agents as there are samples, if the target needs one
         :return: target values, ``(B, 1)``
         """
 
@@ -108,7 +117,7 @@ class ReplayTarget(ValueTarget):
     r"""
     Clipped double Q on recorded transitions (MPG-v2 and TD3),
     :math:`r_t + \gamma \min_i Q_{\omega'_i}(s_{t+1}, \pi_{\theta'}(s_{t+1}))`, or its form over the next
-    ``n_steps`` recorded transitions, which SB3's ``NStepReplayBuffer`` adds up. Behind a termination there is no value.
+    ``n_steps`` recorded transitions, which SB3's ``NStepReplayBuffer`` adds up. A termination is followed by no value.
 
     :param n_steps: number of recorded steps; more than one follows the policies that gathered the data
     :param noise_std: standard deviation of the noise that smooths the target policy; the papers' MPG has none
@@ -126,11 +135,18 @@ class ReplayTarget(ValueTarget):
     def replay_n_steps(self) -> int:
         return self.n_steps
 
-    def __call__(self, replay_data, actor, actor_target, target_values, units, gamma, make_simulator, compiler=None):
+    def __call__(
+        self,
+        replay_data: ReplayBufferSamples,
+        context: RolloutContext,
+        targets: TargetNetworks,
+        simulator: Simulator | None,
+    ) -> th.Tensor:
+        units = context.units
         network_inputs = units.normalize_observations(replay_data.next_observations)
-        values = bootstrap_values(network_inputs, actor_target, target_values, self.noise_std, self.noise_clip)
-        # For n-step replay the discount is gamma ** n_steps, less where an episode ended earlier
-        discounts = gamma if replay_data.discounts is None else replay_data.discounts
+        values = bootstrap_values(network_inputs, targets, self.noise_std, self.noise_clip)
+        # The discount of n steps is gamma ** n_steps, or a lower power where an episode ended earlier
+        discounts = context.gamma if replay_data.discounts is None else replay_data.discounts
         rewards = units.scale_rewards(replay_data.rewards, clip=replay_data.discounts is None)
         return rewards + (1 - replay_data.dones) * discounts * values
 
@@ -140,14 +156,13 @@ class SimulatorTarget(ValueTarget):
     n-step TD with the current policy (MPG-v1): from each sampled state the simulator takes the recorded action and then
     follows :math:`\pi_\theta`,
     :math:`\sum_{l=t}^{t+n-1} \gamma^{l-t} r_l + \gamma^n \min_i Q_{\omega'_i}(s_{t+n}, \pi_{\theta'}(s_{t+n}))`. The
-    paper has one critic; with the least of two training is steadier, and ``policy_kwargs={"n_critics": 1}`` is the paper's.
+    paper has one critic. The minimum of two makes training steadier; ``policy_kwargs={"n_critics": 1}`` is the paper's.
 
-    Behind a termination there is nothing. A truncation ends the record of an episode, not what happens: the rollout runs on
-    behind it, so that leaving the useful region has its true cost. (To stop there would leave it to the critic, which
-    never learns from states outside.)
+    A termination is followed by nothing. A truncation ends a recorded episode, not the system: the rollout goes on, so that
+    leaving the useful region has its true cost. (If the rollout stopped there, the critic would have to know states outside,
+    which it never learns from.)
 
-    A simulator with a method ``exact_model()`` gives the same task in torch; what is compiled runs that instead, together with
-    the policy.
+    A simulator with a method ``exact_model()`` offers the same task in torch. Compiled training rolls out that model instead.
 
     :param n_steps: number of simulator steps
     """
@@ -157,60 +172,54 @@ class SimulatorTarget(ValueTarget):
     def __init__(self, n_steps: int = 25):
         self.n_steps = check_n_steps(n_steps)
 
-    def __call__(self, replay_data, actor, actor_target, target_values, units, gamma, make_simulator, compiler=None):
-        simulator = make_simulator(len(replay_data.observations))
-        compiler = None if compiler is None or compiler.has_failed else compiler
-        model = None if compiler is None or not hasattr(simulator, "exact_model") else simulator.exact_model()
-        if model is not None:
-            model = InDoublePrecision(model).to(replay_data.observations.device)
-            returns, last_inputs, goes_on = self._roll_out(replay_data, actor, units, gamma, model, compiler)
-        else:
-            returns, last_inputs, goes_on = self._simulate(replay_data, actor, units, gamma, simulator, compiler)
-        return returns + gamma**self.n_steps * goes_on * bootstrap_values(last_inputs, actor_target, target_values)
-
-    def _roll_out(
+    def __call__(
         self,
         replay_data: ReplayBufferSamples,
-        actor: th.nn.Module,
-        units: Units,
-        gamma: float,
-        model: PriorModel,
-        compiler: StepCompiler,
-    ) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+        context: RolloutContext,
+        targets: TargetNetworks,
+        simulator: Simulator | None,
+    ) -> th.Tensor:
+        assert simulator is not None, "The value target needs a simulator"
+        exact_model = getattr(simulator, "exact_model", None) if context.steps.is_compiled else None
+        model = None if exact_model is None else exact_model()
+        if model is not None:
+            model = InDoublePrecision(model).to(replay_data.observations.device)
+            returns, last_inputs, goes_on = self._roll_out(replay_data, context._replace(model=model))
+        else:
+            returns, last_inputs, goes_on = self._simulate(replay_data, context, simulator)
+        return returns + context.gamma**self.n_steps * goes_on * bootstrap_values(last_inputs, targets)
+
+    def _roll_out(self, replay_data: ReplayBufferSamples, context: RolloutContext) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         """
-        :return: discounted rewards, ``(B, 1)``, the last normalised observations, and whether there is anything behind,
-            bool ``(B, 1)``
+        :return: discounted rewards, ``(B, 1)``, the last normalised observations, and whether the episode goes on, bool
+            ``(B, 1)``
         """
-        rollout = start_rollout(replay_data.observations, actor, model, units, replay_data.actions)
-        rollout, returns = compiler(rollout, self.n_steps, actor, dict(actor.named_parameters()), model, units, gamma)
+        rollout = start_rollout(replay_data.observations, context, replay_data.actions)
+        actor_parameters: dict[str, th.Tensor] = dict(context.actor.named_parameters())
+        rollout, returns = context.steps.advance(rollout, self.n_steps, actor_parameters, context)
         return returns, rollout.network_inputs, rollout.alive
 
     def _simulate(
-        self,
-        replay_data: ReplayBufferSamples,
-        actor: th.nn.Module,
-        units: Units,
-        gamma: float,
-        simulator: Simulator,
-        compiler: StepCompiler | None,
+        self, replay_data: ReplayBufferSamples, context: RolloutContext, simulator: Simulator
     ) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         """
         :return: as :meth:`_roll_out`
         """
+        units = context.units
         observations = replay_data.observations
         n_agents, device = observations.shape[0], observations.device
 
         def to_tensor(array: np.ndarray) -> th.Tensor:
             return th.as_tensor(array, dtype=th.float32, device=device)
 
-        policy = actor if compiler is None else compiler.policy(actor, n_agents)
+        policy = context.steps.policy(context.actor, n_agents)
         # The simulator speaks NumPy, and so does the bookkeeping: a small operation of torch costs several times as much
         last_obs = observations.cpu().numpy().copy()
         simulator.set_state(last_obs)
         actions = replay_data.actions
         all_rewards = np.zeros((self.n_steps, n_agents, 1))
         is_terminated = np.zeros(n_agents, dtype=bool)
-        # Which agents are stepped; as long as it is all of them, nothing needs to be picked out
+        # Which agents are stepped. A slice, as long as all of them are, makes no copies.
         running: slice | np.ndarray = slice(None)
         for step in range(self.n_steps):
             if step > 0:
@@ -222,7 +231,7 @@ class SimulatorTarget(ValueTarget):
                 running = np.flatnonzero(~is_terminated)
                 if len(running) == 0:
                     break
-        step_discounts = to_tensor(gamma ** np.arange(self.n_steps)).reshape(-1, 1, 1)
+        step_discounts = to_tensor(context.gamma ** np.arange(self.n_steps)).reshape(-1, 1, 1)
         returns = (step_discounts * units.scale_rewards(to_tensor(all_rewards))).sum(dim=0)
         goes_on = th.as_tensor(~is_terminated[:, np.newaxis], device=device)
         return returns, units.normalize_observations(to_tensor(last_obs)), goes_on

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from sb3_mpg.common.compilation.compiled_loop import CompiledLoop, Direction, Record
-from sb3_mpg.common.rollouts.model_rollout import HeldState, RolloutState, advance, hold
+from sb3_mpg.common.rollouts.steps import EagerSteps, HeldState, RolloutContext, RolloutState, Steps, advance, hold
 from sb3_mpg.common.models.base import PriorModel
 from sb3_mpg.common.models.loading import name_of
 from sb3_mpg.common.models.trainable import TrainableModel
@@ -257,10 +257,10 @@ def discounts_of(gamma: float, n_steps: int, device: th.device) -> th.Tensor:
     return th.tensor([gamma**index for index in range(n_steps)], device=device).reshape(-1, 1, 1)
 
 
-class StepCompiler:
+class StepCompiler(Steps):
     """
-    Compiles :func:`advance`, :func:`~sb3_mpg.common.rollouts.model_rollout.hold` and the policy alone. What cannot be
-    compiled runs eagerly, with one warning.
+    Compiles the steps of rollouts, the steps of exploration and the policy. What cannot be compiled runs eagerly, with one
+    warning. Copies and pickles compile again for themselves.
 
     :param backend: of ``torch.compile``
     """
@@ -269,81 +269,89 @@ class StepCompiler:
         self.backend = backend
         #: Whether something could not be compiled; then nothing more is
         self.has_failed = False
-        # Compiled at the first call, because that is where failures are dealt with; steps by whether they have a gradient
+        self._eager = EagerSteps()
+        # Compiled at the first call, where failures are dealt with; steps by whether they have a gradient
         self._steps: dict[bool, CompiledLoop] = {}
         self._hold_loop: CompiledLoop | None = None
         self._act: Callable[..., th.Tensor] | None = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "StepCompiler":
-        # What was compiled belongs to the functions of this one
-        return StepCompiler(self.backend)
+    def __reduce__(self) -> tuple[type["StepCompiler"], tuple[str]]:
+        # Compiled functions belong to this process and to this object
+        return StepCompiler, (self.backend,)
+
+    @property
+    def is_compiled(self) -> bool:  # type: ignore[override]
+        return not self.has_failed
 
     def _attempt(
-        self, what: str, compiled: Callable[..., Result], as_it_is: Callable[..., Result], args: tuple[Any, ...]
+        self, what: str, compiled: Callable[..., Result], eager: Callable[..., Result], args: tuple[Any, ...]
     ) -> Result:
         """
-        :param what: that runs, for a warning
+        :param what: what runs, for a warning
         :param compiled: compiles it, and runs it
-        :param as_it_is: the same without compilation
+        :param eager: the same without compilation
         :param args: arguments of both
         :return: the result
         """
         if self.has_failed:
-            return as_it_is(*args)
+            return eager(*args)
         try:
             with compiling():
                 return compiled(*args)
         except Exception as error:
-            # Whatever the compiler trips over, training goes on; an error of the model itself comes again here
+            # Whatever the compiler trips over, training goes on; an error of the model itself is raised again here
             self.has_failed = True
-            result = as_it_is(*args)
+            result = eager(*args)
             warnings.warn(
                 f"{what} could not be compiled and run as they are, more slowly ({in_a_line(error)}). `compile=False` avoids "
                 "the attempt."
             )
             return result
 
-    def __call__(self, rollout: RolloutState, n_steps: int, *args: Any) -> tuple[RolloutState, th.Tensor]:
-        """As :func:`advance`."""
-        _, _, model, _, _ = args
-        return self._attempt(f"{name_of(model)} and the policy", self._advance, advance, (rollout, n_steps, *args))
+    def advance(
+        self, rollout: RolloutState, n_steps: int, actor_parameters: dict[str, th.Tensor], context: RolloutContext
+    ) -> tuple[RolloutState, th.Tensor]:
+        args = (rollout, n_steps, actor_parameters, context)
+        return self._attempt(f"{name_of(context.model)} and the policy", self._advance, self._eager.advance, args)
 
-    def _advance(self, rollout: RolloutState, n_steps: int, *args: Any) -> tuple[RolloutState, th.Tensor]:
-        *of_steps, gamma = args
-        _, _, model, _ = of_steps
+    def _advance(
+        self, rollout: RolloutState, n_steps: int, actor_parameters: dict[str, th.Tensor], context: RolloutContext
+    ) -> tuple[RolloutState, th.Tensor]:
+        model, units = context.model, context.units
         n_rows, has_gradient = len(rollout.states), th.is_grad_enabled()
         if has_gradient not in self._steps:
             self._steps[has_gradient] = compile_loop(step, rollout.states.device, self.backend)
         rollout = RolloutState(*even_rows(rollout, model))
         if has_gradient:
             rollout = like_a_middle(rollout)
-        rollout, rewards = self._steps[has_gradient](rollout, n_steps, *of_steps)
-        total = (discounts_of(gamma, n_steps, rewards.device) * rewards).sum(dim=0)
+        loop = self._steps[has_gradient]
+        rollout, rewards = loop(rollout, n_steps, context.actor, actor_parameters, model, units)
+        total = (discounts_of(context.gamma, n_steps, rewards.device) * rewards).sum(dim=0)
         if len(total) > n_rows:
             rollout, total = RolloutState(*(tensor[:n_rows] for tensor in rollout)), total[:n_rows]
         return rollout, total
 
     def hold(
-        self, held: HeldState, n_steps: int, env_actions: th.Tensor, model: PriorModel, *args: Any
+        self, held: HeldState, n_steps: int, env_actions: th.Tensor, model: PriorModel, low: th.Tensor, high: th.Tensor
     ) -> tuple[HeldState, th.Tensor]:
-        """As :func:`~sb3_mpg.common.rollouts.model_rollout.hold`."""
-        return self._attempt(f"{name_of(model)} and the policy", self._hold, hold, (held, n_steps, env_actions, model, *args))
+        args = (held, n_steps, env_actions, model, low, high)
+        return self._attempt(f"{name_of(model)} and the policy", self._hold, self._eager.hold, args)
 
     def _hold(
-        self, held: HeldState, n_steps: int, env_actions: th.Tensor, model: PriorModel, *args: Any
+        self, held: HeldState, n_steps: int, env_actions: th.Tensor, model: PriorModel, *bounds: th.Tensor
     ) -> tuple[HeldState, th.Tensor]:
         n_rows = len(env_actions)
         if self._hold_loop is None:
             self._hold_loop = compile_loop(held_step, env_actions.device, self.backend)
         states, n_left, env_actions = even_rows((*held, env_actions), model)
-        held, is_taken = self._hold_loop(HeldState(states, n_left), n_steps, env_actions, model, *args)
+        held, is_taken = self._hold_loop(HeldState(states, n_left), n_steps, env_actions, model, *bounds)
         return HeldState(*(tensor[:n_rows] for tensor in held)), is_taken[:, :n_rows]
 
     def policy(self, actor: th.nn.Module, n_rows: int) -> Policy:
         """
         :param actor: the policy
-        :param n_rows: for which number of rows it is compiled; it acts as it is for others
-        :return: the same, for one rollout: as long as nothing of it changes but its inputs
+        :param n_rows: number of rows that it is compiled for; other numbers run eagerly
+        :return: the same policy, valid for one rollout: as long as its parameters do not change
         """
         is_checked = False
 

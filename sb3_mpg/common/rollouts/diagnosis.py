@@ -1,0 +1,46 @@
+"""Finds out what went wrong in a rollout, for error messages."""
+
+import torch as th
+
+from sb3_mpg.common.rollouts.model_rollout import start_rollout
+from sb3_mpg.common.rollouts.steps import EagerSteps, RolloutContext
+
+
+def first_non_finite_step(observations: th.Tensor, context: RolloutContext, horizon: int) -> str | None:
+    """
+    Slow: steps are taken one by one.
+
+    :param observations: raw observations, ``(B, *obs_shape)``
+    :param context: policy, critic, model, units and discount factor
+    :param horizon: number of model steps
+    :return: a clause that names the first model step with a non-finite value, or the last one that a non-finite gradient
+        enters at; ``None`` if the horizon is sound
+    """
+    gamma, steps = context.gamma, EagerSteps()
+    parameters = {name: parameter.detach() for name, parameter in context.actor.named_parameters()}
+    rollout = start_rollout(observations, context)
+    states, first_actions = (tensor.detach().requires_grad_() for tensor in (rollout.states, rollout.actions))
+    rollout = rollout._replace(states=states, actions=first_actions)
+    trail, total = [states], th.zeros((), device=observations.device)
+    for step in range(horizon):
+        before = rollout.states
+        actions = context.units.unscale_actions(rollout.actions)
+        rollout, rewards = steps.advance(rollout, 1, parameters, context)
+        for name, tensor in (("action", actions), ("next state", rollout.states), ("reward", rewards)):
+            if not th.isfinite(tensor).all():
+                row = int((~th.isfinite(tensor)).flatten(1).any(dim=1).nonzero()[0])
+                return f"the {name} of model step {step} is not finite, in the state {before[row].tolist()}"
+        total = total + gamma**step * rewards.mean()
+        trail.append(rollout.states)
+    values = th.where(rollout.alive, context.q_function(rollout.network_inputs, rollout.actions), 0.0)
+    total = total + gamma**horizon * values.mean()
+    if not th.isfinite(total):
+        return "the critic's value " + (f"after model step {horizon - 1} " if horizon > 0 else "") + "is not finite"
+    # Backpropagation goes from the end to the start: the first state, from the end, with a non-finite gradient is the culprit
+    of_actions, *of_states = th.autograd.grad(total, [first_actions, *trail], allow_unused=True)
+    # Later actions follow from states
+    for step, gradient in reversed([(0, of_actions), *enumerate(of_states)]):
+        if gradient is not None and not th.isfinite(gradient).all():
+            where = "the critic's value" if step == horizon else f"model step {step}"
+            return f"the gradient becomes non-finite in {where}"
+    return None

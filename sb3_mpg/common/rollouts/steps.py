@@ -1,0 +1,187 @@
+"""Steps of the model: what a rollout is made of, and who takes them."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch as th
+from torch.func import functional_call
+
+from sb3_mpg.common.models.base import PriorModel
+from sb3_mpg.common.type_aliases import Policy
+from sb3_mpg.common.units import Units
+
+#: (normalised observations (B, *obs_shape), actions in [-1, 1] (B, A)) -> values (B, 1)
+QFunction = Callable[[th.Tensor, th.Tensor], th.Tensor]
+
+
+class RolloutContext(NamedTuple):
+    """
+    What every rollout of an update has in common.
+
+    :param actor: the policy: normalised observations, ``(B, *obs_shape)``, to actions in [-1, 1], ``(B, A)``
+    :param q_function: the critic, in the units of the networks
+    :param model: the model
+    :param units: conversions between the environment, which the model speaks for, and the networks
+    :param gamma: discount factor
+    :param steps: who steps the model
+    """
+
+    actor: th.nn.Module
+    q_function: QFunction
+    model: PriorModel
+    units: Units
+    gamma: float
+    steps: "Steps"
+
+
+class RolloutState(NamedTuple):
+    """
+    Where a rollout stands.
+
+    :param states: states of the model, ``(B, S)``
+    :param network_inputs: what the networks see of them, ``(B, *obs_shape)``
+    :param actions: the policy's actions in them, in [-1, 1], ``(B, A)``
+    :param alive: rows that did not terminate, bool ``(B, 1)``
+    :param start: the first states of the rollout, without gradient, ``(B, S)``; terminated rows are put back there
+    """
+
+    states: th.Tensor
+    network_inputs: th.Tensor
+    actions: th.Tensor
+    alive: th.Tensor
+    start: th.Tensor
+
+
+class HeldState(NamedTuple):
+    """
+    Where steps with a repeated action stand.
+
+    :param states: states of the model, ``(B, S)``
+    :param n_left: how many steps each row still takes, ``(B, 1)``
+    """
+
+    states: th.Tensor
+    n_left: th.Tensor
+
+
+def advance(
+    rollout: RolloutState,
+    n_steps: int,
+    actor: th.nn.Module,
+    actor_parameters: dict[str, th.Tensor],
+    model: PriorModel,
+    units: Units,
+    gamma: float,
+) -> tuple[RolloutState, th.Tensor]:
+    """
+    Step the model, and let the policy act after each step.
+
+    :param rollout: where the rollout stands
+    :param n_steps: number of steps, at least 1
+    :param actor: the policy
+    :param actor_parameters: the parameters that it acts with
+    :param model: the model
+    :param units: conversions between environment and networks
+    :param gamma: discount factor
+    :return: the rollout after these steps, and their rewards, discounted to the first of them, ``(B, 1)``
+    """
+    states, network_inputs, actions, alive, start = rollout
+    rewards_of_steps = []
+    for _ in range(n_steps):
+        env_actions = units.unscale_actions(actions)
+        next_states, rewards = model.step(states, env_actions)
+        rewards = units.scale_rewards(rewards)
+        if model.may_terminate:
+            # Behind a terminal state the model may return anything, infinities too, and 0 * inf is not 0. So a mask is not
+            # enough: the model must not see terminated rows again.
+            rewards = th.where(alive, rewards, 0.0)
+            alive = alive & ~model.terminal(next_states)
+            next_states = th.where(alive, next_states, start)
+        rewards_of_steps.append(rewards)
+        states = next_states
+        network_inputs = units.normalize_observations(model.observation(states))
+        actions = functional_call(actor, actor_parameters, (network_inputs,))
+    total = rewards_of_steps[-1]
+    for rewards in reversed(rewards_of_steps[:-1]):
+        total = rewards + gamma * total
+    return RolloutState(states, network_inputs, actions, alive, start), total
+
+
+def hold(
+    held: HeldState, n_steps: int, env_actions: th.Tensor, model: PriorModel, low: th.Tensor, high: th.Tensor
+) -> tuple[HeldState, th.Tensor]:
+    """
+    Step the model with a repeated action.
+
+    :param held: where the steps stand
+    :param n_steps: number of steps, at least 1
+    :param env_actions: actions in the units of the environment, ``(B, A)``
+    :param model: the model
+    :param low: lower bounds of raw observations, ``obs_shape``
+    :param high: upper bounds of raw observations, ``obs_shape``
+    :return: where the steps stand then, and whether each row took each step, bool ``(n_steps, B, 1)``. A row whose next step
+        would leave the bounds or terminate has no steps left.
+    """
+    states, n_left = held
+    is_taken = []
+    for _ in range(n_steps):
+        next_states, _ = model.step(states, env_actions)
+        observations = model.observation(next_states)
+        # NaN fails both comparisons
+        goes_on = ((observations >= low) & (observations <= high)).flatten(1).all(dim=1, keepdim=True) & (n_left > 0)
+        if model.may_terminate:
+            goes_on = goes_on & ~model.terminal(next_states)
+        states, n_left = th.where(goes_on, next_states, states), th.where(goes_on, n_left - 1, 0)
+        is_taken.append(goes_on)
+    return HeldState(states, n_left), th.stack(is_taken)
+
+
+class Steps(ABC):
+    """Takes the steps of rollouts: eagerly, or compiled."""
+
+    #: Whether a model is stepped faster than a simulator written in NumPy
+    is_compiled: bool = False
+
+    @abstractmethod
+    def advance(
+        self, rollout: RolloutState, n_steps: int, actor_parameters: dict[str, th.Tensor], context: RolloutContext
+    ) -> tuple[RolloutState, th.Tensor]:
+        """
+        :param rollout: where the rollout stands
+        :param n_steps: number of steps, at least 1
+        :param actor_parameters: the parameters that the policy acts with
+        :param context: policy, model, units and discount factor
+        :return: as :func:`advance`
+        """
+
+    @abstractmethod
+    def hold(
+        self, held: HeldState, n_steps: int, env_actions: th.Tensor, model: PriorModel, low: th.Tensor, high: th.Tensor
+    ) -> tuple[HeldState, th.Tensor]:
+        """See :func:`hold` for the parameters and the result."""
+
+    @abstractmethod
+    def policy(self, actor: th.nn.Module, n_rows: int) -> Policy:
+        """
+        :param actor: the policy
+        :param n_rows: number of rows that it acts on most often
+        :return: the same policy without gradient, valid for one rollout: as long as its parameters do not change
+        """
+
+
+class EagerSteps(Steps):
+    """Takes steps as the model is written."""
+
+    def advance(
+        self, rollout: RolloutState, n_steps: int, actor_parameters: dict[str, th.Tensor], context: RolloutContext
+    ) -> tuple[RolloutState, th.Tensor]:
+        return advance(rollout, n_steps, context.actor, actor_parameters, context.model, context.units, context.gamma)
+
+    def hold(
+        self, held: HeldState, n_steps: int, env_actions: th.Tensor, model: PriorModel, low: th.Tensor, high: th.Tensor
+    ) -> tuple[HeldState, th.Tensor]:
+        return hold(held, n_steps, env_actions, model, low, high)
+
+    def policy(self, actor: th.nn.Module, n_rows: int) -> Policy:
+        return actor

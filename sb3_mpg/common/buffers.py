@@ -1,10 +1,12 @@
 """The recorded transitions that models are fitted to."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch as th
-from stable_baselines3.common.buffers import ReplayBuffer
+from gymnasium import spaces
+from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
 
 from sb3_mpg.common.models.windows import Transitions, Windows, cut_windows, to_tensor
 
@@ -32,6 +34,34 @@ class RecordedSteps:
         self.replay_buffer = replay_buffer
         self.unscale_actions = unscale_actions
         self.device = device
+
+    def __len__(self) -> int:
+        return self.replay_buffer.size() * self.replay_buffer.n_envs
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the oldest steps were overwritten."""
+        return self.replay_buffer.full
+
+    def observations(self) -> th.Tensor:
+        """
+        :return: all raw observations, float32, ``(N, *obs_shape)``
+        """
+        stored = self.replay_buffer.observations[: self.replay_buffer.size()]
+        return th.as_tensor(stored.reshape(-1, *stored.shape[2:]), dtype=th.float32, device=self.device)
+
+    def rewards(self) -> th.Tensor:
+        """
+        :return: all rewards, float32, ``(n_rows, n_envs)``
+        """
+        return th.as_tensor(self.replay_buffer.rewards[: self.replay_buffer.size()], dtype=th.float32, device=self.device)
+
+    def sample_observations(self, n_samples: int) -> th.Tensor:
+        """
+        :param n_samples: number of observations
+        :return: raw observations of replayed states, drawn as training draws them, ``(n_samples, *obs_shape)``
+        """
+        return self.replay_buffer.sample(n_samples).observations.float()
 
     def _is_usable(self, positions: np.ndarray, envs: np.ndarray, held_out: bool) -> np.ndarray:
         # Shift the blocks from environment to environment, so that steps are held out early
@@ -161,3 +191,62 @@ class RecordedSteps:
         if buffer.optimize_memory_usage:
             windows = windows.select(~dones.ravel())
         return windows if len(windows.lengths) > 0 else None
+
+
+def choose_replay_buffer(
+    replay_buffer_class: type[ReplayBuffer] | None, replay_buffer_kwargs: dict[str, Any], n_steps: int, n_target_steps: int
+) -> tuple[type[ReplayBuffer] | None, dict[str, Any], int]:
+    """
+    Let SB3 choose the replay buffer by the value target. A class of the user's is the user's to configure. A loaded algorithm
+    has SB3's own choice, for the value target of then, which SB3 would take for the user's. A buffer that spans several steps
+    without SB3's setting for that is the user's.
+
+    :param replay_buffer_class: of the algorithm
+    :param replay_buffer_kwargs: of the algorithm
+    :param n_steps: SB3's setting for buffers that span several steps
+    :param n_target_steps: number of recorded steps that the value target spans
+    :return: class, keyword arguments and setting for SB3
+    """
+    if replay_buffer_class is NStepReplayBuffer and n_steps > 1:
+        replay_buffer_class = None
+        replay_buffer_kwargs = {k: v for k, v in replay_buffer_kwargs.items() if k not in ("n_steps", "gamma")}
+    if replay_buffer_class in (None, ReplayBuffer):
+        return None, replay_buffer_kwargs, n_target_steps
+    return replay_buffer_class, replay_buffer_kwargs, n_steps
+
+
+def check_buffer_class(replay_buffer_class: type[ReplayBuffer] | None, n_steps: int) -> None:
+    """
+    :param replay_buffer_class: of the constructor
+    :param n_steps: number of recorded steps that the value target spans
+    :raises ValueError: when the class cannot add them up
+    """
+    if n_steps > 1 and not (replay_buffer_class is None or issubclass(replay_buffer_class, NStepReplayBuffer)):
+        raise ValueError(
+            f"The value target spans {n_steps} recorded steps and needs an NStepReplayBuffer, "
+            f"got replay_buffer_class={replay_buffer_class.__name__}; leave it at None."
+        )
+
+
+def check_replay_buffer(
+    buffer: ReplayBuffer, observation_space: spaces.Space, action_space: spaces.Space, n_steps: int, gamma: float
+) -> None:
+    """
+    :param buffer: a replay buffer
+    :param observation_space: of the algorithm
+    :param action_space: of the algorithm
+    :param n_steps: number of recorded steps that the value target spans
+    :param gamma: discount factor
+    :raises ValueError: when the buffer is of other spaces, or adds up rewards over other steps
+    """
+    for name, space in (("observation_space", observation_space), ("action_space", action_space)):
+        shape = getattr(buffer, name).shape
+        if shape != space.shape:
+            raise ValueError(f"The {name} of the replay buffer has the shape {shape}, that of the algorithm {space.shape}.")
+    of_buffer = getattr(buffer, "n_steps", 1), getattr(buffer, "gamma", gamma)
+    if of_buffer != (n_steps, gamma):
+        raise ValueError(
+            f"The value target spans {n_steps} recorded steps with gamma={gamma}, but the replay buffer was made for "
+            f"n_steps={of_buffer[0]}, gamma={of_buffer[1]}. One of a class of yours gets them by `replay_buffer_kwargs`; "
+            "one that was saved fits the value target and the discount that it was saved with."
+        )

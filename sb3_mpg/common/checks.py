@@ -1,11 +1,18 @@
 """Checks of arguments."""
 
 import inspect
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
+import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.vec_env import VecEnv
+
+# Much smaller rewards than 1 are less than the values that critics start with
+TINY_REWARD = 1e-4
 
 
 def check_keywords(name: str, kwargs: dict[str, Any] | None, function: Callable[..., Any], *taken: str) -> dict[str, Any]:
@@ -66,6 +73,17 @@ def check_number(name: str, number: float, low: float, includes_low: bool = True
         raise ValueError(f"`{name}` must be a number, {expected}, got {number!r}.")
 
 
+def check_share(name: str, share: float) -> None:
+    """
+    :param name: of a setting
+    :param share: its value
+    :raises ValueError: when it is no number between 0 and 1
+    """
+    check_number(name, share, 0.0)
+    if share > 1:
+        raise ValueError(f"`{name}` must lie between 0 and 1, got {share!r}.")
+
+
 def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) -> None:
     """
     :param observation_space: observation space of the environment
@@ -90,4 +108,48 @@ def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) ->
         raise ValueError(
             f"Policies act between the bounds of the action space, which must be finite, got {action_space}; "
             "set bounds in the environment. (gymnasium.wrappers.ClipAction hides them; SB3 clips by itself.)"
+        )
+
+
+def warn_of_record(step: int, *recorded: np.ndarray) -> bool:
+    """
+    :param step: number of the environment step
+    :param recorded: observation and reward
+    :return: whether a value is not finite, which a warning tells
+    """
+    if all(np.isfinite(array).all() for array in recorded):
+        return False
+    warnings.warn(
+        f"The environment gave an observation or a reward that is not finite (step {step}). It is "
+        "recorded, and updates that sample it may be skipped. gymnasium.utils.env_checker.check_env and "
+        "stable_baselines3's VecCheckNan help to find out where it is from."
+    )
+    return True
+
+
+def warn_of_wrappers(env: VecEnv, users: Sequence[str]) -> None:
+    """
+    The environment's own model and simulator know nothing of the wrappers around it.
+
+    :param env: the environment
+    :param users: what speaks the units of the environment below its wrappers
+    """
+    wrappers = (gym.ActionWrapper, gym.ObservationWrapper, gym.RewardWrapper, gym.wrappers.NormalizeReward)
+    if users and any(any(env.env_is_wrapped(wrapper)) for wrapper in wrappers):
+        warnings.warn(
+            f"A wrapper changes the actions, observations or rewards of the environment, but {' and '.join(users)} speaks the "
+            "units of the environment below it. If they differ, pass a model in the units of the wrapper, or use VecNormalize."
+        )
+
+
+def warn_of_tiny_rewards(rewards: th.Tensor, reward_scale: float) -> None:
+    """
+    :param rewards: recorded rewards, in the units of the value functions
+    :param reward_scale: the factor in them
+    """
+    size = rewards.square().mean().sqrt().item()
+    if 0 < size < TINY_REWARD:
+        warnings.warn(
+            f"The rewards recorded so far are of the size {size:.2g}, in which critics learn slowly or not at all: set "
+            f"`reward_scale` to about {reward_scale / size:.0e}, or use VecNormalize."
         )

@@ -12,6 +12,9 @@ from torch import nn
 # Of Fourier features, for inputs that are scaled to about one unit
 FREQUENCIES = (1.0, 2.0, 3.0)
 LOG2_E = math.log2(math.e)
+# Scale of the Fourier features while no model is trusted; from 0 to 1 takes so many updates
+UNTRUSTED_FOURIER_SCALE = 0.3
+N_FADING_UPDATES = 500
 
 
 def n_fourier_features(n_inputs: int, frequencies: Sequence[float] = FREQUENCIES) -> int:
@@ -140,3 +143,15 @@ class ObservationScaler(BaseFeaturesExtractor):
         """
         scaled = (observations.flatten(1) - self.shift) * self.scale
         return fourier_features(scaled, self.frequencies, self.fourier_scale)
+
+    def fade(self, is_model_trusted: bool) -> None:
+        """
+        With Fourier features, critics extrapolate freely at the border of the visited region. Where only recorded steps are
+        known, a policy comes to take that border for a way out, and never sees what comes of it. So the features fade unless
+        rollouts of a trusted model keep critics from extrapolating. Called once in each update.
+
+        :param is_model_trusted: whether the scale of the features rises to 1 or falls to ``UNTRUSTED_FOURIER_SCALE``
+        """
+        if self.frequencies:
+            step = (1 if is_model_trusted else -1) / N_FADING_UPDATES
+            self.fourier_scale.add_(step).clamp_(UNTRUSTED_FOURIER_SCALE, 1.0)

@@ -1,10 +1,11 @@
 """Common aliases, batches and protocols."""
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch as th
+from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
 #: Which actions of a model rollout carry the gradient: eq. 6 of the papers, or eq. 5 of the first version.
 Differentiate = Literal["first_action", "all_actions"]
@@ -26,21 +27,31 @@ class TrainingBatch(NamedTuple):
 
 class GradientResult(NamedTuple):
     """
-    The gradients of one update: what a learner hands to the optimizer.
+    The gradients of one update: what the learner side hands to the optimizers.
 
-    :param critic: gradient of the critic loss, one tensor for each parameter of the critic
-    :param actor: gradient of the actor loss, one tensor for each parameter of the actor,
-        or ``None`` when the policy is not due (delayed update)
+    :param gradients: for each network that is due, by its name in ``Update.networks()``, one tensor for each trainable
+        parameter. A network that is not due (delayed update) is missing.
     :param logs: scalars about this update, named as in the logger
+    :param share_masked: share of the states that were masked because their rollouts overflow
     """
 
-    critic: list[th.Tensor]
-    actor: list[th.Tensor] | None
-    logs: dict[str, Any]
+    gradients: dict[str, list[th.Tensor]]
+    logs: dict[str, float]
+    share_masked: float = 0.0
 
 
 #: normalised observations (B, *obs_shape) -> actions in [-1, 1] (B, A)
 Policy = Callable[[th.Tensor], th.Tensor]
+
+
+class ReplaySampler(Protocol):
+    """Where updates sample transitions: a replay buffer, or a learner's view of it."""
+
+    def sample(self, batch_size: int) -> ReplayBufferSamples:
+        """
+        :param batch_size: number of transitions
+        :return: raw observations and rewards, actions in [-1, 1]
+        """
 
 
 class Simulator(Protocol):

@@ -80,6 +80,19 @@ class Units:
         statistics = (self.observation_mean, self.observation_std, self.reward_std)
         return [tensor for tensor in statistics if tensor is not None]
 
+    def scalars(self) -> dict[str, float]:
+        """
+        :return: the settings that are no tensors, which a callback may change
+        """
+        return {name: getattr(self, name) for name in ("reward_scale", "clip_observation", "clip_reward")}
+
+    def with_scalars(self, scalars: dict[str, float]) -> "Units":
+        """
+        :param scalars: of :meth:`scalars`
+        :return: the same conversions with these settings; tensors are shared
+        """
+        return replace(self, **scalars)  # type: ignore[arg-type]  # floats by name
+
     def normalize_observations(self, observations: th.Tensor) -> th.Tensor:
         """
         :param observations: raw observations, ``(B, *obs_shape)``

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 import torch as th
+from stable_baselines3.common.type_aliases import TrainFreq, TrainFrequencyUnit
 
 
 def keep_freed_memory() -> None:
@@ -25,6 +26,27 @@ def polyak_update_all(parameters: Iterable[th.Tensor], target_parameters: Iterab
     :param tau: by which share, between 0 and 1
     """
     th._foreach_lerp_(list(target_parameters), list(parameters), tau)
+
+
+@th.no_grad()
+def copy_running_stats(network: th.nn.Module, target: th.nn.Module) -> None:
+    """
+    Copy the running statistics of batch normalisation, see SB3 issue #996.
+
+    :param network: a network
+    :param target: its target network
+    """
+    for (name, statistics), copied in zip(network.named_buffers(), target.buffers(), strict=True):
+        if "running_" in name:
+            copied.copy_(statistics)
+
+
+def optimizer_of(network: th.nn.Module) -> th.optim.Optimizer:
+    """
+    :param network: a network of a policy of SB3
+    :return: its optimizer
+    """
+    return network.optimizer  # type: ignore[return-value]  # an attribute that torch does not know
 
 
 def trainable_parameters(network: th.nn.Module) -> list[th.nn.Parameter]:
@@ -68,3 +90,18 @@ def finite_mean(values: th.Tensor) -> th.Tensor:
     """
     is_finite = th.isfinite(values)
     return th.where(is_finite, values, 0.0).sum() / is_finite.sum()
+
+
+def expected_updates(n_steps: int, n_envs: int, train_freq: TrainFreq, gradient_steps: int) -> float:
+    """
+    :param n_steps: number of environment steps
+    :param n_envs: number of environments
+    :param train_freq: of the algorithm
+    :param gradient_steps: of the algorithm
+    :return: number of updates in so many steps; 0 when it depends on the length of episodes, which is unknown
+    """
+    if gradient_steps < 0:
+        return n_steps
+    if train_freq.unit == TrainFrequencyUnit.EPISODE:
+        return 0
+    return n_steps / (n_envs * train_freq.frequency) * gradient_steps

@@ -1,0 +1,57 @@
+"""Batches that serve several updates."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch as th
+
+from sb3_mpg.common.type_aliases import TrainingBatch
+
+
+class ReusedBatches:
+    """
+    Batch reuse: ``n_uses`` batches take turns. In each round one of them is drawn again, so that every batch serves ``n_uses``
+    updates.
+
+    The papers' learners use a batch several times in a row, but theirs are twelve, whose updates alternate. A single batch
+    many times in a row makes the critic follow its noise, and the policy follow the critic.
+    """
+
+    def __init__(self) -> None:
+        self._batches: list[TrainingBatch] = []
+        self._n_served = 0
+
+    def next(self, n_uses: int, draw: Callable[[], TrainingBatch]) -> TrainingBatch:
+        """
+        :param n_uses: in how many updates a batch is used
+        :param draw: draws a batch
+        :return: the batch of this update
+        """
+        turn = self._n_served % n_uses
+        if len(self._batches) < n_uses:
+            self._batches.append(draw())
+        elif turn == 0:
+            self._batches[self._n_served // n_uses % n_uses] = draw()
+        self._n_served += 1
+        return self._batches[turn]
+
+    def state(self, n_uses: int) -> dict[str, Any]:
+        """
+        :param n_uses: in how many updates a batch is used; a batch that is used once is not kept
+        :return: the batches on the CPU, to be saved
+        """
+        batches = self._batches if n_uses > 1 else []
+        return {
+            "batches": [TrainingBatch(*(tensor.cpu() for tensor in batch)) for batch in batches],
+            "n_served": self._n_served,
+        }
+
+    def load_state(self, state: dict[str, Any] | None, n_uses: int, device: th.device) -> None:
+        """
+        :param state: of :meth:`state`, if there is one; ignored when it is of another number of uses
+        :param n_uses: in how many updates a batch is used
+        :param device: where the batches go
+        """
+        if state is not None and len(state["batches"]) == min(state["n_served"], n_uses):
+            self._batches = [TrainingBatch(*(tensor.to(device) for tensor in batch)) for batch in state["batches"]]
+            self._n_served = state["n_served"]

@@ -1,0 +1,37 @@
+"""Settings that parts of an algorithm own."""
+
+from typing import Any
+
+
+class SettingOf:
+    """
+    A constructor argument that a part of the algorithm owns, as an attribute of the algorithm: ``model.n_learners`` reads and
+    sets ``model.learner_settings.n_learners``.
+
+    :param part: name of the attribute that holds the part
+    """
+
+    def __init__(self, part: str):
+        self.part = part
+        self.name = ""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, algorithm: Any, owner: type | None = None) -> Any:
+        return self if algorithm is None else getattr(getattr(algorithm, self.part), self.name)
+
+    def __set__(self, algorithm: Any, value: Any) -> None:
+        setattr(getattr(algorithm, self.part), self.name, value)
+
+
+def assign_loaded_settings(algorithm: Any) -> None:
+    """
+    SB3's ``load`` writes its keyword arguments into ``__dict__``, where settings of parts and properties are not seen. Assign
+    them as ``algorithm.name = value`` does.
+
+    :param algorithm: an algorithm that may just have been loaded
+    """
+    for name in list(vars(algorithm)):
+        if isinstance(getattr(type(algorithm), name, None), (SettingOf, property)):
+            setattr(algorithm, name, vars(algorithm).pop(name))

@@ -10,6 +10,7 @@ import torch as th
 
 from sb3_mpg.common.models.base import PriorModel
 from sb3_mpg.common.models.ensemble import Members, even_rows
+from sb3_mpg.common.models.fitting_schedule import EveryUpdate, FittingSchedule
 from sb3_mpg.common.models.windows import Transitions, Windows
 
 
@@ -28,6 +29,8 @@ class TrainableModel(PriorModel):
     n_members: int
     #: Which members predict; set it by :meth:`using_members`
     members: Members = "mean"
+    #: When the model is fitted while a policy is trained
+    fitting_schedule: FittingSchedule = EveryUpdate()
 
     @contextmanager
     def using_members(self, members: Members) -> Iterator[None]:
@@ -117,6 +120,22 @@ def members_of(model: PriorModel, members: Members) -> AbstractContextManager[No
     :return: :meth:`TrainableModel.using_members`; a context that does nothing for models without members
     """
     return model.using_members(members) if isinstance(model, TrainableModel) else nullcontext()
+
+
+@contextmanager
+def evaluated(model: PriorModel) -> Iterator[None]:
+    """
+    Predict without noise, and with the mean of the members of an ensemble, within this context.
+
+    :param model: any model
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        with members_of(model, "mean"):
+            yield
+    finally:
+        model.train(was_training)
 
 
 class StateDescription(NamedTuple):

@@ -13,11 +13,11 @@ import numpy as np
 import torch as th
 
 from sb3_mpg.common.buffers import RecordedSteps
-from sb3_mpg.common.rollouts.model_rollout import Advance, QFunction, advance, model_rollout
+from sb3_mpg.common.rollouts.model_rollout import model_rollout
+from sb3_mpg.common.rollouts.steps import QFunction, RolloutContext
 from sb3_mpg.common.models.base import PriorModel
-from sb3_mpg.common.models.trainable import CorrectedModel, TrainableModel, members_of
+from sb3_mpg.common.models.trainable import CorrectedModel, TrainableModel
 from sb3_mpg.common.models.windows import Transitions
-from sb3_mpg.common.units import Units
 
 # How large the error of a judged model must be, over the square of the gradient, for it to be left out
 USELESS_ERROR = 3.0
@@ -52,8 +52,8 @@ class GradientErrors(NamedTuple):
     misjudges_ends: bool = False
 
     @property
-    def is_left_out(self) -> np.ndarray:
-        """Whether a horizon must not count, whatever its measured error, ``(n_horizons,)``."""
+    def is_excluded(self) -> np.ndarray:
+        """Whether a horizon is excluded, whatever its measured error, ``(n_horizons,)``."""
         return self.is_useless | (self.misjudges_ends & (np.array(self.horizons) > 0))
 
 
@@ -83,27 +83,16 @@ def misjudges_ends(model: PriorModel, recorded: RecordedSteps, horizon: int) -> 
 
 
 def action_gradients(
-    observations: th.Tensor,
-    actor: th.nn.Module,
-    q_functions: Sequence[QFunction],
-    model: PriorModel,
-    units: Units,
-    horizons: Sequence[int],
-    gamma: float,
-    advance: Advance = advance,
+    observations: th.Tensor, context: RolloutContext, q_functions: Sequence[QFunction], horizons: Sequence[int]
 ) -> th.Tensor:
     r"""
     Several estimates of :math:`\nabla_a X_n(s, a)` at the same states. The rows of the batch are repeated once for each
-    critic, and dealt to the members of the model, so that each member has a critic of its own.
+    critic. An ensemble deals rows to its members in equal parts, so that each member is paired with a critic of its own.
 
     :param observations: raw observations, ``(B, *obs_shape)``
-    :param actor: the policy
+    :param context: policy, model with dealt members, units, discount factor and steps
     :param q_functions: :math:`E` critics
-    :param model: the model, in training mode
-    :param units: between the environment and the networks
     :param horizons: numbers of model steps
-    :param gamma: discount factor
-    :param advance: steps the model, as in ``model_rollout``
     :return: ``(n_horizons, E, B, A)``
     """
     n_critics = len(q_functions)
@@ -114,17 +103,15 @@ def action_gradients(
         return th.cat([q(inputs, action) for q, inputs, action in parts])
 
     with th.no_grad():
-        actions = actor(units.normalize_observations(repeated))
+        actions = context.actor(context.units.normalize_observations(repeated))
     actions.requires_grad_()
-    with members_of(model, "dealt"):
-        returns = model_rollout(
-            repeated, actor, q_function, model, units, horizons, gamma, "first_action", advance, first_actions=actions
-        )
+    paired = context._replace(q_function=q_function)
+    returns = model_rollout(repeated, paired, horizons, "first_action", first_actions=actions)
     gradients = []
     for index, horizon in enumerate(horizons):
         keep = index + 1 < len(horizons)
         (gradient,) = th.autograd.grad(returns[horizon].sum(), actions, retain_graph=keep)
-        # There is nothing to be said of the gradient of what is not finite
+        # A non-finite return has no meaningful gradient
         gradient = th.where(th.isfinite(returns[horizon].detach()), gradient, th.nan)
         gradients.append(gradient.reshape(n_critics, observations.shape[0], -1))
     return th.stack(gradients)
@@ -207,9 +194,8 @@ def measure_gradient_errors(
     :param held_out_steps: gives held-out transitions, ``None`` while there are none
     :return: the errors
     """
-    if not judges_prior:
+    if not (judges_prior and isinstance(model, CorrectedModel)):
         return gradient_errors(gradients().cpu().numpy(), horizons)
-    assert isinstance(model, CorrectedModel)
     with model.compared_with_prior():
         compared = gradients()
     measured = gradient_errors(compared.cpu().numpy(), horizons, with_judge=True)

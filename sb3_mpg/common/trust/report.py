@@ -1,6 +1,7 @@
 """What a user is told of how far their model can be trusted."""
 
 import pathlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -10,7 +11,7 @@ import torch as th
 from sb3_mpg.common.trust.gradient_errors import GradientErrors
 from sb3_mpg.common.models.base import PriorModel
 from sb3_mpg.common.models.windows import MIN_WINDOWS, Windows, rms, rollout_errors, rounding_errors, to_numpy
-from sb3_mpg.common.models.trainable import CorrectedModel, members_of
+from sb3_mpg.common.models.trainable import CorrectedModel, evaluated
 from sb3_mpg.common.tables import format_table
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ class TrustReport:
                 weight = latest.weights[index]
                 what = "data-driven" if horizon == 0 else f"{horizon} model steps"
                 mark = "<- trusted most" if index == int(np.argmax(latest.weights)) else ""
-                if latest.gradients.is_left_out[index]:
+                if latest.gradients.is_excluded[index]:
                     reason = "terminates elsewhere" if latest.gradients.misjudges_ends else "of no use"
                     mark = f"left out: {reason}"
                 rows.append([what, f"{error:.3g}", f"{relative:.0%}", f"{weight:.1%}", mark])
@@ -196,10 +197,10 @@ def make_trust_report(
     windows: Windows,
     gamma: float,
     horizons: tuple[int, ...],
-    measurements: list[Measurement],
+    measurements: Sequence[Measurement],
 ) -> TrustReport:
     """
-    :param model: the model of the rollouts; its mode stays what it is
+    :param model: the model of the rollouts
     :param is_corrected: whether its correction is used, if it has one
     :param windows: recorded steps
     :param gamma: discount factor of the returns
@@ -207,23 +208,18 @@ def make_trust_report(
     :param measurements: what was measured while training
     :return: the report
     """
-    was_training = model.training
-    model.eval()
-    try:
-        prior = model.prior if isinstance(model, CorrectedModel) else model
+    prior = model.prior if isinstance(model, CorrectedModel) else model
+    with evaluated(model):
         n_states = prior.state_from_observation(windows.observations[:1]).shape[1]
         is_hidden, is_re_encoded = np.zeros(n_states, dtype=bool), np.zeros(n_states, dtype=bool)
         if isinstance(model, CorrectedModel):
             is_hidden, is_re_encoded = model.describe_states()
         names = [f"state[{dim}]{', hidden' if is_hidden[dim] else ''}" for dim in range(n_states)]
-        with members_of(model, "mean"):
-            return TrustReport(
-                horizons=horizons,
-                measurements=list(measurements),
-                prior=prediction_errors(prior, windows, gamma),
-                corrected=prediction_errors(model, windows, gamma) if prior is not model and is_corrected else None,
-                dimensions=tuple(names),
-                re_encoded=tuple(name for name, is_again in zip(names, is_re_encoded, strict=True) if is_again),
-            )
-    finally:
-        model.train(was_training)
+        return TrustReport(
+            horizons=horizons,
+            measurements=list(measurements),
+            prior=prediction_errors(prior, windows, gamma),
+            corrected=prediction_errors(model, windows, gamma) if prior is not model and is_corrected else None,
+            dimensions=tuple(names),
+            re_encoded=tuple(name for name, is_again in zip(names, is_re_encoded, strict=True) if is_again),
+        )

@@ -1,0 +1,138 @@
+"""Fits a trainable model to the steps of the replay buffer while a policy is trained."""
+
+import warnings
+from typing import Any
+
+from sb3_mpg.common.buffers import RecordedSteps
+from sb3_mpg.common.models.trainable import TrainableModel
+from sb3_mpg.common.models.windows import Transitions
+
+
+class ModelFitting:
+    """
+    Owns when and on what a trainable model is fitted.
+
+    :param model: the model
+    :param batch_size: number of steps for each member of the model in one step of its optimizer
+    :param max_scaling_steps: its scales come from at most this many of the latest steps
+    :param max_fits: largest number of optimizer steps until it counts as converged
+    :param check_every: number of optimizer steps between two looks at the held-out error
+    :param patience: number of optimizer steps without a lower held-out error after which it counts as converged
+    :param n_rollout_steps: what only rollouts show is tuned on about this many of the latest steps
+    """
+
+    def __init__(
+        self,
+        model: TrainableModel,
+        batch_size: int = 256,
+        max_scaling_steps: int = 20_000,
+        max_fits: int = 2000,
+        check_every: int = 50,
+        patience: int = 200,
+        n_rollout_steps: int = 1000,
+    ):
+        self.model = model
+        self.batch_size = batch_size
+        self.max_scaling_steps = max_scaling_steps
+        self.max_fits = max_fits
+        self.check_every = check_every
+        self.patience = patience
+        self.n_rollout_steps = n_rollout_steps
+        #: Number of recorded steps when the model was last prepared, 0 before that
+        self.n_prepared_for = 0
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether the model was ever fitted."""
+        return self.n_prepared_for > 0
+
+    def prepare(self, recorded: RecordedSteps, num_timesteps: int, horizon: int) -> None:
+        """
+        Before the first update: scale the model by the recorded steps, and fit it until it has converged. Repeated when the
+        number of steps has doubled and the data have shifted. What only rollouts show is tuned at each doubling.
+
+        :param recorded: the recorded steps
+        :param num_timesteps: number of steps so far, the latest of which a small replay buffer holds
+        :param horizon: number of model steps of the longest rollout
+        """
+        n_recorded = max(len(recorded), num_timesteps)
+        if n_recorded < 2 * self.n_prepared_for:
+            return
+        if len(recorded) < self.n_prepared_for and not recorded.is_full:
+            return  # the replay buffer was not restored and holds fewer steps than the model was fitted to
+        latest = recorded.latest(self.max_scaling_steps)
+        if latest is None:
+            return
+        is_first, self.n_prepared_for = not self.is_prepared, n_recorded
+        if is_first or self.model.needs_rescaling(latest):
+            self.model.rescale(latest)
+            self._fit_until_converged(recorded)
+        windows = recorded.windows(self.n_rollout_steps, horizon)
+        if windows is not None:
+            self.model.tune_on_rollouts(windows)
+
+    def fit(self, n_updates: int, recorded: RecordedSteps) -> float | None:
+        """
+        Fit the model as its schedule says.
+
+        :param n_updates: number of the update of the policy
+        :param recorded: the recorded steps
+        :return: the loss, ``None`` when nothing was fitted
+        """
+        return self.model.fitting_schedule.fit(
+            n_updates, lambda: self._fit_once(recorded), lambda: self._fit_until_converged(recorded)
+        )
+
+    def _fit_once(self, recorded: RecordedSteps) -> float | None:
+        batch = recorded.sample(self.batch_size * self.model.n_members)
+        return None if batch is None else self.model.fit(batch)
+
+    def _fit_until_converged(self, recorded: RecordedSteps) -> float | None:
+        best_error, best_step, loss = float("inf"), 0, None
+        for step in range(self.max_fits):
+            loss = self._fit_once(recorded)
+            if step % self.check_every == 0:
+                error = self.validation_error(recorded)
+                if error is not None and error < 0.98 * best_error:
+                    best_error, best_step = error, step
+                elif step - best_step >= self.patience:
+                    break
+        return loss
+
+    def held_out_steps(self, recorded: RecordedSteps) -> Transitions | None:
+        """
+        :param recorded: the recorded steps
+        :return: steps that the model is not fitted to, ``None`` while there is none
+        """
+        return recorded.sample(self.batch_size, held_out=True)
+
+    def validation_error(self, recorded: RecordedSteps) -> float | None:
+        """
+        :param recorded: the recorded steps
+        :return: the model's error on held-out steps, ``None`` while there is none
+        """
+        held_out = self.held_out_steps(recorded)
+        return None if held_out is None else self.model.validation_error(held_out)
+
+    def state(self) -> dict[str, Any]:
+        """
+        :return: what was learned, on the CPU, to be saved
+        """
+        return {"model": self.model.learned_state(), "n_prepared_for": self.n_prepared_for}
+
+    def restore(self, state: dict[str, Any] | None) -> bool:
+        """
+        :param state: of :meth:`state`, if there is one
+        :return: whether it was of this model, or there was none; otherwise nothing is taken over
+        """
+        if state is None:
+            return True
+        is_of_this_model = self.model.load_learned_state(state["model"])
+        if is_of_this_model:
+            self.n_prepared_for = state["n_prepared_for"]
+        elif state["n_prepared_for"] > 0:
+            warnings.warn(
+                "What was learned of another model is forgotten; what is missed by this one is learned from the replay "
+                "buffer before the next update."
+            )
+        return is_of_this_model

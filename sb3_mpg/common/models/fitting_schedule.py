@@ -1,0 +1,43 @@
+"""When a trainable model is fitted while a policy is trained."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+#: Fits the model, and returns the loss, ``None`` while nothing is recorded to fit it to
+Fit = Callable[[], float | None]
+
+
+class FittingSchedule(ABC):
+    """Decides what is fitted before an update of the policy."""
+
+    @abstractmethod
+    def fit(self, n_updates: int, fit_once: Fit, fit_until_converged: Fit) -> float | None:
+        """
+        :param n_updates: number of the update of the policy, from 1
+        :param fit_once: takes one step of the model's optimizer
+        :param fit_until_converged: takes steps until the error on held-out steps no longer falls
+        :return: the loss, ``None`` when nothing was fitted
+        """
+
+
+class EveryUpdate(FittingSchedule):
+    """One step of the model's optimizer for each update of the policy, as a correction needs it."""
+
+    def fit(self, n_updates: int, fit_once: Fit, fit_until_converged: Fit) -> float | None:
+        return fit_once()
+
+
+class UntilConverged(FittingSchedule):
+    """
+    The model is fitted until it has converged, once in so many updates of the policy, as ensembles of learned dynamics are.
+
+    :param every: number of updates between two fits
+    """
+
+    def __init__(self, every: int = 250):
+        if every < 1:
+            raise ValueError(f"`every` counts updates and must be at least 1, got {every}.")
+        self.every = every
+
+    def fit(self, n_updates: int, fit_once: Fit, fit_until_converged: Fit) -> float | None:
+        return fit_until_converged() if (n_updates - 1) % self.every == 0 else None

@@ -1,0 +1,88 @@
+"""From the settings of an algorithm to the model of its rollouts."""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_mpg.common.checks import check_keywords
+from sb3_mpg.common.models.base import PriorModel
+from sb3_mpg.common.models.checking.checker import validate_prior_model
+from sb3_mpg.common.models.loading import PriorModelLike, make_prior_model
+from sb3_mpg.common.models.residual import ResidualModel
+from sb3_mpg.common.models.trainable import TrainableModel
+
+
+@dataclass
+class ModelSettings:
+    """
+    :param prior_model: the user's knowledge of the system, see :func:`~sb3_mpg.common.models.loading.make_prior_model`
+    :param prior_model_kwargs: arguments of the class or factory of the prior model
+    :param residual: whether the prior model is corrected by recorded steps. A model that is trainable itself never is.
+    :param residual_kwargs: arguments of ``ResidualModel``
+    """
+
+    prior_model: PriorModelLike = "auto"
+    prior_model_kwargs: dict[str, Any] | None = None
+    residual: bool = True
+    residual_kwargs: dict[str, Any] | None = None
+
+    def check(self) -> None:
+        """
+        :raises ValueError: for values that make no sense
+        """
+        if not isinstance(self.residual, bool):
+            raise ValueError(f"`residual` says whether the model is corrected, True or False, got {self.residual!r}.")
+        check_keywords("residual_kwargs", self.residual_kwargs, ResidualModel, "prior", "n_states", "n_actions")
+
+    def make_prior(self, env: VecEnv, device: th.device) -> PriorModel:
+        """
+        Find the prior model and check, before anything is stepped, that it can be learned with.
+
+        :param env: the environment
+        :param device: where the model goes
+        :return: the prior model
+        :raises ValueError: when there is none, or it breaks the rules of the interface
+        """
+        model = make_prior_model(self.prior_model, env, self.prior_model_kwargs).to(device)
+        try:
+            validate_prior_model(model, env.observation_space, env.action_space, device)
+        except ValueError as error:
+            if self.prior_model != "auto":
+                raise
+            raise ValueError(
+                f"{error}\nThe model is the environment's own (prior_model='auto') and knows nothing of wrappers around "
+                "it: if there are any, pass a model of what they make of it."
+            ) from error
+        return model
+
+    def make_trainable(
+        self, model: PriorModel, observation_space: spaces.Box, action_space: spaces.Box, device: th.device
+    ) -> TrainableModel:
+        """
+        :param model: the prior model
+        :param observation_space: of the environment
+        :param action_space: of the environment
+        :param device: where the model goes
+        :return: the model if it is trainable itself, otherwise the model with a correction, which is used as ``residual`` says
+        """
+        if isinstance(model, TrainableModel):
+            return model
+        observation = th.zeros(1, *observation_space.shape, device=device)
+        n_states = model.state_from_observation(observation).shape[1]
+        corrected = ResidualModel(model, n_states, action_space.shape[0], **(self.residual_kwargs or {})).to(device)
+        corrected.use_correction(self.residual)
+        return corrected
+
+    def portable(self) -> "ModelSettings":
+        """
+        :return: the same settings, with a model on the CPU, so that a file of a GPU can be read without one
+        """
+        if not isinstance(self.prior_model, th.nn.Module):
+            return self
+        return ModelSettings(
+            copy.deepcopy(self.prior_model).cpu(), self.prior_model_kwargs, self.residual, self.residual_kwargs
+        )

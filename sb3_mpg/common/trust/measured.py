@@ -1,0 +1,226 @@
+"""How far the model is trusted: by measured errors of its gradients, or by a fixed rule."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+
+from sb3_mpg.common.model_fitting import ModelFitting
+from sb3_mpg.common.buffers import RecordedSteps
+from sb3_mpg.common.models.base import PriorModel
+from sb3_mpg.common.models.loading import name_of
+from sb3_mpg.common.models.trainable import CorrectedModel
+from sb3_mpg.common.models.windows import MIN_WINDOWS
+from sb3_mpg.common.rollouts.steps import QFunction, RolloutContext
+from sb3_mpg.common.trust.gradient_errors import (
+    action_gradients,
+    measure_gradient_errors,
+    misjudges_ends,
+    warn_of_errors,
+)
+from sb3_mpg.common.trust.report import Measurement, TrustReport, make_trust_report
+from sb3_mpg.common.trust.weighting import WeightingRule
+
+# A report is about that many of the latest steps
+N_REPORTED_STEPS = 5000
+
+
+class Trust(ABC):
+    """
+    Weights of the horizons, and the trust in the model that follows.
+
+    :param rule: the weighting rule
+    :param is_corrected: whether the user's model is corrected
+    :param is_learned: whether the user's model is itself learned from data
+    """
+
+    def __init__(self, rule: WeightingRule, is_corrected: bool, is_learned: bool = False):
+        self.rule = rule
+        self.is_corrected = is_corrected
+        self.is_learned = is_learned
+        #: Errors of the gradients and weights, in the order of the updates
+        self.measurements: list[Measurement] = []
+
+    @property
+    def longest_horizon(self) -> int:
+        """Number of model steps of the longest rollout."""
+        return max(self.rule.horizons)
+
+    def weights(self, n_updates: int) -> dict[int, float]:
+        """
+        :param n_updates: number of the update
+        :return: weight of each horizon
+        """
+        return self.rule(n_updates)
+
+    def model_weight(self, n_updates: int) -> float:
+        """
+        :param n_updates: number of the update
+        :return: weight of all horizons with model steps, from 0 to 1
+        """
+        return 1 - self.rule(n_updates).get(0, 0.0)
+
+    @property
+    @abstractmethod
+    def learns(self) -> bool:
+        """
+        Whether rollouts may take the place of data, as far as they are weighted. Where nobody corrects the model, all rollouts
+        share its mistakes, and critics would learn them.
+        """
+
+    def in_model(self, n_updates: int) -> float:
+        """
+        :param n_updates: number of the update
+        :return: how far rollouts of the model may take the place of data, from 0 to 1
+        """
+        return self.model_weight(n_updates) if self.learns else 0.0
+
+    @abstractmethod
+    def prefers_model(self, n_updates: int) -> bool:
+        """
+        :param n_updates: number of the update
+        :return: whether rollouts of the model keep critics from extrapolating freely
+        """
+
+    def measure(
+        self,
+        n_updates: int,
+        context: RolloutContext,
+        q_functions: Sequence[QFunction],
+        fitting: ModelFitting,
+        recorded: RecordedSteps,
+    ) -> dict[str, float]:
+        """
+        Measure the errors of the gradients if that is due.
+
+        :param n_updates: number of the update
+        :param context: policy, model, units, discount factor and steps
+        :param q_functions: a critic for each member of the model
+        :param fitting: the model and its fitting
+        :param recorded: the recorded steps
+        :return: values for the log
+        """
+        return {}
+
+    def check_critics(self, n_critics: int) -> None:  # noqa: B027  # most rules compare no critics
+        """
+        :param n_critics: number of critics
+        :raises ValueError: when there are too few
+        """
+
+    def report(self, model: PriorModel, is_corrected: bool, recorded: RecordedSteps, gamma: float) -> TrustReport:
+        """
+        :param model: the model of the rollouts
+        :param is_corrected: whether its correction is used, if it has one
+        :param recorded: the recorded steps
+        :param gamma: discount factor of the returns
+        :return: what was measured, and how far rollouts along recorded actions are from what happened
+        :raises ValueError: when too few steps are recorded
+        """
+        windows = recorded.windows(N_REPORTED_STEPS, self.longest_horizon)
+        if windows is None or len(windows.lengths) < MIN_WINDOWS:
+            raise ValueError("Nothing is recorded to compare the model with: call `learn` or `load_replay_buffer` first.")
+        return make_trust_report(model, is_corrected, windows, gamma, self.rule.horizons, self.measurements)
+
+    def forget(self) -> None:
+        """Forget what was measured: it was of another model."""
+        self.measurements = []
+        self.rule.forget()
+
+
+class FixedTrust(Trust):
+    """
+    Trust that does not depend on measurements. A correction makes the rollouts better, but nobody knows how much: only a model
+    that is learned as a whole may take the place of data.
+    """
+
+    @property
+    def learns(self) -> bool:
+        return self.is_learned
+
+    def prefers_model(self, n_updates: int) -> bool:
+        return self.longest_horizon > 0
+
+
+class MeasuredTrust(Trust):
+    """
+    Trust that follows the measured errors of the gradients, see :mod:`sb3_mpg.common.trust.gradient_errors`.
+
+    :param rule: a weighting rule that needs errors
+    :param is_corrected: whether the user's model is corrected; otherwise it is compared with a correction that is not used
+    :param is_learned: whether the user's model is itself learned from data
+    :param n_states: number of replayed states that errors are measured at
+    :param every: number of updates between two measurements
+    """
+
+    def __init__(
+        self, rule: WeightingRule, is_corrected: bool, is_learned: bool = False, n_states: int = 128, every: int = 20
+    ):
+        super().__init__(rule, is_corrected, is_learned)
+        self.n_states = n_states
+        self.every = every
+
+    @property
+    def learns(self) -> bool:
+        return self.is_corrected or self.is_learned
+
+    def prefers_model(self, n_updates: int) -> bool:
+        return self.model_weight(n_updates) >= 0.5
+
+    def check_critics(self, n_critics: int) -> None:
+        if n_critics < 2:
+            raise ValueError(
+                "Measured weights compare the critics with each other, of which there is one; leave `n_critics` in "
+                "`policy_kwargs` at 2 or take another `weighting`."
+            )
+
+    def measure(
+        self,
+        n_updates: int,
+        context: RolloutContext,
+        q_functions: Sequence[QFunction],
+        fitting: ModelFitting,
+        recorded: RecordedSteps,
+    ) -> dict[str, float]:
+        # At once where nothing is known, as of the model of a new environment
+        if self.measurements and (n_updates - 1) % self.every != 0:
+            return {}
+        model = fitting.model
+        validation_error = fitting.validation_error(recorded)
+        observations = recorded.sample_observations(self.n_states)
+        horizons = self.rule.horizons
+        measured = measure_gradient_errors(
+            partial(action_gradients, observations, context, q_functions, horizons),
+            model,
+            horizons,
+            # Without the correction, it is the prior model itself that is judged
+            judges_prior=isinstance(model, CorrectedModel) and not self.learns,
+            held_out_steps=lambda: fitting.held_out_steps(recorded),
+        )
+        measured = measured._replace(misjudges_ends=misjudges_ends(model, recorded, self.longest_horizon))
+        self.rule.observe(np.where(measured.is_excluded, np.inf, measured.errors))
+        warn_of_errors(measured, name_of(model), [earlier.gradients for earlier in self.measurements])
+        error_or_nan = float("nan") if validation_error is None else validation_error
+        self.measurements.append(Measurement(n_updates, measured, self.rule.weights(n_updates), error_or_nan))
+        logs = {} if validation_error is None else {"model/validation_error": validation_error}
+        for horizon, error, standard_error in zip(horizons, measured.errors, measured.standard_errors, strict=True):
+            logs[f"horizons/error_{horizon}"] = error
+            logs[f"horizons/error_{horizon}_se"] = standard_error
+        return logs
+
+
+def make_trust(
+    rule: WeightingRule, is_corrected: bool, is_learned: bool = False, measurements: Sequence[Measurement] = ()
+) -> Trust:
+    """
+    :param rule: the weighting rule
+    :param is_corrected: whether the user's model is corrected
+    :param is_learned: whether the user's model is itself learned from data
+    :param measurements: errors measured so far; dropped when they are of other horizons
+    :return: measured trust for a rule that needs errors, otherwise fixed trust
+    """
+    trust = (MeasuredTrust if rule.needs_errors else FixedTrust)(rule, is_corrected, is_learned)
+    if all(measurement.gradients.horizons == rule.horizons for measurement in measurements):
+        trust.measurements = list(measurements)
+    return trust

@@ -27,11 +27,12 @@ from stable_baselines3.common.vec_env import (
 from sb3_mpg.common.processes import (
     NO_MAIN_GUARD,
     NO_MAIN_GUARD_MESSAGE,
+    Failure,
+    Ready,
     SharedBytes,
     Worker,
     exit_without_main_guard,
     process_context,
-    raise_packed,
 )
 
 
@@ -107,7 +108,7 @@ def run_evaluator(connection: Connection, payload: SharedBytes) -> None:
     """
     policy, env_parts, settings = payload.load()
     env = put_env_together(*env_parts)
-    connection.send("ready")
+    connection.send(Ready())
     while True:
         message: bytes | None = connection.recv()
         if message is None:
@@ -264,36 +265,39 @@ class AsyncEvalCallback(EvalCallback):
         except (EOFError, OSError):
             died = True
         if died:
-            self._bury()
+            self._report_death(self._worker)
         return continue_training
 
-    def _bury(self) -> None:
-        """The evaluator died, and with it the evaluation that it was busy with or started for."""
-        assert self._worker is not None
+    def _report_death(self, worker: Worker) -> None:
+        """
+        The evaluator died, and with it the evaluation that it was busy with or started for.
+
+        :param worker: the evaluator
+        """
         if self._running is None and self._waiting:
             self._running = self._waiting.popleft()
         lost = "" if self._running is None else f" The evaluation of step {self._running.num_timesteps} is missing."
-        code = self._worker.exit_code()
+        code = worker.exit_code()
         self.close(keep_waiting=True)
         if code == NO_MAIN_GUARD:
             raise RuntimeError(NO_MAIN_GUARD_MESSAGE)
         warnings.warn(f"The evaluator died with exit code {code}; the next evaluation starts it again.{lost}")
 
-    def _take(self, message: Any) -> bool:
+    def _take(self, message: Ready | Evaluation | Failure) -> bool:
         """
         :param message: that the evaluator is ready, an evaluation, or an exception
         :return: whether training goes on
         :raises Exception: that of the evaluator
         """
-        if message == "ready":
+        if isinstance(message, Ready):
             self._is_ready = True
             return True
-        if isinstance(message, Evaluation):
-            assert self._running is not None
-            snapshot, self._running = self._running, None
-            return self._report(snapshot, message)
-        self.close()
-        raise_packed(*message)
+        if isinstance(message, Failure):
+            self.close()
+            message.reraise()
+        assert self._running is not None
+        snapshot, self._running = self._running, None
+        return self._report(snapshot, message)
 
     def _report(self, snapshot: Snapshot, evaluation: Evaluation) -> bool:
         """
@@ -336,8 +340,7 @@ class AsyncEvalCallback(EvalCallback):
         if mean_reward > self.best_mean_reward:
             if self.verbose >= 1:
                 print("New best mean reward!")
-            if self.best_model_save_path is not None:
-                assert snapshot.model is not None
+            if self.best_model_save_path is not None and snapshot.model is not None:
                 with open(os.path.join(self.best_model_save_path, "best_model.zip"), "wb") as file:
                     file.write(snapshot.model)
             self.best_mean_reward = mean_reward

@@ -34,6 +34,14 @@ def _setting() -> Any:
     return matmul if hasattr(matmul, "fp32_precision") else None
 
 
+def get_matmul_precision() -> str:
+    """
+    :return: the value of ``th.backends.mkldnn.matmul.fp32_precision`` now, ``DEFAULT`` where torch has no such setting
+    """
+    setting = _setting()
+    return DEFAULT if setting is None else setting.fp32_precision
+
+
 def set_matmul_precision(precision: str) -> None:
     """
     :param precision: the value of ``th.backends.mkldnn.matmul.fp32_precision`` from now on; nothing else is touched, and for

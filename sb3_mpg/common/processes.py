@@ -10,7 +10,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import BaseContext
 from multiprocessing.heap import Arena
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import cloudpickle
 import torch as th
@@ -43,8 +43,8 @@ def check_start_method(start_method: str | None) -> str:
 
 def exit_without_main_guard() -> None:
     """
-    To be called before the work that processes are started for. In a process that runs through the main script, because that
-    has no guard, it tells the main process, and vanishes before it does that work, too.
+    To be called before the work that processes are started for. A child process that imports a main script without a guard
+    would do that work again: it exits instead, with a code that tells the parent why.
     """
     if getattr(mp.current_process(), "_inheriting", False):
         os._exit(NO_MAIN_GUARD)
@@ -77,31 +77,44 @@ class RemoteTraceback(Exception):
         return f"in another process:\n\n{self.text}"
 
 
-def pack_exception(error: BaseException, traceback_text: str) -> tuple[bytes | None, str]:
+class Ready(NamedTuple):
+    """Message of a worker that it has started."""
+
+
+class Failure(NamedTuple):
     """
-    :param error: an exception
+    Message of a worker that it ended in an exception.
+
+    :param packed: the exception, pickled; ``None`` if it cannot be pickled
     :param traceback_text: its traceback
-    :return: what :func:`raise_packed` takes: the exception, ``None`` if it cannot be pickled, and the traceback
     """
-    try:
-        packed = cloudpickle.dumps(error)
-        # Some exceptions can be pickled, but not put together again
-        cloudpickle.loads(packed)
-    except Exception:
-        return None, traceback_text
-    return packed, traceback_text
 
+    packed: bytes | None
+    traceback_text: str
 
-def raise_packed(packed: bytes | None, traceback_text: str) -> NoReturn:
-    """
-    :param packed: the exception, or ``None``
-    :param traceback_text: its traceback in the other process
-    :raises BaseException: the exception, with the traceback as its cause
-    """
-    error = RuntimeError("An exception that cannot be sent between processes; see its traceback above.")
-    if packed is not None:
-        error = cloudpickle.loads(packed)
-    raise error from RemoteTraceback(traceback_text)
+    @classmethod
+    def of(cls, error: BaseException, traceback_text: str) -> "Failure":
+        """
+        :param error: an exception
+        :param traceback_text: its traceback
+        :return: the message
+        """
+        try:
+            packed = cloudpickle.dumps(error)
+            # Some exceptions can be pickled, but not put together again
+            cloudpickle.loads(packed)
+        except Exception:
+            return cls(None, traceback_text)
+        return cls(packed, traceback_text)
+
+    def reraise(self) -> NoReturn:
+        """
+        :raises BaseException: the exception, with its traceback in the other process as its cause
+        """
+        error = RuntimeError("An exception that cannot be sent between processes; see its traceback above.")
+        if self.packed is not None:
+            error = cloudpickle.loads(self.packed)
+        raise error from RemoteTraceback(self.traceback_text)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -122,8 +135,8 @@ def _exit_with_parent() -> None:
 
 def _run(target: Callable[..., None], connection: Connection, args: tuple[Any, ...]) -> None:
     """
-    What a worker process runs. An exception is sent to the main process, for :func:`raise_packed`; one that ran out
-    of memory dies of it, as if the system had killed it.
+    What a worker process runs. An exception is sent to the main process as a :class:`Failure`. A process that ran out of
+    memory ends, as if the system had killed it.
 
     :param target: takes the connection and the arguments
     :param connection: to the main process
@@ -143,7 +156,7 @@ def _run(target: Callable[..., None], connection: Connection, args: tuple[Any, .
             if is_out_of_memory(error):
                 traceback.print_exc()
                 sys.exit(OUT_OF_MEMORY)
-            connection.send(pack_exception(error, traceback.format_exc()))
+            connection.send(Failure.of(error, traceback.format_exc()))
     except hung_up:
         # The main process did
         sys.exit(1)
@@ -207,10 +220,12 @@ class Worker:
 
     def close(self, grace_seconds: float = 0.0) -> None:
         """
-        End the process, and wait for that.
+        End the process, and wait for that. Calling it again does nothing.
 
         :param grace_seconds: how long it may take to end by itself
         """
+        if self.connection.closed:
+            return
         self.connection.close()
         if grace_seconds > 0:
             self.process.join(grace_seconds)

@@ -1,93 +1,94 @@
-import copy
 import io
 import pathlib
-import random
-import warnings
+from abc import abstractmethod
 from collections.abc import Iterable
-from contextlib import nullcontext
-from typing import Any, ClassVar, TypeVar
+from dataclasses import replace
+from typing import Any, Literal, TypeVar
 
-import gymnasium as gym
 import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.base_class import maybe_make_env
-from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
+from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.noise import ActionNoise, NormalActionNoise, VectorizedActionNoise
+from stable_baselines3.common.noise import ActionNoise, VectorizedActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TrainFreq
+from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
+from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_mpg.common.buffers import RecordedSteps
+from sb3_mpg.common import checks
+from sb3_mpg.common.buffers import RecordedSteps, check_buffer_class, check_replay_buffer, choose_replay_buffer
 from sb3_mpg.common.callbacks import close_evaluators
-from sb3_mpg.common.learners.base import InProcessLearner, Learners, LearnerSettings
-from sb3_mpg.common.learners.multiprocess import MultiprocessLearners
+from sb3_mpg.common.noise import choose_action_noise
+from sb3_mpg.common.compilation.step_compiler import StepCompiler
+from sb3_mpg.common.learners import InProcessLearner, Learners, LearnerSettings, MultiprocessLearners, TrainingInputs
+from sb3_mpg.common.model_fitting import ModelFitting
 from sb3_mpg.common.models.base import PriorModel
-from sb3_mpg.common.models.checking.checker import validate_prior_model
-from sb3_mpg.common.models.loading import PriorModelLike, make_prior_model
-from sb3_mpg.common.models.residual import ResidualModel
-from sb3_mpg.common.models.trainable import CorrectedModel, TrainableModel, members_of
-from sb3_mpg.common.models.windows import Transitions
-from sb3_mpg.common.precision import DEFAULT as DEFAULT_PRECISION
-from sb3_mpg.common.precision import choose_matmul_precision, matmul_precision, set_matmul_precision
-from sb3_mpg.common.torch_layers import ObservationScaler
-from sb3_mpg.common.type_aliases import GradientResult, Simulator, TrainingBatch
+from sb3_mpg.common.models.loading import name_of
+from sb3_mpg.common.models.rollout_model import ModelSettings
+from sb3_mpg.common.models.trainable import TrainableModel, members_of
+from sb3_mpg.common.optimizer_steps import OptimizerSteps
+from sb3_mpg.common.precision import choose_matmul_precision, matmul_precision
+from sb3_mpg.common.rollouts.exploration import ModelExploration
+from sb3_mpg.common.rollouts.steps import EagerSteps
+from sb3_mpg.common.settings import SettingOf, assign_loaded_settings
+from sb3_mpg.common.training_state import TrainingState, restore_rng_state, rng_state
+from sb3_mpg.common.trust import TrustReport, WeightingRule, make_trust
 from sb3_mpg.common.units import Units
-from sb3_mpg.common.checks import check_spaces, check_count, check_keywords, check_number
-from sb3_mpg.common.randomness import randomness_of_update
-from sb3_mpg.common.utils import keep_freed_memory
-from sb3_mpg.common.value_targets import ValueTarget, make_value_target
+from sb3_mpg.common.update import Update, UpdateSettings
+from sb3_mpg.common.utils import expected_updates, keep_freed_memory, optimizer_of
+from sb3_mpg.common.value_targets import ValueTarget
 
 SelfOffPolicyModelAlgorithm = TypeVar("SelfOffPolicyModelAlgorithm", bound="OffPolicyModelAlgorithm")
 
-# A trainable model is fitted to this many steps for each of its members, once an update
-FIT_BATCH_SIZE = 256
-# Its scales come from at most this many
-MAX_PREPARATION_STEPS = 20_000
-# Before the first update it is fitted to what was recorded until then, as long as that helps with steps that were held out
-MAX_PRETRAINING_STEPS = 2000
-PRETRAINING_PATIENCE = 200
-PRETRAINING_CHECK_EVERY = 50
-# Rewards much smaller than one drown in what critics say before they have learned anything
-TINY_REWARD = 1e-4
-# What only rollouts show is settled by those from about as many steps
-N_JUDGED_STEPS = 1000
+# Compiling takes 10 to 20 seconds and saves 1 to 3 milliseconds for each model step of a batch (benchmarks/speed.py)
+COMPILE_FROM_MODEL_STEPS = 15_000
 
 
 class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
     """
-    The base of off-policy algorithms that learn from a replay buffer and from a differentiable model at once.
+    The base of off-policy algorithms that learn from a replay buffer and from a differentiable model at once. Subclasses give
+    the policies, and an :class:`~sb3_mpg.common.update.Update` that computes the gradients.
 
-    On top of SB3's ``OffPolicyAlgorithm`` it keeps the model that the gradient is back-propagated through, the conversions
-    between the units of the environment and those of the networks, the value target, the processes that compute the gradients,
-    and all that makes a continued training equal to an uninterrupted one.
+    It owns what is common to the family: the model and its fitting, the trust in it, where gradients are computed, how they
+    are applied, and all that makes a continued training equal to an uninterrupted one.
 
     :param policy: The policy model to use
     :param env: The environment to learn from (if registered in Gym, can be str)
-    :param learning_rate: learning rate of the actor
-    :param prior_model: the user's knowledge of the system: a ``PriorModel``, a class or factory of one, a dotted path
-        ``"package.module:Class"``, or ``"auto"``, the model that the environment offers
-    :param prior_model_kwargs: arguments of the class or factory of the prior model
-    :param residual: whether the prior model is corrected by what is recorded, see ``ResidualModel``
-    :param residual_kwargs: arguments of ``ResidualModel``
-    :param value_target: what the critics regress on: ``"clipped_double_q"``, ``"n_step_simulator"``,
-        ``"n_step_replay"``, or a ``ValueTarget``
-    :param value_target_kwargs: arguments of the named value target
-    :param max_grad_norm: largest norm of the gradient of each network, ``None`` for no limit
+    :param learning_rate: learning rate of all networks but the critics
+    :param critic_learning_rate: learning rate of the critics
+    :param model_settings: which prior model there is, and whether it is corrected
+    :param weighting_rule: gives the weights of the horizons of the rollouts
+    :param value_target: what the critics regress on
+    :param batch_reuse: in how many updates a batch and its targets are used; as many batches take turns
     :param reward_scale: factor of all rewards, recorded and predicted ones alike
     :param exploration_noise: standard deviation of the Gaussian noise on actions in [-1, 1] when ``action_noise`` is None
-    :param max_skipped_updates: how many updates in a row may be skipped for a non-finite gradient before training stops
-    :param n_learners: number of processes that compute the gradients, 0 for none but the main process
-    :param max_staleness: how many updates old a gradient of theirs may be, see ``LearnerSettings``
-    :param learner_kwargs: further ``LearnerSettings``
+    :param model_exploration: share of the start states of rollouts that are perturbed in the model, see ``ModelExploration``
+    :param optimizer_steps: how gradients are applied
+    :param learner_settings: in how many processes gradients are computed
+    :param compile: whether rollouts are compiled; ``"auto"`` for trainings that are long enough to repay it
 
     The other parameters are those of ``OffPolicyAlgorithm``.
 
     :raises ValueError: before the first environment step, for spaces, models, or settings that cannot work
     """
 
-    _model_attributes: ClassVar[list[str]] = ["rollout_model", "_simulator", "_learners", "_matmul_precision"]
+    prior_model = SettingOf("model_settings")
+    prior_model_kwargs = SettingOf("model_settings")
+    residual = SettingOf("model_settings")
+    residual_kwargs = SettingOf("model_settings")
+    n_learners = SettingOf("learner_settings")
+    max_staleness = SettingOf("learner_settings")
+    learner_kwargs = SettingOf("learner_settings")
+    max_grad_norm = SettingOf("optimizer_steps")
+    max_skipped_updates = SettingOf("optimizer_steps")
+    n_skipped_updates = SettingOf("optimizer_steps")
+    action_space: spaces.Box
+    observation_space: spaces.Box
+    replay_buffer: ReplayBuffer
+    update: Update
 
     def __init__(
         self,
@@ -105,19 +106,17 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         replay_buffer_class: type[ReplayBuffer] | None,
         replay_buffer_kwargs: dict[str, Any] | None,
         optimize_memory_usage: bool,
-        prior_model: PriorModelLike,
-        prior_model_kwargs: dict[str, Any] | None,
-        residual: bool,
-        residual_kwargs: dict[str, Any] | None,
-        value_target: str | ValueTarget,
-        value_target_kwargs: dict[str, Any] | None,
-        max_grad_norm: float | None,
+        critic_learning_rate: float | Schedule,
+        model_settings: ModelSettings,
+        weighting_rule: WeightingRule,
+        value_target: ValueTarget,
+        batch_reuse: int,
         reward_scale: float,
         exploration_noise: float,
-        max_skipped_updates: int,
-        n_learners: int,
-        max_staleness: int | None,
-        learner_kwargs: dict[str, Any] | None,
+        model_exploration: float,
+        optimizer_steps: OptimizerSteps,
+        learner_settings: LearnerSettings,
+        compile: bool | Literal["auto"],
         stats_window_size: int,
         tensorboard_log: str | None,
         policy_kwargs: dict[str, Any] | None,
@@ -127,15 +126,8 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
     ):
         env = None if env is None else maybe_make_env(env, verbose)
         if env is not None:
-            check_spaces(env.observation_space, env.action_space)
-        self.value_target = make_value_target(value_target, value_target_kwargs)
-        if self.value_target.replay_n_steps > 1 and not (
-            replay_buffer_class is None or issubclass(replay_buffer_class, NStepReplayBuffer)
-        ):
-            raise ValueError(
-                f"The value target spans {self.value_target.replay_n_steps} recorded steps and needs an NStepReplayBuffer, "
-                f"got replay_buffer_class={replay_buffer_class.__name__}; leave it at None."
-            )
+            checks.check_spaces(env.observation_space, env.action_space)
+        check_buffer_class(replay_buffer_class, value_target.replay_n_steps)
         super().__init__(
             policy,
             env,  # type: ignore[arg-type]  # None when loading for predictions
@@ -160,35 +152,20 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
             sde_support=False,
             support_multi_env=True,
         )
-        self.prior_model = prior_model
-        self.prior_model_kwargs = prior_model_kwargs
-        self.residual = residual
-        self.residual_kwargs = residual_kwargs
-        self._model_state: dict[str, Any] | None = None
-        # How many steps were recorded when the model was last prepared for them, or found to be
-        self._n_prepared_for = 0
-        self.max_grad_norm = max_grad_norm
+        self.critic_learning_rate = critic_learning_rate
+        self.value_target = value_target
+        self.batch_reuse = batch_reuse
         self.reward_scale = reward_scale
         self.exploration_noise = exploration_noise
-        self.max_skipped_updates = max_skipped_updates
-        self.n_learners = n_learners
-        self.max_staleness = max_staleness
-        self.learner_kwargs = learner_kwargs
-        # While `learn` runs
-        self._learners: Learners | None = None
-        self._matmul_precision = DEFAULT_PRECISION
-        # What the random numbers of an update are drawn from, and its number
-        self._update_seed: int | None = None
-        #: The model that the gradient is back-propagated through
-        self.rollout_model: PriorModel | None = None
-        self.n_skipped_updates = 0
-        self._n_updates_at_start = 0
-        self._n_skipped_in_a_row = 0
-        self._has_warned_of_records = False
-        self._simulator: Simulator | None = None
-        self._rng_state: dict[str, Any] | None = None
-        # Standard deviation of the action noise if it is not the user's
-        self._own_noise: float | None = None
+        self.model_exploration = model_exploration
+        self.compile = compile
+        self.model_settings = model_settings
+        self.learner_settings = learner_settings
+        self.optimizer_steps = optimizer_steps
+        self.training_state = TrainingState()
+        self.trust = make_trust(weighting_rule, self.residual)
+        # Only a trainable model has one
+        self.model_fitting: ModelFitting | None = None
 
     def _check_settings(self) -> None:
         """
@@ -196,308 +173,220 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
 
         :raises ValueError: for values that make no sense
         """
-        LearnerSettings.of(self.n_learners, self.max_staleness, self.learner_kwargs)
-        if not isinstance(self.residual, bool):
-            raise ValueError(f"`residual` says whether the model is corrected, True or False, got {self.residual!r}.")
-        check_keywords("residual_kwargs", self.residual_kwargs, ResidualModel, "prior", "n_states", "n_actions")
-        check_number("reward_scale", self.reward_scale, 0.0, includes_low=False)
-        check_number("exploration_noise", self.exploration_noise, 0.0)
-        for name, low in (("max_skipped_updates", 0), ("batch_size", 1)):
-            check_count(name, getattr(self, name), low)
-        for name in ("gamma", "tau"):
-            share = getattr(self, name)
-            check_number(name, share, 0.0)
-            if share > 1:
-                raise ValueError(f"`{name}` must lie between 0 and 1, got {share!r}.")
-        if self.max_grad_norm is not None:
-            check_number("max_grad_norm", self.max_grad_norm, 0.0, includes_low=False)
+        for part in (self.learner_settings, self.model_settings, self.optimizer_steps):
+            part.check()
+        if self.compile not in (True, False, "auto"):
+            raise ValueError(f"`compile` must be True, False or 'auto', got {self.compile!r}.")
+        checks.check_number("reward_scale", self.reward_scale, 0.0, includes_low=False)
+        checks.check_number("exploration_noise", self.exploration_noise, 0.0)
+        ModelExploration(self.model_exploration).check()
+        for name in ("batch_size", "batch_reuse"):
+            checks.check_count(name, getattr(self, name), 1)
+        checks.check_share("gamma", self.gamma)
+        checks.check_share("tau", self.tau)
 
     def _setup_model(self) -> None:
+        assign_loaded_settings(self)
         self._check_settings()
-        # As text when given to `load`, which makes its arguments an attribute
-        self.value_target = make_value_target(self.value_target, vars(self).pop("value_target_kwargs", None))
+        prior: PriorModel | None = None
         if self.env is not None:
             # A class of models makes its networks here
             self.set_random_seed(self.seed)
-            self._setup_rollout_model()
-        self._choose_replay_buffer()
+            prior = self._find_prior_model(self.env)
+        self.replay_buffer_class, self.replay_buffer_kwargs, self.n_steps = choose_replay_buffer(
+            self.replay_buffer_class, self.replay_buffer_kwargs, self.n_steps, self.value_target.replay_n_steps
+        )
         super()._setup_model()
-        if self._update_seed is None:
-            self._update_seed = int(np.random.randint(2**31 - 1)) if self.seed is None else self.seed
-        if self.rollout_model is not None:
-            # After the seed was set
-            self.rollout_model = self._make_trainable(self.rollout_model)
+        self._setup_update(prior)
         self._check_replay_buffer()
-        if self._own_noise is not None and self._own_noise != self.exploration_noise:
-            # Given to `load`, perhaps together with a noise
-            noise = self.action_noise.base_noise if isinstance(self.action_noise, VectorizedActionNoise) else self.action_noise
-            if repr(noise) == repr(self._gaussian_noise(self._own_noise)):
-                self.action_noise = None
-            self._own_noise = None
-        if self.action_noise is None and self.exploration_noise > 0:
-            self._own_noise = self.exploration_noise
-            self.action_noise = self._gaussian_noise(self.exploration_noise)
+        self.action_noise, self.training_state.own_noise = choose_action_noise(
+            self.action_noise, self.training_state.own_noise, self.exploration_noise, self.action_space
+        )
 
-    def _gaussian_noise(self, std: float) -> NormalActionNoise:
-        n_actions = self.action_space.shape[0]  # type: ignore[index]
-        return NormalActionNoise(np.zeros(n_actions), std * np.ones(n_actions))
+    def _find_prior_model(self, env: VecEnv) -> PriorModel:
+        """
+        :param env: the environment
+        :return: the prior model; an empty one when the only horizon is 0
+        :raises ValueError: when the environment offers no model or simulator that is needed, or the model cannot be used
+        """
+        is_needed, target = self.trust.longest_horizon > 0, self.value_target
+        model = self.model_settings.make_prior(env, self.device) if is_needed else PriorModel()
+        target.check_env(env)
+        users = ["prior_model='auto'"] if is_needed and self.prior_model == "auto" else []
+        checks.warn_of_wrappers(env, users + ([type(target).__name__] if target.needs_simulator else []))
+        return model
 
-    def _choose_replay_buffer(self) -> None:
+    def _setup_update(self, prior: PriorModel | None) -> None:
         """
-        Let SB3 choose the replay buffer by the value target. A class of the user's is the user's to configure, and is checked
-        once it is there. What is loaded has SB3's own choice, for the value target of then, and SB3 would take it for the
-        user's. It is the user's where it spans several steps without SB3's setting for that.
+        Make the learner side.
+
+        :param prior: the prior model, ``None`` without an environment
         """
-        if self.replay_buffer_class is NStepReplayBuffer and self.n_steps > 1:
-            self.replay_buffer_class = None
-            names = ("n_steps", "gamma")
-            self.replay_buffer_kwargs = {k: v for k, v in self.replay_buffer_kwargs.items() if k not in names}
-        if self.replay_buffer_class in (None, ReplayBuffer):
-            self.replay_buffer_class = None
-            self.n_steps = self.value_target.replay_n_steps
+        model = PriorModel() if prior is None else prior
+        is_stepped = prior is not None and self.trust.longest_horizon > 0
+        # Without a correction that is used, measured errors still need one to compare the prior model with
+        if is_stepped and (self.residual or self.trust.rule.needs_errors):
+            model = self.model_settings.make_trainable(model, self.observation_space, self.action_space, self.device)
+        state, trust = self.training_state, self.trust
+        self.update = self._make_update(model, state.seed_of_updates(self.seed))
+        self.update.batches.load_state(state.batches, self.batch_reuse, self.device)
+        self.learners: Learners = InProcessLearner(self.update)
+        self.trust = make_trust(trust.rule, self.residual, isinstance(prior, TrainableModel), trust.measurements)
+        self.model_fitting = ModelFitting(model) if isinstance(model, TrainableModel) else None
+        if self.model_fitting is not None:
+            self.trust.check_critics(self.update.n_critics)
+            if not self.model_fitting.restore(state.fitting):
+                self.trust.forget()
+            state.fitting = None
+        state.batches = None
+
+    @abstractmethod
+    def _make_update(self, model: PriorModel, seed: int) -> Update:
+        """
+        :param model: the model of the rollouts
+        :param seed: what the random numbers of updates follow from
+        :return: what computes the gradients
+        """
 
     def _check_replay_buffer(self) -> None:
-        """
-        :raises ValueError: when the replay buffer is of other spaces, or adds up rewards over other steps than the target
-        """
-        buffer = self.replay_buffer
-        assert buffer is not None
-        for name in ("observation_space", "action_space"):
-            shape, expected = getattr(buffer, name).shape, getattr(self, name).shape
-            if shape != expected:
-                raise ValueError(f"The {name} of the replay buffer has the shape {shape}, that of the algorithm {expected}.")
         n_steps = self.value_target.replay_n_steps
-        of_buffer = getattr(buffer, "n_steps", 1), getattr(buffer, "gamma", self.gamma)
-        if of_buffer != (n_steps, self.gamma):
-            raise ValueError(
-                f"The value target spans {n_steps} recorded steps with gamma={self.gamma}, but the replay buffer was made for "
-                f"n_steps={of_buffer[0]}, gamma={of_buffer[1]}. One of a class of yours gets them by `replay_buffer_kwargs`; "
-                "one that was saved fits the value target and the discount that it was saved with."
-            )
+        check_replay_buffer(self.replay_buffer, self.observation_space, self.action_space, n_steps, self.gamma)
 
     def load_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase, truncate_last_traj: bool = True) -> None:
-        """
-        Load a replay buffer from a pickle file.
-
-        :param path: Path to the pickled replay buffer.
-        :param truncate_last_traj: When using ``HerReplayBuffer`` with online sampling, whether the last trajectory is cut.
-        :raises ValueError: when it is of other spaces, or of a value target that spans another number of steps
-        """
         super().load_replay_buffer(path, truncate_last_traj)
         self._check_replay_buffer()
 
-    def _needs_prior_model(self) -> bool:
-        """
-        :return: whether the model is ever stepped
-        """
-        return True
-
-    def _setup_rollout_model(self) -> None:
-        """Find the prior model and check, before anything is stepped, that it and the environment can be learned with."""
-        assert self.env is not None
-        if self._needs_prior_model():
-            model = make_prior_model(self.prior_model, self.env, self.prior_model_kwargs).to(self.device)
-            try:
-                validate_prior_model(model, self.observation_space, self.action_space, self.device)
-            except ValueError as error:
-                if self.prior_model != "auto":
-                    raise
-                raise ValueError(
-                    f"{error}\nThe model is the environment's own (prior_model='auto') and knows nothing of wrappers around "
-                    "it: if there are any, pass a model of what they make of it."
-                ) from error
-        else:
-            model = PriorModel()
-        self.rollout_model = model
-        self._simulator = None
-        self._warn_of_wrappers()
-        if self.value_target.needs_simulator and not self.env.has_attr("make_simulator"):
-            raise ValueError(
-                "The value target runs the policy in the simulator from recorded states, but the environment has no method "
-                "`make_simulator(num_agents)` and cannot be put into a state; use MPG with value_target='n_step_replay' (and "
-                "horizons=(0,), weighting='constant' to do without a model)."
-            )
-
-    def _needs_trainable_model(self) -> bool:
-        """
-        :return: whether a model is fitted to the recorded steps, be it used or only compared with
-        """
-        return self._needs_prior_model() and self.residual
-
-    def _make_trainable(self, model: PriorModel) -> PriorModel:
-        """
-        :param model: the prior model
-        :return: it, with a correction around it if one is needed, as far as that was learned before
-        """
-        if self._needs_trainable_model() and not isinstance(model, TrainableModel):
-            observation = th.zeros(1, *self.observation_space.shape, device=self.device)  # type: ignore[misc]
-            n_states = model.state_from_observation(observation).shape[1]
-            n_actions = self.action_space.shape[0]  # type: ignore[index]
-            residual = ResidualModel(model, n_states, n_actions, **(self.residual_kwargs or {})).to(self.device)
-            model = residual
-        if isinstance(model, CorrectedModel):
-            model.use_correction(self.residual)
-        if isinstance(model, TrainableModel) and self._model_state is not None:
-            if model.load_learned_state(self._model_state):
-                return model
-            if self._n_prepared_for > 0:
-                warnings.warn(
-                    "What was learned of another model is forgotten; what is missed by this one is learned from the replay "
-                    "buffer before the next update."
-                )
-            self._forget_model()
-        return model
-
-    def _forget_model(self) -> None:
-        """As before anything was learned of the model."""
-        self._model_state, self._n_prepared_for = None, 0
-
-    def _recorded_steps(self, units: Units) -> RecordedSteps:
-        assert self.replay_buffer is not None
-        return RecordedSteps(self.replay_buffer, units.unscale_actions, self.device)
-
-    def _prepare_model(self, units: Units) -> None:
-        """
-        Before the first update: scale a trainable model by the steps recorded so far, and fit it to them. And once more
-        when twice as many are recorded, if these are not what the first ones promised. What only rollouts show is settled
-        each time.
-
-        :param units: conversions between environment and networks
-        """
-        model = self.rollout_model
-        assert self.replay_buffer is not None
-        n_held = self.replay_buffer.size() * self.replay_buffer.n_envs
-        # Of which a small buffer holds the last ones
-        n_recorded = max(n_held, self.num_timesteps)
-        if not isinstance(model, TrainableModel) or n_recorded < 2 * self._n_prepared_for:
-            return
-        if n_held < self._n_prepared_for and not self.replay_buffer.full:
-            return  # training goes on without the replay buffer of before, and what is there says less
-        recorded = self._recorded_steps(units)
-        known = recorded.latest(MAX_PREPARATION_STEPS)
-        if known is None:
-            return
-        is_first, self._n_prepared_for = self._n_prepared_for == 0, n_recorded
-        if is_first or model.needs_rescaling(known):
-            self._adapt_model(model, recorded, known)
-        windows = recorded.windows(N_JUDGED_STEPS, self._longest_rollout())
-        if windows is not None:
-            model.tune_on_rollouts(windows)
-
-    def _longest_rollout(self) -> int:
-        """
-        :return: the largest number of model steps of a gradient
-        """
-        raise NotImplementedError
-
-    def _adapt_model(self, model: TrainableModel, recorded: RecordedSteps, known: Transitions) -> None:
-        """
-        :param model: what is scaled and fitted
-        :param recorded: the recorded steps
-        :param known: those that its scales come from
-        """
-        model.train()
-        model.rescale(known)
-        best_error, best_step = float("inf"), 0
-        for step in range(MAX_PRETRAINING_STEPS):
-            self._fit_model(recorded)
-            if step % PRETRAINING_CHECK_EVERY == 0:
-                error = self._validation_error(recorded)
-                if error is not None and error < 0.98 * best_error:
-                    best_error, best_step = error, step
-                elif step - best_step >= PRETRAINING_PATIENCE:
-                    break
-
-    def _fit_model(self, recorded: RecordedSteps) -> float | None:
-        """
-        :param recorded: what a trainable model is fitted to, by one step of its optimizer
-        :return: the loss
-        """
-        assert isinstance(self.rollout_model, TrainableModel)
-        batch = recorded.sample(FIT_BATCH_SIZE * self.rollout_model.n_members)
-        return None if batch is None else self.rollout_model.fit(batch)
-
-    def _validation_error(self, recorded: RecordedSteps) -> float | None:
-        """
-        :param recorded: the recorded steps
-        :return: the error of a trainable model in steps that were held out, ``None`` while there is none
-        """
-        assert isinstance(self.rollout_model, TrainableModel)
-        held_out = self._held_out_steps(recorded)
-        return None if held_out is None else self.rollout_model.validation_error(held_out)
-
-    @staticmethod
-    def _held_out_steps(recorded: RecordedSteps) -> Transitions | None:
-        """
-        :param recorded: the recorded steps
-        :return: some that the model is not fitted to, ``None`` while there is none
-        """
-        return recorded.sample(FIT_BATCH_SIZE, held_out=True)
-
-    def _warn_of_wrappers(self) -> None:
-        """The environment's own model and simulator know nothing of the wrappers around it."""
-        assert self.env is not None
-        from_inside = {"prior_model='auto'": self._needs_prior_model() and self.prior_model == "auto"}
-        from_inside[f"{type(self.value_target).__name__}"] = self.value_target.needs_simulator
-        wrappers = (gym.ActionWrapper, gym.ObservationWrapper, gym.RewardWrapper, gym.wrappers.NormalizeReward)
-        if any(from_inside.values()) and any(any(self.env.env_is_wrapped(wrapper)) for wrapper in wrappers):
-            users = " and ".join(name for name, is_used in from_inside.items() if is_used)
-            warnings.warn(
-                f"A wrapper changes the actions, observations or rewards of the environment, but {users} speaks the units of "
-                "the environment below it. If they differ, pass a model in the units of the wrapper, or use VecNormalize."
-            )
-
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
-        """
-        Change the environment, and with it the model and the simulator that it offers.
-
-        :param env: The environment for learning a policy
-        :param force_reset: Force call to ``reset()`` before training to avoid unexpected behavior.
-        """
+        # The model and the simulator are those of the environment, and so are the targets of batches kept for reuse
         super().set_env(env, force_reset)
-        if isinstance(self.rollout_model, TrainableModel):
-            self._model_state = self.rollout_model.learned_state()
-        self._setup_rollout_model()
-        self.rollout_model = self._make_trainable(self.rollout_model)  # type: ignore[arg-type]
+        if self.model_fitting is not None:
+            self.training_state.fitting = self.model_fitting.state()
+        self._setup_update(self._find_prior_model(self.env))  # type: ignore[arg-type]  # set above
 
-    def _make_simulator(self, num_agents: int) -> Simulator:
-        """
-        :param num_agents: size of the batch
-        :return: a simulator, the same one at each call
-        """
-        if self._simulator is None or self._simulator.num_agents != num_agents:
-            assert self.env is not None, "There is no environment to make a simulator"
-            self._simulator = self.env.env_method("make_simulator", num_agents, indices=[0])[0]
-        assert self._simulator is not None
-        return self._simulator
+    @property
+    def rollout_model(self) -> PriorModel | None:
+        """The model that the gradient is back-propagated through; ``None`` without an environment."""
+        return None if self.env is None else self.update.model
 
-    def _units(self) -> Units:
+    @property
+    def weighting_rule(self) -> WeightingRule:
+        """Gives the weights of the horizons."""
+        return self.trust.rule
+
+    @weighting_rule.setter
+    def weighting_rule(self, rule: WeightingRule) -> None:
+        self.trust = make_trust(rule, self.residual, self.trust.is_learned, self.trust.measurements)
+
+    def update_settings(self, n_updates: int) -> UpdateSettings:
+        """
+        :param n_updates: number of the update
+        :return: the settings of the update, as they are now
+        """
+        return UpdateSettings(
+            gamma=self.gamma,
+            weights=self.trust.weights(n_updates),
+            trust=self.trust.in_model(n_updates),
+            value_target=self.value_target,
+            batch_reuse=self.batch_reuse,
+            exploration=ModelExploration(self.model_exploration),
+        )
+
+    def training_inputs(self, batch_size: int) -> TrainingInputs:
+        """
+        :param batch_size: number of transitions
+        :return: what gradients depend on besides the tensors of the update, as it is now; among it the statistics of
+            ``VecNormalize``
+        """
+        env, simulator = self.env, self.update.simulator
+        is_missing = simulator is None or simulator.num_agents != batch_size
+        if env is not None and self.value_target.needs_simulator and is_missing:
+            self.update.simulator = env.env_method("make_simulator", batch_size, indices=[0])[0]
+        return TrainingInputs(self.replay_buffer, batch_size, self.units(), self.update_settings)
+
+    def units(self) -> Units:
         """
         :return: the conversions between environment and networks, with the present statistics of ``VecNormalize``
         """
-        assert isinstance(self.action_space, spaces.Box)
         return Units.of(self.action_space, self.device, self.reward_scale, self._vec_normalize_env)
 
-    def _warn_of_tiny_rewards(self, units: Units) -> None:
-        assert self.replay_buffer is not None
-        rewards = th.as_tensor(self.replay_buffer.rewards[: self.replay_buffer.size()], dtype=th.float32, device=self.device)
-        size = units.scale_rewards(rewards).square().mean().sqrt().item()
-        if 0 < size < TINY_REWARD:
-            warnings.warn(
-                f"The rewards recorded so far are of the size {size:.2g}, in which critics learn slowly or not at all: set "
-                f"`reward_scale` to about {self.reward_scale / size:.0e}, or use VecNormalize."
-            )
+    def train(self, gradient_steps: int, batch_size: int = 100) -> None:
+        # Switch to train mode (this affects batch norm / dropout, and the noise of the model)
+        self.policy.set_training_mode(True)
+        self.update.model.train()
+        inputs = self.training_inputs(batch_size)
+        recorded = RecordedSteps(self.replay_buffer, inputs.units.unscale_actions, self.device)
+        if self._n_updates == 0:
+            for scaler in self.update.observation_scalers:
+                scaler.fit(inputs.units.normalize_observations(recorded.observations()))
+            checks.warn_of_tiny_rewards(inputs.units.scale_rewards(recorded.rewards()), self.reward_scale)
+        if self.model_fitting is not None:
+            self.model_fitting.prepare(recorded, self.num_timesteps, self.trust.longest_horizon)
 
-    def _fit_observation_scalers(self, units: Units) -> None:
-        """Let the features extractors that want to know see the observations that were gathered before the first update."""
-        scalers = [module for module in self.policy.modules() if isinstance(module, ObservationScaler)]
-        if not scalers:
-            return
-        assert self.replay_buffer is not None
-        stored = self.replay_buffer.observations[: self.replay_buffer.size()]
-        observations = th.as_tensor(stored.reshape(-1, *stored.shape[2:]), dtype=th.float32, device=self.device)
-        for scaler in scalers:
-            scaler.fit(units.normalize_observations(observations))
+        # Update learning rates according to their schedules
+        networks, targets = self.update.networks(), self.update.target_networks()
+        self._update_learning_rate([optimizer_of(network) for name, network in networks.items() if name != "critic"])
+        critic_learning_rate = FloatSchedule(self.critic_learning_rate)(self._current_progress_remaining)
+        update_learning_rate(optimizer_of(networks["critic"]), critic_learning_rate)
+        self.logger.record("train/critic_learning_rate", critic_learning_rate)
+
+        logs: dict[str, list[float]] = {}
+        for _ in range(gradient_steps):
+            self._n_updates += 1
+            # Fit the model, and measure how far its gradients can be trusted
+            model_logs = self._improve_model(inputs, recorded)
+            is_model_trusted = self.trust.prefers_model(self._n_updates)
+            for scaler in self.update.observation_scalers:
+                scaler.fade(is_model_trusted)
+            # Compute gradients, in this process or in others
+            result = self.learners.next_result(self._n_updates, inputs)
+            # Optimize the networks, move the targets
+            if not self.optimizer_steps.apply(result, networks, targets, self.tau) and self.optimizer_steps.is_hopeless:
+                settings = inputs.settings_of(self._n_updates)
+                raise FloatingPointError(
+                    f"Training stopped after {self.optimizer_steps.n_skipped_in_a_row} updates in a row with a non-finite "
+                    "gradient (the weights are still finite and can be saved). "
+                    + self.update.why_not_finite(self._n_updates, batch_size, self.replay_buffer, inputs.units, settings)
+                )
+            self.optimizer_steps.warn_of_masked_states(result, name_of(self.update.model))
+            self.learners.applied(self._n_updates, inputs)
+            for key, value in (model_logs | result.logs).items():
+                logs.setdefault(key, []).append(value)
+
+        n_updates = self._n_updates - self.training_state.n_updates_at_start
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        self.logger.record("train/updates_per_step", n_updates / max(self.num_timesteps, 1))
+        self.logger.record("train/skipped_updates", self.n_skipped_updates)
+        self.learners.record(self.logger)
+        for key, values in logs.items():
+            self.logger.record(key, float(np.mean(values)))
+
+    def _improve_model(self, inputs: TrainingInputs, recorded: RecordedSteps) -> dict[str, float]:
+        """Fit a trainable model, and measure the errors of its gradients when that is due. Returns values for the log."""
+        fitting = self.model_fitting
+        if fitting is None:
+            return {}
+        loss = fitting.fit(self._n_updates, recorded)
+        context = self.update.context(inputs.units, self.gamma)
+        q_functions = self.update.q_functions(fitting.model.n_members)
+        with members_of(fitting.model, "dealt"):
+            logs = self.trust.measure(self._n_updates, context, q_functions, fitting, recorded)
+        return logs if loss is None else {"model/loss": loss, **logs}
+
+    def trust_report(self) -> TrustReport:
+        """
+        How far the model can be trusted: the measured errors of the gradients and the weights that followed, and how far
+        rollouts of the model along recorded actions are from what happened. Print it, or ``plot("trust.png")``.
+
+        :return: the report
+        :raises ValueError: when there is no model, or nothing is recorded to compare it with
+        """
+        if self.trust.longest_horizon == 0 or self.env is None:
+            raise ValueError(
+                "There is no model to report on: the only horizon is 0, or the environment is missing (`set_env`)."
+            )
+        is_corrected = self.residual and self.model_fitting is not None and self.model_fitting.is_prepared
+        recorded = RecordedSteps(self.replay_buffer, self.units().unscale_actions, self.device)
+        return self.trust.report(self.update.model, is_corrected, recorded, self.gamma)
 
     def _setup_learn(
         self,
@@ -508,17 +397,26 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
         keep_freed_memory()
+        state = self.training_state
         if reset_num_timesteps:
-            self._n_updates_at_start = self._n_updates
+            state.n_updates_at_start = self._n_updates
         if isinstance(self.action_noise, VectorizedActionNoise) and self.action_noise.n_envs != self.n_envs:
             # Loaded with another number of environments
             self.action_noise = VectorizedActionNoise(self.action_noise.base_noise, self.n_envs)
         setup = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
-        if not reset_num_timesteps and self._rng_state is not None:
-            self._restore_rng_state(self._rng_state)
-        self._rng_state = None
-        settings = LearnerSettings.of(self.n_learners, self.max_staleness, self.learner_kwargs)
-        self._learners = MultiprocessLearners(self, settings) if settings.n_learners > 0 else InProcessLearner(self)
+        if not reset_num_timesteps and state.rng is not None:
+            restore_rng_state(state.rng, self.device)
+        state.rng = None
+        if reset_num_timesteps or state.is_compiled is None or self.compile != "auto":
+            assert isinstance(self.train_freq, TrainFreq)
+            n_steps = max(setup[0] - max(self.num_timesteps, self.learning_starts), 0)
+            n_updates = expected_updates(n_steps, self.n_envs, self.train_freq, self.gradient_steps)
+            repays = n_updates * self.update.n_model_steps(self.update_settings(1)) >= COMPILE_FROM_MODEL_STEPS
+            state.is_compiled = repays if self.compile == "auto" else bool(self.compile)
+        self.update.steps = StepCompiler() if state.is_compiled else EagerSteps()
+        if self.n_learners > 0:
+            inputs = self.training_inputs(self.batch_size)
+            self.learners = MultiprocessLearners(self.update, inputs, self.learner_settings)
         return setup
 
     def learn(
@@ -526,133 +424,31 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         total_timesteps: int,
         callback: MaybeCallback = None,
         log_interval: int = 4,
-        tb_log_name: str = "run",
+        tb_log_name: str | None = None,
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
     ) -> SelfOffPolicyModelAlgorithm:
-        self._matmul_precision = choose_matmul_precision(self.policy, self.batch_size)
+        tb_log_name = type(self).__name__ if tb_log_name is None else tb_log_name
         try:
-            with matmul_precision(self._matmul_precision):
+            with matmul_precision(choose_matmul_precision(self.policy, self.batch_size)):
                 return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
         finally:
             # However training ends, no process is left
-            learners, self._learners = self._learners, None
+            learners, self.learners = self.learners, InProcessLearner(self.update)
             try:
-                if learners is not None:
-                    learners.close()
-                    # The last gradients may be views of memory that learners shared
-                    self.policy.zero_grad()
+                learners.close()
+                # The last gradients may be views of memory that learners shared
+                self.policy.zero_grad()
             finally:
                 close_evaluators(callback)
 
     def _store_transition(
         self, replay_buffer: ReplayBuffer, buffer_action: np.ndarray, new_obs: Any, reward: np.ndarray, *args: Any
     ) -> None:
-        if not self._has_warned_of_records and not (np.isfinite(new_obs).all() and np.isfinite(reward).all()):
-            self._has_warned_of_records = True
-            warnings.warn(
-                f"The environment gave an observation or a reward that is not finite (step {self.num_timesteps}). It is "
-                "recorded, and updates that sample it may be skipped. gymnasium.utils.env_checker.check_env and "
-                "stable_baselines3's VecCheckNan help to find out where it is from."
-            )
-        with nullcontext() if self._learners is None else self._learners.writing():
+        if not self.training_state.has_warned_of_records:
+            self.training_state.has_warned_of_records = checks.warn_of_record(self.num_timesteps, new_obs, reward)
+        with self.learners.writing(replay_buffer):
             super()._store_transition(replay_buffer, buffer_action, new_obs, reward, *args)
-
-    def _sample_batch(self, n_updates: int, batch_size: int, units: Units) -> TrainingBatch:
-        """
-        :param n_updates: number of the update
-        :param batch_size: number of transitions
-        :param units: conversions between environment and networks
-        :return: transitions with their value targets
-        """
-        raise NotImplementedError
-
-    def compute_gradients(self, batch: TrainingBatch, n_updates: int, units: Units) -> GradientResult:
-        """
-        The gradients of one update; nothing is changed.
-
-        :param batch: transitions with their value targets
-        :param n_updates: number of the update
-        :param units: conversions between environment and networks
-        :return: the gradients
-        """
-        raise NotImplementedError
-
-    def gradients_of_update(self, n_updates: int, batch_size: int, units: Units) -> GradientResult:
-        """
-        What a learner does, in the main process or in one of its own: sample a batch and compute the gradients.
-
-        :param n_updates: number of the update, which its random numbers follow from
-        :param batch_size: number of transitions
-        :param units: conversions between environment and networks
-        :return: the gradients
-        """
-        assert self._update_seed is not None and self.rollout_model is not None
-        with randomness_of_update(self._update_seed, n_updates, self.device), members_of(self.rollout_model, "dealt"):
-            return self.compute_gradients(self._sample_batch(n_updates, batch_size, units), n_updates, units)
-
-    def gradient_template(self) -> GradientResult:
-        """
-        :return: tensors of the shapes and types of the gradients
-        """
-        raise NotImplementedError
-
-    def published_tensors(self) -> list[th.Tensor]:
-        """
-        :return: what changes while training, or may be changed by a callback, and gradients depend on: the networks, their
-            targets, and the model
-        """
-        assert self.rollout_model is not None
-        modules: list[th.nn.Module] = [self.policy, self.rollout_model]
-        return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
-
-    def published_attributes(self) -> dict[str, Any]:
-        """
-        :return: small attributes of the same kind
-        """
-        return {"gamma": self.gamma}
-
-    def take_published(self, attributes: dict[str, Any]) -> None:
-        """
-        Called on a replica, when its tensors have the published values.
-
-        :param attributes: those published
-        """
-        vars(self).update(attributes)
-        if isinstance(self.rollout_model, TrainableModel):
-            self.rollout_model.refresh()
-
-    def make_replica(self: SelfOffPolicyModelAlgorithm) -> SelfOffPolicyModelAlgorithm:
-        """
-        :return: the algorithm as far as a learner needs it, to be sent to another process
-        :raises ValueError: when gradients computed in another process would not be those of this one
-        """
-        if any(isinstance(module, th.nn.modules.batchnorm._NormBase) for module in self.policy.modules()):
-            raise ValueError("Batch normalisation gathers statistics with each gradient, which needs n_learners=0.")
-        replica = object.__new__(type(self))
-        excluded = {*self._excluded_save_params(), "prior_model", "prior_model_kwargs", "_model_state", "_rng_state"}
-        replica.__dict__ = {name: value for name, value in vars(self).items() if name not in excluded}
-        replica.policy, replica.rollout_model, replica.device = self.policy, self.rollout_model, self.device
-        replica._matmul_precision = self._matmul_precision
-        replica.env = replica._vec_normalize_env = None
-        # A learner cannot ask the environment
-        replica._simulator = self._make_simulator(self.batch_size) if self.value_target.needs_simulator else None
-        return replica
-
-    def setup_replica(self) -> None:
-        """Called on a replica, in the process of the learner."""
-        keep_freed_memory()
-        set_matmul_precision(self._matmul_precision)
-        assert self.rollout_model is not None
-        self.policy.set_training_mode(True)
-        self.rollout_model.train()
-
-    def _restore_rng_state(self, state: dict[str, Any]) -> None:
-        random.setstate(state["python"])
-        np.random.set_state(state["numpy"])
-        th.set_rng_state(state["torch"])
-        if state["cuda"] is not None and th.cuda.is_available():
-            th.cuda.set_rng_state(state["cuda"], self.device)
 
     def save(
         self,
@@ -663,37 +459,21 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         """
         Save as SB3 does, with the states of the random number generators: ``learn(reset_num_timesteps=False)`` after
         loading goes on as if training had not been interrupted (with the replay buffer loaded, and the environment in
-        the state in which it was).
-
-        :param path: path to the file where the rl agent should be saved
-        :param exclude: name of parameters that should be excluded in addition to the default ones
-        :param include: name of parameters that might be excluded but should be included anyway
+        the state in which it was). See SB3's ``save`` for the parameters.
         """
-        portable = self._portable_attributes()
-        replaced = {name: getattr(self, name) for name in (*portable, "_rng_state")}
-        if self._rng_state is None:
-            self._rng_state = {
-                "python": random.getstate(),
-                "numpy": np.random.get_state(),
-                "torch": th.get_rng_state(),
-                "cuda": th.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
-            }
+        state, model_settings = self.training_state, self.model_settings
+        self.training_state = replace(
+            state,
+            rng=rng_state(self.device) if state.rng is None else state.rng,
+            fitting=state.fitting if self.model_fitting is None else self.model_fitting.state(),
+            batches=self.update.batches.state(self.batch_reuse),
+        )
+        self.model_settings = model_settings.portable()
         try:
-            self.__dict__.update(portable)
             super().save(path, exclude, include)
         finally:
-            self.__dict__.update(replaced)
-
-    def _portable_attributes(self) -> dict[str, Any]:
-        """
-        :return: what is saved instead of attributes that hold tensors, so that a file of a GPU can be read without one
-        """
-        portable: dict[str, Any] = {}
-        if isinstance(self.prior_model, th.nn.Module):
-            portable["prior_model"] = copy.deepcopy(self.prior_model).cpu()
-        if isinstance(self.rollout_model, TrainableModel):
-            portable["_model_state"] = self.rollout_model.learned_state()
-        return portable
+            self.training_state, self.model_settings = state, model_settings
 
     def _excluded_save_params(self) -> list[str]:
-        return super()._excluded_save_params() + self._model_attributes
+        # Made again by `_setup_model`
+        return [*super()._excluded_save_params(), "update", "learners", "model_fitting"]

@@ -1,15 +1,13 @@
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch as th
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.noise import ActionNoise
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+from stable_baselines3.common.type_aliases import GymEnv, Schedule
 
 from sb3_mpg.common.models.loading import PriorModelLike
 from sb3_mpg.mpg.mpg import ACTOR_LEARNING_RATE, CRITIC_LEARNING_RATE, MPG
 from sb3_mpg.mpg.policies import MPGPolicy
-
-SelfNStepADP = TypeVar("SelfNStepADP", bound="NStepADP")
 
 
 class NStepADP(MPG):
@@ -105,22 +103,4 @@ class NStepADP(MPG):
             seed=seed,
             device=device,
             _init_setup_model=_init_setup_model,
-        )
-
-    def learn(
-        self: SelfNStepADP,
-        total_timesteps: int,
-        callback: MaybeCallback = None,
-        log_interval: int = 4,
-        tb_log_name: str = "NStepADP",
-        reset_num_timesteps: bool = True,
-        progress_bar: bool = False,
-    ) -> SelfNStepADP:
-        return super().learn(
-            total_timesteps=total_timesteps,
-            callback=callback,
-            log_interval=log_interval,
-            tb_log_name=tb_log_name,
-            reset_num_timesteps=reset_num_timesteps,
-            progress_bar=progress_bar,
         )

@@ -1,14 +1,12 @@
-from typing import Any, TypeVar
+from typing import Any
 
 import torch as th
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.noise import ActionNoise
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+from stable_baselines3.common.type_aliases import GymEnv, Schedule
 
 from sb3_mpg.mpg.mpg import ACTOR_LEARNING_RATE, CRITIC_LEARNING_RATE, MPG
 from sb3_mpg.mpg.policies import MPGPolicy
-
-SelfNStepDPG = TypeVar("SelfNStepDPG", bound="NStepDPG")
 
 
 class NStepDPG(MPG):
@@ -97,22 +95,4 @@ class NStepDPG(MPG):
             seed=seed,
             device=device,
             _init_setup_model=_init_setup_model,
-        )
-
-    def learn(
-        self: SelfNStepDPG,
-        total_timesteps: int,
-        callback: MaybeCallback = None,
-        log_interval: int = 4,
-        tb_log_name: str = "NStepDPG",
-        reset_num_timesteps: bool = True,
-        progress_bar: bool = False,
-    ) -> SelfNStepDPG:
-        return super().learn(
-            total_timesteps=total_timesteps,
-            callback=callback,
-            log_interval=log_interval,
-            tb_log_name=tb_log_name,
-            reset_num_timesteps=reset_num_timesteps,
-            progress_bar=progress_bar,
         )

@@ -1,0 +1,111 @@
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch as th
+from stable_baselines3.common.policies import ContinuousCritic
+from stable_baselines3.td3.policies import Actor
+
+from sb3_mpg.common.balance import balanced_mse_loss, rollout_value_loss
+from sb3_mpg.common.models.base import PriorModel
+from sb3_mpg.common.rollouts.policy_gradient import mixed_policy_gradient
+from sb3_mpg.common.rollouts.steps import QFunction
+from sb3_mpg.common.type_aliases import Differentiate, GradientResult, TrainingBatch
+from sb3_mpg.common.units import Units
+from sb3_mpg.common.update import Update, UpdateSettings
+from sb3_mpg.common.utils import gradient_of
+from sb3_mpg.common.value_targets import TargetNetworks, target_values_of
+from sb3_mpg.mpg.policies import MPGPolicy
+
+
+@dataclass(frozen=True, kw_only=True)
+class MPGUpdateSettings(UpdateSettings):
+    """
+    :param policy_delay: the policy is updated once in so many updates
+    :param differentiate: which actions of the model rollout carry the gradient
+    """
+
+    policy_delay: int
+    differentiate: Differentiate
+
+
+class MPGUpdate(Update[MPGUpdateSettings]):
+    """
+    The gradients of MPG: critics regress on the value target, the policy follows the mixed policy gradient. Both are computed
+    at the same parameters, as the papers' learners do; TD3's actor follows the critic just updated.
+
+    :param policy: networks and target networks
+    :param model: the model that the gradient is back-propagated through
+    :param seed: what the random numbers of all updates follow from
+    """
+
+    policy: MPGPolicy
+    actor: Actor
+    critic: ContinuousCritic
+
+    def __init__(self, policy: MPGPolicy, model: PriorModel, seed: int):
+        super().__init__(policy, model, seed)
+        self.actor = policy.actor
+        self.critic = policy.critic
+
+    def networks(self) -> Mapping[str, th.nn.Module]:
+        return {"critic": self.critic, "actor": self.actor}
+
+    def target_networks(self) -> Mapping[str, th.nn.Module]:
+        return {"critic": self.policy.critic_target, "actor": self.policy.actor_target}
+
+    @property
+    def n_critics(self) -> int:
+        return len(self.critic.q_networks)
+
+    def q_function(self, index: int) -> QFunction:
+        # SB3's `q1_forward` extracts features without gradient, but rollouts need dQ/ds
+        def q_function(network_inputs: th.Tensor, actions: th.Tensor) -> th.Tensor:
+            features = self.critic.extract_features(network_inputs, self.critic.features_extractor)
+            return self.critic.q_networks[index](th.cat([features, actions], dim=1))
+
+        return q_function
+
+    def targets(self, settings: MPGUpdateSettings) -> TargetNetworks:
+        # With measured errors, the minimum of the critics counts as much as horizon 0, and their mean as much as the model
+        values = target_values_of(self.policy.critic_target, pessimism=1 - settings.trust)
+        return TargetNetworks(self.policy.actor_target, values)
+
+    def n_model_steps(self, settings: MPGUpdateSettings) -> float:
+        return max(settings.weights) / settings.policy_delay
+
+    def compute_gradients(
+        self, batch: TrainingBatch, n_updates: int, units: Units, settings: MPGUpdateSettings
+    ) -> GradientResult:
+        # Get current Q-values estimates for each critic network
+        current_q_values = self.critic(units.normalize_observations(batch.observations), batch.actions)
+
+        # Compute critic loss
+        critic_losses = [balanced_mse_loss(current_q, batch.target_q_values, settings.trust) for current_q in current_q_values]
+        critic_loss = th.stack(critic_losses).sum()
+        logs = {"train/critic_loss": critic_loss.item()}
+
+        # Delayed policy updates
+        if n_updates % settings.policy_delay != 0:
+            return GradientResult({"critic": gradient_of(critic_loss, self.critic)}, logs)
+
+        # Compute actor loss: the returns of all horizons, from replayed states and from states explored in the model
+        context = self.context(units, settings.gamma)
+        observations = self.start_observations(batch, context, settings)
+        # Only the gradient through the first action is known for each state
+        balance = settings.trust if settings.differentiate == "first_action" else 0.0
+        policy_gradient = mixed_policy_gradient(observations, context, settings.weights, settings.differentiate, balance)
+        logs["train/actor_loss"] = policy_gradient.loss.item()
+        logs.update({f"horizons/weight_{horizon}": weight for horizon, weight in settings.weights.items()})
+        logs.update({f"horizons/return_{horizon}": mean.item() for horizon, mean in policy_gradient.mean_returns.items()})
+        share_masked = logs["train/masked_states"] = policy_gradient.share_masked.item()
+
+        # As far as the model is trusted, the critics regress on the returns of the policy's rollouts, too
+        total_critic_loss = critic_loss
+        if settings.trust > 0:
+            policy_values = self.critic(units.normalize_observations(observations), policy_gradient.actions)
+            value_loss = rollout_value_loss(policy_values, policy_gradient.returns, settings.weights, settings.trust)
+            logs["train/rollout_value_loss"] = value_loss.item()
+            total_critic_loss = critic_loss + value_loss
+
+        gradients = {"critic": gradient_of(total_critic_loss, self.critic), "actor": policy_gradient.gradients}
+        return GradientResult(gradients, logs, share_masked)

@@ -23,6 +23,7 @@ from sb3_mpg.common.buffers import RecordedSteps, check_buffer_class, check_repl
 from sb3_mpg.common.callbacks import close_evaluators
 from sb3_mpg.common.noise import choose_action_noise
 from sb3_mpg.common.compilation.step_compiler import StepCompiler
+from sb3_mpg.common.loaded_settings import assign_loaded_settings
 from sb3_mpg.common.learners import InProcessLearner, Learners, LearnerSettings, MultiprocessLearners, TrainingInputs
 from sb3_mpg.common.model_fitting import ModelFitting
 from sb3_mpg.common.models.base import PriorModel
@@ -33,7 +34,7 @@ from sb3_mpg.common.optimizer_steps import OptimizerSteps
 from sb3_mpg.common.precision import choose_matmul_precision, matmul_precision
 from sb3_mpg.common.rollouts.exploration import ModelExploration
 from sb3_mpg.common.rollouts.steps import EagerSteps
-from sb3_mpg.common.settings import SettingOf, assign_loaded_settings
+from sb3_mpg.common.settings import SettingOf
 from sb3_mpg.common.training_state import TrainingState, restore_rng_state, rng_state
 from sb3_mpg.common.trust import TrustReport, WeightingRule, make_trust
 from sb3_mpg.common.units import Units

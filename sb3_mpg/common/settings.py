@@ -23,15 +23,3 @@ class SettingOf:
 
     def __set__(self, algorithm: Any, value: Any) -> None:
         setattr(getattr(algorithm, self.part), self.name, value)
-
-
-def assign_loaded_settings(algorithm: Any) -> None:
-    """
-    SB3's ``load`` writes its keyword arguments into ``__dict__``, where settings of parts and properties are not seen. Assign
-    them as ``algorithm.name = value`` does.
-
-    :param algorithm: an algorithm that may just have been loaded
-    """
-    for name in list(vars(algorithm)):
-        if isinstance(getattr(type(algorithm), name, None), (SettingOf, property)):
-            setattr(algorithm, name, vars(algorithm).pop(name))

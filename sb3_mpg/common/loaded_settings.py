@@ -1,0 +1,31 @@
+"""Settings that are given to ``load``."""
+
+from stable_baselines3.common.base_class import BaseAlgorithm
+
+from sb3_mpg.common.settings import SettingOf
+from sb3_mpg.common.value_targets import make_value_target
+
+# Arguments of the constructor from which it makes the weighting rule
+OF_WEIGHTING_RULE = ("horizons", "weighting", "weighting_kwargs")
+
+
+def assign_loaded_settings(algorithm: BaseAlgorithm) -> None:
+    """
+    SB3's ``load`` writes its keyword arguments into ``__dict__`` before it sets the algorithm up, past settings of parts and
+    properties, and past what the constructor does with its arguments. Does nothing for an algorithm that was not loaded.
+
+    :param algorithm: an algorithm that is being set up
+    :raises ValueError: for arguments that a saved algorithm cannot take
+    """
+    attributes = vars(algorithm)
+    given = [name for name in OF_WEIGHTING_RULE if name in attributes]
+    if given:
+        raise ValueError(
+            f"A saved algorithm keeps its rule for the weights of the horizons, but `load` got {given}; give it "
+            "weighting_rule=sb3_mpg.common.trust.make_weighting_rule(weighting, horizons, weighting_kwargs)."
+        )
+    kwargs = attributes.pop("value_target_kwargs", None)
+    attributes["value_target"] = make_value_target(attributes["value_target"], kwargs)
+    for name in list(attributes):
+        if isinstance(getattr(type(algorithm), name, None), (SettingOf, property)):
+            setattr(algorithm, name, attributes.pop(name))

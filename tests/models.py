@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from sb3_mpg import PriorModel
 from sb3_mpg.common.models.ensemble import NetworkEnsemble
 from sb3_mpg.common.models.scaling import Standardizer
-from sb3_mpg.common.models.trainable import TrainableModel
+from sb3_mpg.common.models.trainable import TrainableModel, copy_to_cpu
 from sb3_mpg.common.models.windows import Transitions
 
 
@@ -139,7 +139,7 @@ class LearnedDynamics(TrainableModel):
         return F.mse_loss(self.networks(inputs, "dealt"), targets).item()
 
     def learned_state(self):
-        return copy.deepcopy({"model": self.state_dict(), "optimizer": self.networks.optimizer.state_dict()})
+        return copy_to_cpu({"model": self.state_dict(), "optimizer": self.networks.optimizer.state_dict()})
 
     def load_learned_state(self, state):
         own, saved = self.state_dict(), state["model"]

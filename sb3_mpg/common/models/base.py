@@ -8,7 +8,7 @@ class PriorModel(th.nn.Module):
     A differentiable model of the environment: what the user knows about their system, written in torch.
 
     The model is *stateless* and *batched*: every method maps a batch to a batch, row by row, and keeps nothing between
-    calls. It speaks the environment's own units: raw observations (before any ``VecNormalize``) and actions between
+    calls. It uses the environment's own units: raw observations (before any ``VecNormalize``) and actions between
     ``action_space.low`` and ``action_space.high``. Every per-sample quantity has shape ``(B, 1)``, never ``(B,)``.
 
     Only :meth:`transition` and :meth:`reward` must be written. When the model's state is not the observation, write
@@ -23,8 +23,8 @@ class PriorModel(th.nn.Module):
                 return -(states**2).sum(dim=1, keepdim=True) - 0.01 * actions**2
 
     All methods must be differentiable in states and actions and keep the dtype and the device of their arguments.
-    A model may be random: draw the noise only while ``self.training`` is true and use its mean otherwise (as dropout
-    does), so that the model can be checked and evaluated without noise.
+    A model may be random. It must draw noise only while ``self.training`` is true and use the mean otherwise (as dropout
+    does), so that it can be checked and evaluated without noise.
     Check a model with :func:`sb3_mpg.check_prior_model` before training on it.
 
     The vocabulary is that of Gymnasium's ``FuncEnv``.
@@ -32,7 +32,7 @@ class PriorModel(th.nn.Module):
 
     def transition(self, states: th.Tensor, actions: th.Tensor) -> th.Tensor:
         """
-        One step of the dynamics, as long as one step of the environment.
+        One step of the dynamics; a model step takes as long as an environment step.
 
         :param states: states, ``(B, S)``
         :param actions: actions in the units of the environment, ``(B, A)``
@@ -53,8 +53,8 @@ class PriorModel(th.nn.Module):
 
     def step(self, states: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """
-        One step of dynamics and reward. Models in which both share work override it; others leave it. (A correction that is
-        learned calls :meth:`transition` and :meth:`reward`, since it corrects the state in between.)
+        One step of dynamics and reward. Override it only if both share work. (A learned correction calls
+        :meth:`transition` and :meth:`reward` instead, because it corrects the state in between.)
 
         :param states: states, ``(B, S)``
         :param actions: actions in the units of the environment, ``(B, A)``
@@ -65,8 +65,8 @@ class PriorModel(th.nn.Module):
 
     def terminal(self, states: th.Tensor) -> th.Tensor:
         """
-        Whether an episode *terminates* in a state: no reward and no value lies behind it.
-        Episodes that the environment truncates are not terminal.
+        Whether an episode *terminates* in a state, so that no reward and no value follows.
+        States in which the environment truncates an episode are not terminal.
 
         :param states: states, ``(B, S)``
         :return: booleans, ``(B, 1)``; by default no state is terminal
@@ -77,7 +77,7 @@ class PriorModel(th.nn.Module):
     def may_terminate(self) -> bool:
         """
         Whether any state can be terminal. Rollouts of models that never terminate are cheaper.
-        By default, whether :meth:`terminal` was written; override it when that depends on an argument of the model.
+        By default it is true if :meth:`terminal` is overridden. Override it when that depends on an argument of the model.
         """
         return type(self).terminal is not PriorModel.terminal
 
@@ -101,9 +101,9 @@ class PriorModel(th.nn.Module):
 
     def state_difference(self, states: th.Tensor, others: th.Tensor) -> th.Tensor:
         """
-        How far states lie from others: what a correction that is learned from data has to explain. By default
-        ``states - others``; write it, and :meth:`state_add`, for angles and other periodic states, whose difference
-        is the shortest way around.
+        The difference between states, which prediction errors and learned corrections are measured in. By default
+        ``states - others``. Override it, and :meth:`state_add` if need be, for angles and other periodic states, whose
+        difference is the shortest way around.
 
         :param states: states, ``(B, S)``
         :param others: states, ``(B, S)``
@@ -113,10 +113,10 @@ class PriorModel(th.nn.Module):
 
     def state_add(self, states: th.Tensor, differences: th.Tensor) -> th.Tensor:
         """
-        The states that lie so far from others; the inverse of :meth:`state_difference`. By default the sum.
+        The inverse of :meth:`state_difference`: the states with a given difference to others. By default the sum.
 
         :param states: states, ``(B, S)``
-        :param differences: what is added, ``(B, S)``
+        :param differences: differences, ``(B, S)``
         :return: states, ``(B, S)``
         """
         return states + differences

@@ -3,11 +3,12 @@
 import copy
 import math
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch as th
 from torch import nn
 
+from sb3_mpg.common.checks import is_whole
 from sb3_mpg.common.torch_layers import fourier_features, n_fourier_features
 
 #: Which members predict: ``"dealt"`` deals the rows of a batch to the members in equal parts, the first rows to the first
@@ -40,6 +41,14 @@ def values_of_rows(values: th.Tensor, n_rows: int, members: Members) -> th.Tenso
     n_members = len(values)
     n_rows_each = -(-n_rows // n_members)
     return values.expand(n_members, n_rows_each, 1).reshape(-1, 1)[:n_rows]
+
+
+def is_architecture(net_arch: Any) -> bool:
+    """
+    :param net_arch: sizes of hidden layers
+    :return: whether it is a list of one or more of them
+    """
+    return isinstance(net_arch, (tuple, list)) and len(net_arch) > 0 and all(is_whole(size) and size > 0 for size in net_arch)
 
 
 class EnsembleLinear(nn.Module):

@@ -10,15 +10,14 @@ import torch as th
 from stable_baselines3.common.utils import update_learning_rate
 from torch.nn import functional as F
 
-from sb3_mpg.common.checks import is_whole
 from sb3_mpg.common.models.base import PriorModel
-from sb3_mpg.common.models.ensemble import NetworkEnsemble, values_of_rows
+from sb3_mpg.common.models.ensemble import NetworkEnsemble, is_architecture, values_of_rows
 from sb3_mpg.common.models.fingerprint import Fingerprint
 from sb3_mpg.common.models.hidden_states import HiddenStates, clipped_rollout_error
 from sb3_mpg.common.models.least_squares import LeastSquares, QuadraticReward
 from sb3_mpg.common.models.scaling import Standardizer
 from sb3_mpg.common.models.state_range import StateRange
-from sb3_mpg.common.models.trainable import CorrectedModel, StateDescription
+from sb3_mpg.common.models.trainable import CorrectedModel, StateDescription, copy_to_cpu
 from sb3_mpg.common.models.windows import Transitions, Windows
 
 # Targets that are this many times their scale need new scales: networks whose steps are bounded take too long to get there
@@ -295,7 +294,7 @@ class ResidualModel(CorrectedModel):
         return {name: value for name, value in state.items() if not name.startswith("prior.") and name != "gains"}
 
     def learned_state(self) -> dict[str, Any]:
-        return copy.deepcopy(_to_cpu({"model": self._own_state(), "optimizer": self.networks.optimizer.state_dict()}))
+        return copy_to_cpu({"model": self._own_state(), "optimizer": self.networks.optimizer.state_dict()})
 
     @th.no_grad()
     def load_learned_state(self, state: dict[str, Any]) -> bool:
@@ -315,14 +314,6 @@ class ResidualModel(CorrectedModel):
         return True
 
 
-def is_architecture(net_arch: Any) -> bool:
-    """
-    :param net_arch: sizes of hidden layers
-    :return: whether it is a list of one or more of them
-    """
-    return isinstance(net_arch, (tuple, list)) and len(net_arch) > 0 and all(is_whole(size) and size > 0 for size in net_arch)
-
-
 def huber_loss(outputs: th.Tensor, targets: th.Tensor) -> th.Tensor:
     """
     The Huber loss, so that a jump of the environment or of a prior model does not dominate the fit.
@@ -336,15 +327,3 @@ def huber_loss(outputs: th.Tensor, targets: th.Tensor) -> th.Tensor:
         return loss
     finite = th.isfinite(targets).all(dim=1)
     return F.smooth_l1_loss(outputs[finite], targets[finite])
-
-
-def _to_cpu(value: Any) -> Any:
-    """
-    :param value: tensors in dictionaries and lists
-    :return: the same on the CPU
-    """
-    if isinstance(value, th.Tensor):
-        return value.detach().cpu()
-    if isinstance(value, dict):
-        return {key: _to_cpu(item) for key, item in value.items()}
-    return [_to_cpu(item) for item in value] if isinstance(value, list) else value

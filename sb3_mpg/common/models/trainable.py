@@ -1,5 +1,6 @@
 """The interfaces of models that learn from recorded transitions."""
 
+import copy
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -136,6 +137,18 @@ def evaluated(model: PriorModel) -> Iterator[None]:
             yield
     finally:
         model.train(was_training)
+
+
+def copy_to_cpu(value: Any) -> Any:
+    """
+    :param value: tensors in dictionaries and lists, such as state dictionaries
+    :return: a copy on the CPU
+    """
+    if isinstance(value, th.Tensor):
+        return value.detach().cpu().clone()
+    if isinstance(value, dict):
+        return {key: copy_to_cpu(item) for key, item in value.items()}
+    return [copy_to_cpu(item) for item in value] if isinstance(value, list) else copy.deepcopy(value)
 
 
 class StateDescription(NamedTuple):

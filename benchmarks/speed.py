@@ -1,22 +1,20 @@
 """
-How fast an update is, as ratios inside one run, on one thread (and on the GPU where there is one).
+How fast an update is, on one thread, and on the GPU if there is one.
 
     taskset -c 0 python benchmarks/speed.py
 
-What a ratio compares takes turns, so that a machine that becomes slower for a while slows down both. Prints the table and
-writes it to results/speed_DEVICE.csv, and the ten largest shares of an update to results/profile_DEVICE.csv.
+Ratios compare measurements that alternate, so that other load on the machine affects both. Prints the table, writes it to
+results/speed_DEVICE.csv, and writes the ten largest shares of an update to results/profile_DEVICE.csv.
 """
 
 import io
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -24,7 +22,7 @@ import stable_baselines3
 import torch as th
 from settings import TASKS, make_model, make_vec_env
 from stable_baselines3 import TD3
-from tables import write_csv
+from tables import RESULTS, write_csv
 from torch.profiler import ProfilerActivity, profile
 
 from sb3_mpg import MPG
@@ -41,22 +39,12 @@ from sb3_mpg.common.torch_layers import ObservationScaler
 from sb3_mpg.mpg.mpg import MEASURE_EVERY
 from sb3_mpg_envs.path_tracking.simulator import PathTrackingSimulator
 
-RESULTS = Path(__file__).parent / "results"
 BATCH, WIDTH, HORIZON = 256, 256, 25
 REPEATS = 40
 # In one call of train()
 UPDATES = 10
 # The argument with which this script starts itself
 FIRST_UPDATE = "--first-update"
-
-
-def cpu_name() -> str:
-    """
-    :return: name of the processor
-    """
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def take_turns(functions: dict[str, Callable[[], object]], device: str, repeats: int = REPEATS) -> dict[str, list[float]]:
@@ -461,10 +449,8 @@ def main() -> None:
     measure_update(table, model, device)
     measure_default(table, device)
 
-    versions = f"torch {th.__version__}, stable-baselines3 {stable_baselines3.__version__}, numpy {np.__version__}"
-    machine = cpu_name() + (f", {th.cuda.get_device_name()}" if device == "cuda" else "")
-    about = {"versions": versions, "machine": machine, "load before": load}
-    write_csv(RESULTS / f"speed_{device}.csv", [{**row, **about} for row in table.rows])
+    machine = {"gpu": th.cuda.get_device_name() if device == "cuda" else "", "load before": load}
+    write_csv(RESULTS / f"speed_{device}.csv", [{**row, **machine} for row in table.rows])
     write_profile(model, device)
 
 

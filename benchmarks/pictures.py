@@ -50,8 +50,10 @@ class Drive:
     """
 
     def __init__(self, model: BaseAlgorithm):
-        _, observations = evaluate(model, TASKS["path_tracking"], states=START, n_starts=1)
-        self.steering = MAX_STEERING * model.predict(observations[:, 0], deterministic=True)[0][:, 0]
+        _, observations = evaluate(model, TASKS["path_tracking"], n_starts=1, states=START)
+        self.actions, _ = model.predict(observations[:, 0], deterministic=True)
+        self.steering = MAX_STEERING * self.actions[:, 0]
+        self.agent = f"{type(model).__name__} after {model.num_timesteps:,} environment steps"
         speed_error, _, _, self.lateral_error, heading_error, x = observations[:, 0].T.astype(np.float64)
         self.x = np.unwrap(x, period=PATH_PERIOD)
         y_ref, phi_ref = path_reference(self.x, "path", np)
@@ -77,6 +79,7 @@ class Drive:
             add_rectangle(1.14, left, 0.9, 0.35, self.steering[step], CAR)
             add_rectangle(-1.40, left, 0.9, 0.35, 0.0, CAR)
         add_rectangle(0.0, 0.0, 4.6, 1.8, 0.0, DRIVEN)
+        add_rectangle(0.6, 0.0, 0.7, 1.5, 0.0, CAR)
 
     def draw_path(self, axes: Axes, low: float, high: float, last_step: int) -> None:
         """
@@ -101,7 +104,7 @@ class Drive:
         :param axes: axes of the panel
         :param last_step: the driven path ends with this step
         """
-        self.draw_path(axes, self.x[0], self.x[N_FRAMES - 1] + 10.0, last_step)
+        self.draw_path(axes, self.x[0] - 10.0, self.x[N_FRAMES - 1] + 10.0, last_step)
         axes.plot(self.x[last_step], self.y[last_step], "o", color=CAR, ms=5, zorder=5)
         axes.set(ylim=(-15, 15), xlabel="x [m] (y is stretched)")
 
@@ -134,8 +137,9 @@ def draw_frame(drive: Drive, step: int) -> Image.Image:
     close_up.set_aspect("equal")
     close_up.legend(loc="upper right", fontsize=8, ncols=2, framealpha=1.0, edgecolor="white")
     drive.overview(overview, step)
-    state = f"lateral error {drive.lateral_error[step]:+.2f} m,  speed {drive.speed[step]:.1f} m/s"
-    figure.text(0.085, 0.94, f"{STEP_TIME * step:4.1f} s:  {state}", fontsize=10, family="monospace")
+    state = f"{STEP_TIME * step:4.1f} s  lateral error {drive.lateral_error[step]:+.2f} m  {drive.speed[step]:.1f} m/s"
+    figure.text(0.085, 0.94, state, fontsize=9, family="monospace")
+    figure.text(0.99, 0.94, drive.agent, fontsize=9, ha="right")
     return to_image(figure)
 
 
@@ -155,7 +159,8 @@ def draw_still(drive: Drive) -> Image.Image:
     close_up.set_aspect("equal")
     close_up.legend(loc="upper right", fontsize=8, ncols=2, framealpha=1.0, edgecolor="white")
     drive.overview(overview, N_FRAMES - 1)
-    figure.text(0.085, 0.94, "A trained agent, one car every 0.5 s", fontsize=10)
+    figure.text(0.085, 0.94, "One car every 0.5 s", fontsize=9)
+    figure.text(0.99, 0.94, drive.agent, fontsize=9, ha="right")
     return to_image(figure)
 
 
@@ -175,7 +180,8 @@ def write_gif(frames: list[Image.Image], path: Path) -> None:
     :param frames: pictures of one size
     :param path: file of the animation, which repeats forever
     """
-    palette = frames[0].quantize(N_COLORS, dither=Image.Dither.NONE)
+    # Unlike the default, this method keeps white
+    palette = frames[len(frames) // 2].quantize(N_COLORS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     first, *others = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     first.save(path, save_all=True, append_images=others, duration=1000 // FRAMES_PER_SECOND, loop=0, optimize=True)
 
@@ -212,9 +218,7 @@ def main() -> None:
     write_gif([draw_frame(drive, step) for step in range(N_FRAMES)], IMAGES / "path_tracking.gif")
     draw_still(drive).save(IMAGES / "path_tracking.png", optimize=True)
 
-    _, observations = evaluate(model, TASKS["path_tracking"], states=START, n_starts=1)
-    actions, _ = model.predict(observations[:15, 0], deterministic=True)
-    render_still(env_id, START[0], actions).save(IMAGES / "env_path_tracking.png", optimize=True)
+    render_still(env_id, START[0], drive.actions[:15]).save(IMAGES / "env_path_tracking.png", optimize=True)
     leaning = np.array([0.2, 0.15, 0.0, 0.0])
     still = render_still(TASKS["pendulum"].env_id, leaning, np.zeros((0, 1)))
     still.save(IMAGES / "env_inverted_pendulum.png", optimize=True)

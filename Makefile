@@ -5,9 +5,10 @@ STAMP := $(VENV)/.installed
 EXTRAS := tests,plots,render,progress,zoo
 PACKAGES := sb3_mpg sb3_mpg_envs
 SOURCES := sb3_mpg sb3_mpg_envs hyperparams benchmarks tests setup.py
-# What is short comes first; the last ones take days
+# The short ones first; the last ones take days
 BENCHMARKS := benchmarks/simulators.py benchmarks/zoo_hook.py benchmarks/speed.py "benchmarks/learners.py throughput" \
-	benchmarks/learning.py benchmarks/learning_report.py benchmarks/bound.py benchmarks/trust.py benchmarks/trust_report.py
+	benchmarks/outside.py benchmarks/learning.py benchmarks/learning_report.py benchmarks/bound.py benchmarks/trust.py \
+	benchmarks/trust_report.py
 ALGO ?= mpg
 ENV ?= PathTracking-v0
 # One update for each
@@ -15,7 +16,7 @@ STEPS ?= 5000
 N_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv train test test-oldest lint type format commit-checks benchmark clean
+.PHONY: help venv train pictures test test-oldest lint type format commit-checks benchmark clean
 
 help: ## show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -32,6 +33,11 @@ train: $(STAMP) ## train MPG on path tracking (ALGO= ENV= STEPS=), print its eva
 	OMP_NUM_THREADS=1 $(BIN)/python -m rl_zoo3.train --algo $(ALGO) --env $(ENV) -n $(STEPS) -f logs -P --verbose 0 \
 		--eval-freq 500 --eval-episodes 5 --eval-env-kwargs early_reset:False
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/evaluate.py --algo $(ALGO) --env $(ENV) -f logs
+
+pictures: $(STAMP) ## draw the pictures of README and docs with the newest agent on path tracking (make train), and all figures
+	OMP_NUM_THREADS=1 MUJOCO_GL=$${MUJOCO_GL-egl} $(BIN)/python benchmarks/pictures.py --algo $(ALGO) -f logs
+	$(BIN)/python benchmarks/learning_report.py > /dev/null
+	$(BIN)/python benchmarks/trust_report.py > /dev/null
 
 test: $(STAMP) ## run the tests (all but those marked expensive)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(N_WORKERS) --dist worksteal --durations=15
@@ -57,7 +63,7 @@ format: $(STAMP) ## fix what can be fixed of the style
 commit-checks: ## format, lint, type, test
 	@for target in format lint type test; do $(MAKE) --no-print-directory $$target || exit 1; done
 
-benchmark: $(STAMP) ## measure speed, learning curves, and what prior models are worth (days; what is complete is skipped)
+benchmark: $(STAMP) ## run all benchmarks (days; complete runs are skipped)
 	@for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 clean: ## remove the virtual environment, caches and build products

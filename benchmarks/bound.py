@@ -1,29 +1,26 @@
 """
-The best return that any policy can have from the evaluation's starts, by trajectory optimisation on the true dynamics.
+A bound on the return of any policy from the starts of the evaluation, by trajectory optimisation on the true dynamics.
 
     python benchmarks/bound.py
 
-For each start, what is added to a policy's actions at each step of the episode is optimised by Adam, from several initial
-guesses (the policy keeps unstable systems near their reference); the best of them is replayed in the simulator. These are
-local optima: a better trajectory may exist.
-Writes results/trust/bound-TASK.csv: one row for each start.
+The actions are those of a trained policy, which keeps unstable systems near their reference, plus an open-loop correction.
+Adam optimises the correction of each step of the episode from several initial guesses. The return of a start is that of the
+best guess, measured in the simulator. These are local optima: a better trajectory may exist.
+Writes results/trust/bound-TASK.csv, with one row per start.
 """
 
 import argparse
-from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import torch as th
+from evaluation import START_SEED
 from prior_models import MODELS
-from settings import TASKS
-from tables import write_csv
-from trust import N_STARTS
+from settings import N_STARTS, TASKS
+from tables import RESULTS, write_csv
 
 from sb3_mpg import MPG
 
-RESULTS = Path(__file__).parent / "results" / "trust"
-SEED = 1000  # of `settings.evaluate`
 N_GUESSES = 2
 FEEDBACK_STEPS = 2500
 
@@ -31,9 +28,9 @@ FEEDBACK_STEPS = 2500
 def train_feedback(task_name: str) -> th.nn.Module:
     """
     :param task_name: a key of ``TASKS``
-    :return: a policy that keeps the system near its reference: maps states to actions, in double precision
+    :return: a policy that keeps the system near its reference. It maps states to actions in double precision.
     """
-    agent = MPG("MlpPolicy", TASKS[task_name].env_id, prior_model=MODELS[task_name]["exact"](), seed=SEED, device="cpu")
+    agent = MPG("MlpPolicy", TASKS[task_name].env_id, prior_model=MODELS[task_name]["exact"](), seed=START_SEED, device="cpu")
     agent.learn(FEEDBACK_STEPS, log_interval=10**9)
     return agent.actor.double().eval()
 
@@ -41,15 +38,15 @@ def train_feedback(task_name: str) -> th.nn.Module:
 def optimise(task_name: str, iterations: int, learning_rate: float) -> np.ndarray:
     """
     :param task_name: a key of ``TASKS``
-    :param iterations: number of steps of the optimizer
-    :param learning_rate: of Adam, at first; it falls to a hundredth
-    :return: best return of each start, replayed in the simulator, ``(N_STARTS,)``
+    :param iterations: number of optimizer steps
+    :param learning_rate: initial learning rate of Adam; it decays to a hundredth
+    :return: best return of each start, measured in the simulator, ``(N_STARTS,)``
     """
     task = TASKS[task_name]
     env = gym.make(task.env_id, early_reset=False)
     simulator = env.get_wrapper_attr("make_simulator")(N_STARTS * N_GUESSES)
     start_simulator = env.get_wrapper_attr("make_simulator")(N_STARTS)
-    start_simulator.seed(SEED)
+    start_simulator.seed(START_SEED)
     start_simulator.reset()
     starts = np.tile(start_simulator.get_state(), (N_GUESSES, 1))
     model = MODELS[task_name]["exact"]().double()
@@ -79,7 +76,7 @@ def optimise(task_name: str, iterations: int, learning_rate: float) -> np.ndarra
             )
         optimizer.zero_grad()
         (-total.sum()).backward()
-        # The problems are independent, and one start must not slow down another
+        # Clip by value, because the starts are independent problems
         th.nn.utils.clip_grad_value_(inputs, 1.0)
         optimizer.step()
         schedule.step()
@@ -97,7 +94,7 @@ def main() -> None:
         if args.task in (None, task):
             returns = optimise(task, args.iterations, args.learning_rate)
             rows = [{"start": index, "return": f"{value:.6g}"} for index, value in enumerate(returns)]
-            write_csv(RESULTS / f"bound-{task}.csv", rows)
+            write_csv(RESULTS / "trust" / f"bound-{task}.csv", rows)
             print(f"{task}: mean {returns.mean():.5g}, median {np.median(returns):.5g} of {N_STARTS} starts")
 
 

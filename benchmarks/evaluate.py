@@ -1,5 +1,5 @@
 """
-Evaluate the newest agent that RL Zoo's commands saved, as the papers do, and draw what it does.
+Evaluate the newest agent that RL Zoo's commands saved with the papers' protocol, and draw its episodes.
 
     python benchmarks/evaluate.py --algo mpg --env PathTracking-v0 -f logs
 """
@@ -13,7 +13,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch as th
-from settings import TASKS, Task, evaluate
+from evaluation import evaluate, latest_run
+from settings import TASKS
 
 from sb3_mpg.zoo import ALGORITHMS
 from sb3_mpg_envs.path_tracking.dynamics import path_reference
@@ -21,9 +22,11 @@ from sb3_mpg_envs.path_tracking.dynamics import path_reference
 
 def draw_path_tracking(observations: np.ndarray, returns: np.ndarray, path: Path) -> None:
     """
-    :param observations: ``(steps + 1, n_starts, 6)``
-    :param returns: ``(n_starts,)``
-    :param path: picture to write
+    Draw the driven paths with the worst, the median and the best return.
+
+    :param observations: observations of the evaluation, ``(steps + 1, n_starts, 6)``
+    :param returns: returns of the evaluation, ``(n_starts,)``
+    :param path: file of the picture
     """
     order = np.argsort(returns)
     shown = {"worst": order[0], "median": order[len(order) // 2], "best": order[-1]}
@@ -52,9 +55,11 @@ def draw_path_tracking(observations: np.ndarray, returns: np.ndarray, path: Path
 
 def draw_pendulum(observations: np.ndarray, returns: np.ndarray, path: Path) -> None:
     """
-    :param observations: ``(steps + 1, n_starts, 4)``
-    :param returns: ``(n_starts,)``
-    :param path: picture to write
+    Draw the states of all episodes.
+
+    :param observations: observations of the evaluation, ``(steps + 1, n_starts, 4)``
+    :param returns: returns of the evaluation, ``(n_starts,)``
+    :param path: file of the picture
     """
     figure, axes = plt.subplots(4, 1, figsize=(9, 9), sharex=True, layout="constrained")
     labels = ("cart position [m]", "pole angle [rad]", "cart velocity [m/s]", "pole velocity [rad/s]")
@@ -67,33 +72,21 @@ def draw_pendulum(observations: np.ndarray, returns: np.ndarray, path: Path) -> 
     figure.savefig(path, dpi=100)
 
 
-def latest_run(folder: Path, env_id: str) -> Path:
-    """
-    :param folder: where RL Zoo keeps the runs of an algorithm
-    :param env_id: id of the environment
-    :return: the folder of the newest run
-    """
-    runs = [path for path in folder.glob(f"{env_id}_*") if (path / f"{env_id}.zip").exists()]
-    if not runs:
-        raise SystemExit(f"There is no saved agent for {env_id} in {folder}; train one first: make train")
-    return max(runs, key=lambda path: int(path.name.rsplit("_", 1)[1]))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--algo", choices=ALGORITHMS, default="mpg")
     parser.add_argument("--env", choices=[task.env_id for task in TASKS.values()], default="PathTracking-v0")
-    parser.add_argument("-f", "--folder", type=Path, default=Path("logs"), help="where RL Zoo's commands save")
+    parser.add_argument("-f", "--folder", type=Path, default=Path("logs"), help="log folder of RL Zoo's commands")
     args = parser.parse_args()
     th.set_num_threads(1)
 
-    task: Task = next(task for task in TASKS.values() if task.env_id == args.env)
+    task = next(task for task in TASKS.values() if task.env_id == args.env)
     run = latest_run(args.folder / args.algo, args.env)
     model = ALGORITHMS[args.algo].load(run / f"{args.env}.zip", device="cpu")
     returns, observations = evaluate(model, task)
     print(
         f"Evaluation of {run}, after {model._n_updates} updates and {model.num_timesteps} environment steps:\n"
-        f"{len(returns)} starts, {task.steps} steps without noise and resets: "
+        f"{len(returns)} episodes of {task.steps} steps, without noise and early resets: "
         f"mean return {returns.mean():.3g}, standard deviation {returns.std():.2g}, worst {returns.min():.3g}"
     )
     draw = draw_path_tracking if args.env == "PathTracking-v0" else draw_pendulum

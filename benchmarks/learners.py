@@ -1,19 +1,17 @@
 """
-What learner processes bring: updates per second, what the pool itself costs, curves, and a run whose learners are killed.
+Learner processes: updates per second, the overhead of the pool, learning curves, and a run whose learners are killed.
 
-    python benchmarks/learners.py throughput                      # n learners over in process, and the cost of the pool
+    python benchmarks/learners.py throughput                      # updates per second, relative to no learners
     python benchmarks/learners.py curves --updates 3000           # return against updates with 0, 1, 2, 4 learners
-    python benchmarks/learners.py soak --minutes 20               # a learner killed every 10 s, beside a run left in peace
+    python benchmarks/learners.py soak --minutes 20               # a learner is killed every 10 s; and a run without kills
 
-Each writes a table to ``results/learners``. The figures of a ``throughput`` table are of one run, in which the numbers of
-learners take turns, so that whatever else the machine does hits all of them. Ratios of wall-clock times mean something
-on a machine that does nothing else; processor times, and the ratio that they allow on free cores, are less easily
-disturbed.
+Each writes a table to ``results/learners``. The measurements of ``throughput`` alternate between the numbers of learners, so
+that other load on the machine affects all of them. Wall-clock times need an otherwise idle machine; processor times are less
+sensitive.
 """
 
 import argparse
 import os
-import platform
 import signal
 import statistics
 import time
@@ -23,15 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import torch as th
-from settings import ALGORITHMS, TASKS, evaluate, make_model, make_vec_env
+from evaluation import EvaluationCallback, evaluate
+from settings import ALGORITHMS, TASKS, make_model, make_vec_env
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
-from tables import write_csv
+from tables import RESULTS, write_csv
 
 from sb3_mpg import MPG
 from sb3_mpg.common.learners import multiprocess
 from sb3_mpg.common.learners.multiprocess import MultiprocessLearners
 
-RESULTS = Path(__file__).parent / "results" / "learners"
 TASK = "path_tracking"
 N_ENVS = 16
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -60,7 +59,7 @@ def pids_of_learners(model: MPG) -> list[int]:
 
 class Stopwatch:
     """
-    Adds up how long a function takes.
+    Measures the total time of all calls of a function.
 
     :param function: the function
     """
@@ -79,7 +78,7 @@ class Stopwatch:
 
 class Speed(BaseCallback):
     """
-    Measures one call of ``learn``, from the first update after the learners' start to the last.
+    Measures one call of ``learn`` after its first updates.
 
     :param skip: number of updates before the measurement
     """
@@ -109,7 +108,7 @@ class Speed(BaseCallback):
         for name in ("next_result", "applied"):
             self.watches[name] = Stopwatch(getattr(learners, name))
             setattr(learners, name, self.watches[name])
-        # Of the class: what the algorithm itself holds is sent to the learners
+        # Patch the class, because attributes of the algorithm are sent to the learners
         watch = self.watches["apply_gradients"] = Stopwatch(MPG.apply_gradients)
         MPG.apply_gradients = lambda model, result: watch(model, result)  # type: ignore[method-assign]
         multiprocess.wait = self.wait  # type: ignore[assignment]
@@ -134,8 +133,8 @@ def throughput(algorithm: str, counts: list[int], rounds: int, updates: int) -> 
     """
     :param algorithm: a key of ``ALGORITHMS``, or ``"default"``
     :param counts: numbers of learners
-    :param rounds: how often each of them has its turn
-    :param updates: length of a turn
+    :param rounds: number of measurements of each
+    :param updates: number of updates of a measurement
     """
     task = TASKS[TASK]
     env = make_vec_env(task, N_ENVS)
@@ -160,7 +159,7 @@ def throughput(algorithm: str, counts: list[int], rounds: int, updates: int) -> 
     for count in counts:
         median = {name: statistics.median(result[name] for result in results[count]) for name in results[count][0]}
         spread = [1 / result["seconds"] for result in results[count]]
-        # Everybody's share of the cores, if there are as many as learners; the main process is one by itself at best
+        # Time of an update with one free core per learner; the main process cannot be faster than its own work
         free = max((median["main"] + median["learners"]) / max(count, 1), median["main"])
         overhead = median["next_result"] + median["applied"] - median["wait"] if count else 0.0
         rows.append(
@@ -178,72 +177,62 @@ def throughput(algorithm: str, counts: list[int], rounds: int, updates: int) -> 
                 "pool_overhead_ms": f"{1e3 * overhead:.3g}",
                 "cores": len(os.sched_getaffinity(0)),
                 "load": f"{os.getloadavg()[0]:.2g}",
-                "machine": platform.processor() or platform.machine(),
-                "torch": th.__version__,
             }
         )
         print(rows[-1], flush=True)
-    write_csv(RESULTS / f"throughput-{algorithm}.csv", rows)
+    write_csv(RESULTS / "learners" / f"throughput-{algorithm}.csv", rows)
 
 
-class Curve(BaseCallback):
+class Killer(BaseCallback):
     """
-    Evaluates every so many updates, and kills a learner every so many seconds.
+    Kills a learner every so many seconds.
 
-    :param every: number of updates between evaluations
-    :param updates: number of updates to stop after
-    :param seconds: to stop after
-    :param kill_every: seconds between kills
+    :param every: seconds between kills
+    :param stop_after: seconds after which training stops
     """
 
-    def __init__(
-        self, every: int, updates: float = float("inf"), seconds: float = float("inf"), kill_every: float = float("inf")
-    ):
+    def __init__(self, every: float, stop_after: float):
         super().__init__()
-        self.every, self.updates, self.seconds, self.kill_every = every, updates, seconds, kill_every
-        self.rows: list[dict[str, Any]] = []
+        self.every, self.stop_after = every, stop_after
         self.start = self.last_kill = time.monotonic()
         self.kills = 0
-        self.next_evaluation = every
 
     def _on_step(self) -> bool:
         now = time.monotonic()
         pids = pids_of_learners(self.model)  # type: ignore[arg-type]
-        if now - self.last_kill > self.kill_every and pids:
+        if now - self.last_kill > self.every and pids:
             os.kill(pids[self.kills % len(pids)], signal.SIGKILL)
             self.kills += 1
             self.last_kill = now
-        n_updates = self.model._n_updates
-        if n_updates >= self.next_evaluation:
-            self.next_evaluation += self.every
-            returns, _ = evaluate(self.model, TASKS[TASK])
-            values = self.model.logger.name_to_value
-            self.rows.append(
-                {
-                    "learners": self.model.n_learners,
-                    "updates": n_updates,
-                    "return_mean": round(float(returns.mean()), 3),
-                    "return_min": round(float(returns.min()), 3),
-                    "staleness_mean": round(values.get("learners/staleness_mean", 0.0), 3),
-                    "staleness_max": values.get("learners/staleness_max", 0),
-                    "dropped": values.get("learners/dropped", 0),
-                    "restarts": values.get("learners/restarts", 0),
-                    "kills": self.kills,
-                    "seconds": round(now - self.start, 1),
-                }
-            )
-            print(self.rows[-1], flush=True)
-        return n_updates < self.updates and now - self.start < self.seconds
+        return now - self.start < self.stop_after
 
 
-def curve(n_learners: int, seed: int, total_updates: int, callback: Curve, **kwargs: Any) -> list[dict[str, Any]]:
+def columns(model: BaseAlgorithm) -> dict[str, Any]:
+    """
+    :param model: the algorithm
+    :return: what its learners have logged since the start
+    """
+    values = model.logger.name_to_value
+    return {
+        "staleness_mean": round(values.get("learners/staleness_mean", 0.0), 3),
+        "staleness_max": values.get("learners/staleness_max", 0),
+        "dropped": values.get("learners/dropped", 0),
+        "restarts": values.get("learners/restarts", 0),
+    }
+
+
+def curve(
+    n_learners: int, seed: int, total_updates: int, every: int, stop_after: float, killer: Killer | None = None, **kwargs: Any
+) -> list[dict[str, Any]]:
     """
     :param n_learners: number of learners
-    :param seed: seed of everything random
-    :param total_updates: over how many updates the learning rates decay
-    :param callback: evaluates
+    :param seed: seed
+    :param total_updates: number of updates over which the learning rates decay
+    :param every: number of updates between evaluations
+    :param stop_after: number of updates after which training stops
+    :param killer: kills learners
     :param kwargs: further settings of the algorithm
-    :return: a row for each evaluation
+    :return: a row per evaluation
     """
     task = TASKS[TASK]
     model = MPG(
@@ -256,9 +245,17 @@ def curve(n_learners: int, seed: int, total_updates: int, callback: Curve, **kwa
         learner_kwargs={"max_restarts": 10_000},
         **kwargs,
     )
-    # The log is not written in between: staleness is that of all updates so far
-    model.learn(model.learning_starts + total_updates, callback=callback, log_interval=None)
-    return [{"seed": seed, **row} for row in callback.rows]
+    evaluation = EvaluationCallback(
+        lambda model: evaluate(model, task)[0],
+        "updates",
+        every,
+        stop_after=stop_after,
+        extra_columns=lambda model: {**columns(model), "kills": killer.kills if killer else 0},
+    )
+    # Without log output, the logged staleness is that of all updates so far
+    callbacks = [evaluation] if killer is None else [evaluation, killer]
+    model.learn(model.learning_starts + total_updates, callback=callbacks, log_interval=None)
+    return [{"seed": seed, "learners": n_learners, **row} for row in evaluation.rows]
 
 
 def main() -> None:
@@ -267,7 +264,7 @@ def main() -> None:
     parser.add_argument("--algorithm", choices=["default", *ALGORITHMS], nargs="*", default=["mpg_v2", "default"])
     parser.add_argument("--learners", type=int, nargs="*", help="numbers of learners; by default 0 1 2 (4)")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--updates", type=int, help="per turn of `throughput` (200), or per run of `curves` (3000)")
+    parser.add_argument("--updates", type=int, help="per measurement of `throughput` (200), or per run of `curves` (3000)")
     parser.add_argument("--seed", type=int, nargs="*", default=[0])
     parser.add_argument("--every", type=int, default=250, help="updates between evaluations")
     parser.add_argument("--minutes", type=float, default=20)
@@ -283,16 +280,16 @@ def main() -> None:
         for seed in args.seed:
             for n_learners in args.learners or [0, 1, 2, 4]:
                 updates = args.updates or 3000
-                rows += curve(n_learners, seed, updates, Curve(args.every, updates))
-                write_csv(RESULTS / "curves.csv", rows)
+                rows += curve(n_learners, seed, updates, args.every, updates)
+                write_csv(RESULTS / "learners" / "curves.csv", rows)
     else:
-        # As many updates as the disturbed run came to. Nobody lives long enough to compile.
-        disturber = Curve(args.every, seconds=60 * args.minutes, kill_every=args.kill_every)
-        disturbed = curve(2, 0, 10**5, disturber, compile=False)
-        updates = disturbed[-1]["updates"]
-        undisturbed = curve(2, 0, 10**5, Curve(args.every, updates), compile=False)
-        runs = {"killed": disturbed, "in_peace": undisturbed}
-        write_csv(RESULTS / "soak.csv", [{"run": name, **row} for name, rows in runs.items() for row in rows])
+        # Learners are killed before they would have compiled
+        killer = Killer(args.kill_every, 60 * args.minutes)
+        killed = curve(2, 0, 10**5, args.every, float("inf"), killer, compile=False)
+        # The same number of updates
+        undisturbed = curve(2, 0, 10**5, args.every, killed[-1]["updates"], compile=False)
+        runs = {"killed": killed, "undisturbed": undisturbed}
+        write_csv(RESULTS / "learners" / "soak.csv", [{"run": name, **row} for name, rows in runs.items() for row in rows])
 
 
 if __name__ == "__main__":

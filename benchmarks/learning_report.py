@@ -1,24 +1,19 @@
 """
-From the csv files of ``learning.py``: a table of the updates needed to reach each goal, and a figure for each task.
+Table and figures of ``learning.py``: the updates needed to reach each goal, and a figure per task.
 
     python benchmarks/learning_report.py
 """
-
-import csv
-from collections import defaultdict
-from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from learning import RESULTS
+from machine import merged_origin
 from settings import TASKS
-from tables import print_table, write_csv
+from tables import FIGURES, RESULTS, Runs, print_table, read_runs, write_csv
 
-FIGURES = Path(__file__).parent / "figures"
-# Table I of the first version: iterations to each goal, mean of five runs; None: never
+# Table I of the first version: iterations to each goal, mean of five runs; ``None`` is never
 PAPER = {
     ("path_tracking", "mpg_v1"): (3000, 9000, 11000, 18000),
     ("path_tracking", "mpg_v1_exploring_starts"): (3000, 9000, 11000, 18000),
@@ -28,39 +23,17 @@ PAPER = {
 }
 
 
-def read_runs() -> dict[tuple[str, str, str], dict[int, np.ndarray]]:
+def write_table(runs: Runs) -> None:
     """
-    :return: for each task, algorithm and number of environments, for each seed: updates and mean return ``(n, 2)``
-    """
-    runs: dict[tuple[str, str, str], dict[int, np.ndarray]] = defaultdict(dict)
-    for path in sorted(RESULTS.glob("*.csv")):
-        task, algorithm, n_envs, seed = path.stem.split("-")
-        with path.open() as file:
-            rows = [(float(row["updates"]), float(row["return_mean"])) for row in csv.DictReader(file)]
-        runs[task, algorithm, n_envs][int(seed)] = np.array(rows)
-    return runs
+    Print the table and write it as csv: the updates to each goal, of every seed and of the paper.
 
-
-def first_above(curve: np.ndarray, goal: float) -> int | None:
-    """
-    :param curve: updates and returns, ``(n, 2)``
-    :param goal: a return
-    :return: updates at the first evaluation above the goal, ``None`` if there is none
-    """
-    above = curve[curve[:, 1] > goal]
-    return int(above[0, 0]) if len(above) else None
-
-
-def write_table(runs: dict[tuple[str, str, str], dict[int, np.ndarray]]) -> None:
-    """
-    Print the table and write it as csv: for each goal the updates of every seed, and the paper's.
-
-    :param runs: see :func:`read_runs`
+    :param runs: runs by task, algorithm and number of environments
     """
     rows = []
     for (task, algorithm, n_envs), seeds in runs.items():
         for index, goal in enumerate(TASKS[task].goals):
-            reached = [first_above(curve, goal) for curve in seeds.values()]
+            reached = [run.first_above(goal) for run in seeds.values()]
+            curves = [run.curve for run in seeds.values()]
             paper = PAPER.get((task, algorithm))
             rows.append(
                 {
@@ -70,20 +43,21 @@ def write_table(runs: dict[tuple[str, str, str], dict[int, np.ndarray]]) -> None
                     "goal": goal,
                     "updates of each seed": " / ".join("never" if value is None else str(value) for value in reached),
                     "paper": "" if paper is None else paper[index] or "never",
-                    "best return of each seed": " / ".join(f"{curve[:, 1].max():.3g}" for curve in seeds.values()),
-                    "mean of the last 5 evaluations": " / ".join(f"{curve[-5:, 1].mean():.3g}" for curve in seeds.values()),
-                    "updates run": " / ".join(str(int(curve[-1, 0])) for curve in seeds.values()),
+                    "best return of each seed": " / ".join(f"{curve[:, 1].max():.3g}" for curve in curves),
+                    "mean of the last 5 evaluations": " / ".join(f"{curve[-5:, 1].mean():.3g}" for curve in curves),
+                    "updates run": " / ".join(str(int(curve[-1, 0])) for curve in curves),
+                    **merged_origin(run.origin for run in seeds.values()),
                 }
             )
-    write_csv(RESULTS.parent / "learning.csv", rows)
+    write_csv(RESULTS / "learning.csv", rows)
     print_table(rows)
 
 
-def draw(runs: dict[tuple[str, str, str], dict[int, np.ndarray]]) -> None:
+def draw(runs: Runs) -> None:
     """
-    One figure for each task: median and range over seeds.
+    Draw a figure per task, with the median and the range of the seeds.
 
-    :param runs: see :func:`read_runs`
+    :param runs: runs by task, algorithm and number of environments
     """
     FIGURES.mkdir(exist_ok=True)
     for task, settings in TASKS.items():
@@ -91,9 +65,9 @@ def draw(runs: dict[tuple[str, str, str], dict[int, np.ndarray]]) -> None:
         for (of_task, algorithm, n_envs), seeds in runs.items():
             if of_task != task:
                 continue
-            length = min(len(curve) for curve in seeds.values())
-            returns = np.stack([curve[:length, 1] for curve in seeds.values()])
-            updates = next(iter(seeds.values()))[:length, 0]
+            length = min(len(run.curve) for run in seeds.values())
+            returns = np.stack([run.curve[:length, 1] for run in seeds.values()])
+            updates = next(iter(seeds.values())).curve[:length, 0]
             label = f"{algorithm.replace('_', '-')}, {n_envs.removesuffix('envs')} environments, {len(seeds)} seeds"
             (line,) = axes.plot(updates, -np.median(returns, axis=0), label=label)
             axes.fill_between(updates, -returns.min(axis=0), -returns.max(axis=0), color=line.get_color(), alpha=0.2)
@@ -106,6 +80,6 @@ def draw(runs: dict[tuple[str, str, str], dict[int, np.ndarray]]) -> None:
 
 
 if __name__ == "__main__":
-    all_runs = read_runs()
+    all_runs = read_runs(RESULTS / "learning", "updates", n_parts=3)
     write_table(all_runs)
     draw(all_runs)

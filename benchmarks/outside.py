@@ -1,52 +1,55 @@
 """
-Tasks from outside: the swing-up of Pendulum-v1 with the model of the README, which is all but exact, and the unstable
-InvertedDoublePendulum-v5 with a model that knows nothing, or nothing but when an episode ends; TD3 beside them.
+Tasks from outside: the swing-up of Pendulum-v1 with the model of the README, which is almost exact, and the unstable
+InvertedDoublePendulum-v5 with a model that knows nothing, or only when an episode ends. TD3 for comparison.
 
-    python benchmarks/outside.py swing_up mpg --seed 0 1 2
-    python benchmarks/outside.py swing_up mpg_recorded_states --seed 0 1 2 --steps 4000 --exploration-noise 0.5
-    python benchmarks/outside.py double_pendulum td3 --seed 0 1 2
+    python benchmarks/outside.py                                               # all missing runs: hours
+    python benchmarks/outside.py --task swing_up --algorithm mpg --seed 0
+    python benchmarks/outside.py --task swing_up --algorithm mpg_recorded_states --steps 4000 --exploration-noise 0.5
 
-The mean return of 20 episodes after each 1000 steps, a csv for each run in ``results/outside``. Runs that are complete are
+The mean return of 20 episodes after each 1000 steps, one csv per run in ``results/outside``. Runs that are complete are
 skipped.
 """
 
 import argparse
+import ast
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch as th
+from evaluation import EvaluationCallback
 from prior_models import KnowsNothing
 from stable_baselines3 import TD3
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.noise import NormalActionNoise
-from tables import write_csv
+from tables import RESULTS
 
 from sb3_mpg import MPG, PriorModel
 
-RESULTS = Path(__file__).parent / "results" / "outside"
+README = Path(__file__).parent.parent / "README.md"
 
 
-class MyPendulum(PriorModel):
-    """The model of the README."""
-
-    def transition(self, states: th.Tensor, actions: th.Tensor) -> th.Tensor:
-        cos, sin, speed = states.split(1, dim=1)
-        speed = (speed + 0.05 * (15 * sin + 3 * actions)).clamp(-8, 8)
-        angle = th.atan2(sin, cos) + 0.05 * speed
-        return th.cat([angle.cos(), angle.sin(), speed], dim=1)
-
-    def reward(self, states: th.Tensor, actions: th.Tensor, next_states: th.Tensor) -> th.Tensor:
-        cos, sin, speed = states.split(1, dim=1)
-        return -(th.atan2(sin, cos) ** 2 + 0.1 * speed**2 + 0.001 * actions**2)
+def model_of_readme(name: str = "MyPendulum") -> PriorModel:
+    """
+    :param name: name of a class in a code block of the README, which is the only place of its code
+    :return: the prior model
+    """
+    for block in re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL):
+        if f"class {name}(" in block:
+            tree = ast.parse(block)
+            tree.body = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom, ast.ClassDef))]
+            namespace: dict[str, Any] = {"__name__": "readme"}
+            exec(compile(tree, str(README), "exec"), namespace)
+            return namespace[name]()
+    raise ValueError(f"{README} has no code block with a class {name}")
 
 
 class KnowsTheEnd(KnowsNothing):
-    """Knows nothing of InvertedDoublePendulum-v5 but when an episode ends: when the tip is below one metre."""
+    """Knows only when an episode of InvertedDoublePendulum-v5 ends: when the tip is below one metre."""
 
     def terminal(self, states: th.Tensor) -> th.Tensor:
         sine, other_sine, cosine, other_cosine = states[:, 1:5].unbind(1)
@@ -57,57 +60,41 @@ class KnowsTheEnd(KnowsNothing):
 class OutsideTask(NamedTuple):
     """
     :param env_id: id of the environment
-    :param make_model: its prior model
-    :param steps: number of environment steps of a run
+    :param make_model: returns its prior model
     """
 
     env_id: str
     make_model: Callable[[], PriorModel]
-    steps: int
 
 
 TASKS = {
-    "swing_up": OutsideTask("Pendulum-v1", MyPendulum, 5000),
-    "double_pendulum": OutsideTask("InvertedDoublePendulum-v5", KnowsNothing, 10_000),
-    "double_pendulum_end": OutsideTask("InvertedDoublePendulum-v5", KnowsTheEnd, 10_000),
+    "swing_up": OutsideTask("Pendulum-v1", model_of_readme),
+    "double_pendulum": OutsideTask("InvertedDoublePendulum-v5", KnowsNothing),
+    "double_pendulum_end": OutsideTask("InvertedDoublePendulum-v5", KnowsTheEnd),
 }
-# What they change of the defaults of MPG
+# How they differ from the defaults of MPG
 METHODS: dict[str, dict[str, Any]] = {
     "mpg": {},
     "mpg_recorded_states": {"model_exploration": 0.0, "learning_starts": 500},
     "data_driven": {"horizons": (0,), "weighting": "constant", "learning_starts": 500},
 }
-
-
-class EvaluationCallback(BaseCallback):
-    """
-    Evaluate after each 1000 steps; the csv is written at the end.
-
-    :param env_id: id of the environment
-    :param path: csv file to write
-    """
-
-    def __init__(self, env_id: str, path: Path):
-        super().__init__()
-        self.env_id, self.path = env_id, path
-        self.rows: list[dict[str, Any]] = []
-
-    def _on_step(self) -> bool:
-        if self.num_timesteps % 1000 == 0:
-            mean, std = evaluate_policy(self.model, make_vec_env(self.env_id, 20, seed=5), n_eval_episodes=20)
-            self.rows.append({"steps": self.num_timesteps, "return_mean": f"{mean:.1f}", "return_std": f"{std:.1f}"})
-            print(self.path.stem, self.rows[-1], flush=True)
-        return True
-
-    def _on_training_end(self) -> None:
-        write_csv(self.path, self.rows)
+# The default runs and their numbers of environment steps
+MATRIX = {
+    ("swing_up", "mpg"): 5000,
+    ("swing_up", "mpg_recorded_states"): 5000,
+    ("swing_up", "td3"): 5000,
+    ("double_pendulum", "mpg"): 30_000,
+    ("double_pendulum", "data_driven"): 30_000,
+    ("double_pendulum", "td3"): 30_000,
+    ("double_pendulum_end", "mpg"): 10_000,
+}
 
 
 def make(task: OutsideTask, algorithm: str, seed: int, exploration_noise: float) -> BaseAlgorithm:
     """
     :param task: the task
     :param algorithm: a key of ``METHODS``, or ``td3``
-    :param seed: of everything random
+    :param seed: seed
     :param exploration_noise: standard deviation of the noise on actions in [-1, 1]
     :return: the algorithm
     """
@@ -126,24 +113,43 @@ def make(task: OutsideTask, algorithm: str, seed: int, exploration_noise: float)
     )
 
 
+def run(task_name: str, algorithm: str, seed: int, steps: int, exploration_noise: float) -> None:
+    """
+    Train once and write the csv.
+
+    :param task_name: a key of ``TASKS``
+    :param algorithm: a key of ``METHODS``, or ``td3``
+    :param seed: seed of the run
+    :param steps: number of environment steps
+    :param exploration_noise: standard deviation of the noise on actions in [-1, 1]
+    """
+    path = RESULTS / "outside" / f"{task_name}-{algorithm}-{exploration_noise}-{steps}-{seed}.csv"
+    if path.exists():
+        print(f"{path.name} exists, skipped")
+        return
+    task = TASKS[task_name]
+
+    def evaluate(model: BaseAlgorithm) -> np.ndarray:
+        envs = make_vec_env(task.env_id, 20, seed=5)
+        return np.array(evaluate_policy(model, envs, n_eval_episodes=20, return_episode_rewards=True)[0])
+
+    model = make(task, algorithm, seed, exploration_noise)
+    model.learn(steps, callback=EvaluationCallback(evaluate, "steps", 1000, path))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", choices=TASKS)
-    parser.add_argument("algorithm", choices=[*METHODS, "td3"])
+    parser.add_argument("--task", choices=TASKS)
+    parser.add_argument("--algorithm", choices=[*METHODS, "td3"])
     parser.add_argument("--seed", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, help="number of environment steps; by default those of the task")
+    parser.add_argument("--steps", type=int, help="number of environment steps; by default those of the matrix in this file")
     parser.add_argument("--exploration-noise", type=float, default=0.1)
     args = parser.parse_args()
     th.set_num_threads(1)
-    task = TASKS[args.task]
-    steps = args.steps or task.steps
     for seed in args.seed:
-        path = RESULTS / f"{args.task}-{args.algorithm}-{args.exploration_noise}-{steps}-{seed}.csv"
-        if path.exists():
-            print(f"{path.name} is there, skipped")
-            continue
-        model = make(task, args.algorithm, seed, args.exploration_noise)
-        model.learn(steps, callback=EvaluationCallback(task.env_id, path))
+        for (task, algorithm), steps in MATRIX.items():
+            if args.task in (None, task) and args.algorithm in (None, algorithm):
+                run(task, algorithm, seed, args.steps or steps, args.exploration_noise)
 
 
 if __name__ == "__main__":

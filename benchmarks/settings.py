@@ -1,13 +1,9 @@
-"""The papers' settings (Table VI of the first version and the authors' scales) and their evaluation, for all scripts here."""
+"""The tasks, and the papers' settings: Table VI of the first version, and the scales of the authors' code."""
 
 import importlib
 from dataclasses import dataclass
 from typing import Any
 
-import gymnasium as gym
-import numpy as np
-import torch as th
-from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 
 import sb3_mpg_envs  # noqa: F401
@@ -19,11 +15,12 @@ class Task:
     """
     :param env_id: id of the environment
     :param vec_env: path of the ``VecEnv`` class that runs many agents in one process
-    :param steps: steps of an evaluation, without resets
-    :param observation_scale: what the networks see of each dimension
-    :param reward_scale: factor of the rewards
+    :param steps: number of steps of an evaluation, which has no early resets
+    :param observation_scale: factors on the observations, for the networks
+    :param reward_scale: factor on the rewards
     :param weighting_updates: T of the papers' weighting rule
-    :param goals: returns whose first crossing is reported
+    :param goals: goals of the papers' settings: the first evaluation above each is reported
+    :param default_goals: goals of the default settings
     """
 
     env_id: str
@@ -33,6 +30,7 @@ class Task:
     reward_scale: float
     weighting_updates: int
     goals: tuple[float, ...]
+    default_goals: tuple[float, float]
 
 
 TASKS = {
@@ -44,6 +42,7 @@ TASKS = {
         0.01,
         9000,
         (-100.0, -30.0, -10.0, -5.0),
+        (-10.0, -5.0),
     ),
     "pendulum": Task(
         "InvertedPendulumConti-v0",
@@ -53,12 +52,13 @@ TASKS = {
         1.0,
         4000,
         (-20.0, -2.0, -0.1, -0.01),
+        (-0.1, -0.01),
     ),
 }
 
 ALGORITHMS: dict[str, tuple[type[MPG], dict[str, Any]]] = {
     "mpg_v1": (MPG, {"value_target": "n_step_simulator", "batch_reuse": 10}),
-    # Table VI but for the reuse of batches, which saves time at the price of a critic that knows too few of them
+    # Table VI, except that each batch is used once. Reused batches save time, but the critic overfits to them
     "mpg_v1_exploring_starts": (MPG, {"value_target": "n_step_simulator"}),
     "mpg_v2": (MPG, {"value_target": "clipped_double_q"}),
     "data_driven": (MPG, {"horizons": (0,), "weighting": "constant"}),
@@ -66,8 +66,11 @@ ALGORITHMS: dict[str, tuple[type[MPG], dict[str, Any]]] = {
     "n_step_adp": (NStepADP, {}),
 }
 
-# Arguments of the environment that an algorithm learns in. Exploring starts: every transition is the first of an episode, as
-# in the replay buffer of the authors' code, whose early reset ends every episode after its first step
+# Number of starts of an evaluation of the default settings
+N_STARTS = 50
+
+# Arguments of the environment of an algorithm. With exploring starts, every transition is the first of an episode. The replay
+# buffer of the authors' code holds the same, because its early reset ends every episode after the first step
 ENV_SETTINGS: dict[str, dict[str, Any]] = {"mpg_v1_exploring_starts": {"max_episode_steps": 1}}
 
 
@@ -86,9 +89,9 @@ def make_model(algorithm: str, task: Task, env: VecEnv, seed: int, **kwargs: Any
     """
     :param algorithm: a key of ``ALGORITHMS``
     :param task: the task
-    :param env: where to learn
-    :param seed: seed of everything random
-    :param kwargs: changes of the settings
+    :param env: environment to learn in
+    :param seed: seed
+    :param kwargs: settings that differ
     :return: the algorithm with the papers' settings
     """
     cls, settings = ALGORITHMS[algorithm]
@@ -105,28 +108,3 @@ def make_model(algorithm: str, task: Task, env: VecEnv, seed: int, **kwargs: Any
         device="cpu",
         **{**settings, **kwargs},
     )
-
-
-def evaluate(model: BaseAlgorithm, task: Task, n_starts: int = 20, seed: int = 1000) -> tuple[np.ndarray, np.ndarray]:
-    """
-    The papers' evaluation: no exploration noise, no early resets, a fixed number of steps, from fixed starts.
-
-    :param model: what is evaluated
-    :param task: the task
-    :param n_starts: number of episodes, run side by side
-    :param seed: seed of the starts
-    :return: returns ``(n_starts,)`` and observations ``(steps + 1, n_starts, O)``
-    """
-    env = gym.make(task.env_id, early_reset=False)
-    simulator = env.get_wrapper_attr("make_simulator")(n_starts)
-    env.close()
-    simulator.seed(seed)
-    observations = [simulator.reset()]
-    returns = np.zeros(n_starts)
-    for _ in range(task.steps):
-        with th.no_grad():
-            actions, _ = model.predict(observations[-1], deterministic=True)
-        new_obs, rewards, _, _ = simulator.step(actions)
-        observations.append(new_obs)
-        returns += rewards
-    return returns, np.stack(observations)

@@ -1,8 +1,9 @@
 """
 How fast the environments are, on one core.
 
-Run it with ``python benchmarks/simulators.py``. It prints a table and writes ``benchmarks/results/simulators.csv``.
-Rates are per second of processor time, so that other programs on the machine disturb them less.
+    python benchmarks/simulators.py
+
+Writes results/simulators.csv. Rates are per second of processor time, which other programs disturb less than wall-clock time.
 """
 
 import os
@@ -10,7 +11,6 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 # Before NumPy is imported
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -18,8 +18,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import gymnasium as gym
 import mujoco
 import numpy as np
-import stable_baselines3
-from tables import write_csv
+from tables import RESULTS, write_csv
 
 import sb3_mpg_envs  # noqa: F401
 from sb3_mpg_envs.inverted_pendulum import InvertedPendulumContiVecEnv
@@ -28,29 +27,18 @@ from sb3_mpg_envs.path_tracking import PathTrackingVecEnv
 NUM_AGENTS = 512
 N_REPEATS = 7
 SECONDS_PER_REPEAT = 0.7
-RESULTS = Path(__file__).parent / "results" / "simulators.csv"
 TASKS = {"PathTracking-v0": PathTrackingVecEnv, "InvertedPendulumConti-v0": InvertedPendulumContiVecEnv}
 
 
-def cpu_model() -> str:
-    """Name of the processor."""
-    cpu_info = Path("/proc/cpuinfo")
-    if cpu_info.exists():
-        for line in cpu_info.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
 def use_one_core() -> None:
-    """Pin this process, where the operating system can do it."""
+    """Pin this process to a core, if the operating system can."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
 
 
 def steps_per_second(step: Callable[[], object], steps_per_call: int) -> tuple[float, float]:
     """
-    :param step: what to time
+    :param step: the timed function
     :param steps_per_call: number of agents that it steps
     :return: best and median of the repeats, in agent-steps per second of processor time
     """
@@ -67,11 +55,11 @@ def steps_per_second(step: Callable[[], object], steps_per_call: int) -> tuple[f
 
 def time_task(env_id: str) -> dict[str, tuple[float, float]]:
     """
-    :param env_id: which task
-    :return: best and median rate of each way to step it
+    :param env_id: id of the environment
+    :return: best and median rate of each interface
     """
     rng = np.random.default_rng(0)
-    # Small actions and centred starts: few early resets, as with a trained policy
+    # Small actions and centred starts give few early resets, as a trained policy does
     venv = TASKS[env_id](NUM_AGENTS, start_width=0.5)
     venv.seed(0)
     venv.reset()
@@ -98,15 +86,12 @@ def time_task(env_id: str) -> dict[str, tuple[float, float]]:
 
 
 def main() -> None:
-    """Time everything and write the table."""
+    """Time all interfaces and write the table."""
     use_one_core()
-    machine = {
-        "cpu": cpu_model(),
+    versions = {
         "python": platform.python_version(),
         "numpy": np.__version__,
         "mujoco": mujoco.__version__,
-        "gymnasium": gym.__version__,
-        "stable_baselines3": stable_baselines3.__version__,
     }
     rows: list[dict[str, object]] = []
     for env_id in TASKS:
@@ -120,8 +105,8 @@ def main() -> None:
                 "best": round(best),
                 "median": round(median),
             }
-            rows.append({**result, **machine})
-    write_csv(RESULTS, rows)
+            rows.append({**result, **versions})
+    write_csv(RESULTS / "simulators.csv", rows)
 
 
 if __name__ == "__main__":

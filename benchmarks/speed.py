@@ -1,22 +1,20 @@
 """
-How fast an update is, as ratios inside one run, on one thread (and on the GPU where there is one).
+How fast an update is, on one thread, and on the GPU if there is one.
 
     taskset -c 0 python benchmarks/speed.py
 
-What a ratio compares takes turns, so that a machine that becomes slower for a while slows down both. Prints the table and
-writes it to results/speed_DEVICE.csv, and the ten largest shares of an update to results/profile_DEVICE.csv.
+Ratios compare measurements that alternate, so that other load on the machine affects both. Prints the table, writes it to
+results/speed_DEVICE.csv, and writes the ten largest shares of an update to results/profile_DEVICE.csv.
 """
 
 import io
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -24,11 +22,13 @@ import stable_baselines3
 import torch as th
 from settings import TASKS, make_model, make_vec_env
 from stable_baselines3 import TD3
-from tables import write_csv
+from tables import RESULTS, write_csv
 from torch.profiler import ProfilerActivity, profile
 
 from sb3_mpg import MPG
+from sb3_mpg.common.buffers import RecordedSteps
 from sb3_mpg.common.compilation.step_compiler import StepCompiler
+from sb3_mpg.common.models.trainable import members_of
 from sb3_mpg.common.precision import (
     DEFAULT,
     ONEDNN,
@@ -37,26 +37,19 @@ from sb3_mpg.common.precision import (
     is_as_exact,
     matmul_precision,
 )
+from sb3_mpg.common.rollouts.exploration import ModelExploration
+from sb3_mpg.common.rollouts.policy_gradient import mixed_policy_gradient
+from sb3_mpg.common.rollouts.steps import EagerSteps, Steps
 from sb3_mpg.common.torch_layers import ObservationScaler
-from sb3_mpg.mpg.mpg import MEASURE_EVERY
+from sb3_mpg.common.trust import MeasuredTrust
 from sb3_mpg_envs.path_tracking.simulator import PathTrackingSimulator
 
-RESULTS = Path(__file__).parent / "results"
 BATCH, WIDTH, HORIZON = 256, 256, 25
 REPEATS = 40
 # In one call of train()
 UPDATES = 10
 # The argument with which this script starts itself
 FIRST_UPDATE = "--first-update"
-
-
-def cpu_name() -> str:
-    """
-    :return: name of the processor
-    """
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def take_turns(functions: dict[str, Callable[[], object]], device: str, repeats: int = REPEATS) -> dict[str, list[float]]:
@@ -123,14 +116,14 @@ def compiled_update(model: MPG, device: str) -> tuple[float, float]:
     :param device: where it runs
     :return: seconds of its first update, and seconds of processor time that it took with the C++ compiler
     """
-    model._step_compiler = StepCompiler()
+    model.update.steps = steps = StepCompiler()
     # An update that the policy takes part in
     model._n_updates = model.policy_delay - 1
     start, start_of_work = time.perf_counter(), sum(os.times()[:4])
     model.train(1, BATCH)
     if device == "cuda":
         th.cuda.synchronize()
-    assert not model._step_compiler.has_failed, "it could not be compiled"
+    assert not steps.has_failed, "it could not be compiled"
     return time.perf_counter() - start, sum(os.times()[:4]) - start_of_work
 
 
@@ -146,7 +139,7 @@ def memory_ratio(model: MPG, observations: th.Tensor) -> float:
     """
 
     def gradient() -> None:
-        model._mixed_policy_gradient(observations, model._units(), {HORIZON: 1.0})
+        mixed_policy_gradient(observations, model.update.context(model.units(), model.gamma), {HORIZON: 1.0})
 
     gradient()
     if observations.is_cuda:
@@ -245,14 +238,15 @@ def measure_gradient(table: Table, model: MPG, device: str) -> None:
     left, right = th.randn(BATCH, WIDTH, device=device), th.randn(WIDTH, WIDTH, device=device)
     kernels, precision = fp32_kernels(device), choose_matmul_precision(model.policy, BATCH)
     observations = model.replay_buffer.sample(BATCH).observations  # type: ignore[union-attr]
-    units, compiler = model._units(), StepCompiler()
+    units, compiler = model.units(), StepCompiler()
 
-    def gradient(horizon: int, compiler: StepCompiler | None) -> Callable[[], object]:
+    def gradient(horizon: int, steps: Steps) -> Callable[[], object]:
+        context = model.update.context(units, model.gamma)._replace(steps=steps)
+
         def run() -> None:
-            model._step_compiler = compiler
             # As `learn` does
             with matmul_precision(precision):
-                model._mixed_policy_gradient(observations, units, {horizon: 1.0})
+                mixed_policy_gradient(observations, context, {horizon: 1.0})
 
         return run
 
@@ -268,7 +262,7 @@ def measure_gradient(table: Table, model: MPG, device: str) -> None:
         {
             **{precision: products(precision) for precision in kernels},
             "gradient": gradient(HORIZON, compiler),
-            "gradient, not compiled": gradient(HORIZON, None),
+            "gradient, not compiled": gradient(HORIZON, EagerSteps()),
             "5": gradient(5, compiler),
             "50": gradient(50, compiler),
         },
@@ -283,9 +277,9 @@ def measure_gradient(table: Table, model: MPG, device: str) -> None:
         table.add(f"... 50 hidden-layer products, {library}", [1e3 * time for time in times[precision]], "ms")
     for name in ("gradient", "gradient, not compiled"):
         table.add(f"... {name}", [1e3 * time for time in times[name]], "ms")
-    for name, used in {"compiled": compiler, "not compiled": None}.items():
-        model._step_compiler = used
-        target, aim = ("2", "1.2") if used else ("", "")
+    for name, steps in {"compiled": compiler, "not compiled": EagerSteps()}.items():
+        model.update.steps = steps
+        target, aim = ("2", "1.2") if steps is compiler else ("", "")
         table.add(
             f"memory of a policy gradient / its activations, {name}", [memory_ratio(model, observations)], "", target, aim
         )
@@ -313,11 +307,11 @@ def measure_update(table: Table, model: MPG, device: str) -> None:
         device=device,
     )
     fill(td3)
-    compiler = model._step_compiler = StepCompiler()
+    compiler = StepCompiler()
     precision = choose_matmul_precision(model.policy, BATCH)
 
-    def train(compiler: StepCompiler | None) -> None:
-        model._step_compiler = compiler
+    def train(steps: Steps) -> None:
+        model.update.steps = steps
         # As `learn` does
         with matmul_precision(precision):
             model.train(UPDATES, BATCH)
@@ -326,7 +320,7 @@ def measure_update(table: Table, model: MPG, device: str) -> None:
         {
             "TD3": lambda: td3.train(UPDATES, BATCH),
             "MPG-v2": lambda: train(compiler),
-            "MPG-v2, not compiled": lambda: train(None),
+            "MPG-v2, not compiled": lambda: train(EagerSteps()),
         },
         device,
         repeats=REPEATS // 2,
@@ -336,7 +330,7 @@ def measure_update(table: Table, model: MPG, device: str) -> None:
     for name, values in times.items():
         target = "1.5" if device == "cuda" and name == "MPG-v2" else ""
         table.add(f"... {name}", [1e3 * time / UPDATES for time in values], "ms", target)
-    model._step_compiler = compiler
+    model.update.steps = compiler
 
 
 def measure_default(table: Table, device: str) -> None:
@@ -348,32 +342,42 @@ def measure_default(table: Table, device: str) -> None:
     """
     model = MPG("MlpPolicy", make_vec_env(TASKS["path_tracking"], 16), seed=0, device=device)
     fill(model)
-    model._step_compiler = StepCompiler()
-    units = model._units()
-    recorded = model._recorded_steps(units)
+    model.update.steps = StepCompiler()
+    units, update, fitting, trust = model.units(), model.update, model.model_fitting, model.trust
+    assert fitting is not None and isinstance(trust, MeasuredTrust)
+    recorded = RecordedSteps(model.replay_buffer, units.unscale_actions, model.device)
+    context, exploration = update.context(units, model.gamma), ModelExploration(model.model_exploration)
+    q_functions = update.q_functions(fitting.model.n_members)
     observations = model.replay_buffer.sample(BATCH).observations  # type: ignore[union-attr]
 
     def explore() -> None:
         for _ in range(UPDATES):
-            model._explored(observations, units, trust=1.0)
+            with members_of(fitting.model, "dealt"):
+                exploration.perturb(observations, context, trust=1.0)
 
     def fit() -> None:
         for _ in range(UPDATES):
-            model._fit_model(recorded)
+            fitting.fit(1, recorded)
+
+    def measure() -> None:
+        # The first measurement is due at once
+        trust.measurements = []
+        with members_of(fitting.model, "dealt"):
+            trust.measure(1, context, q_functions, fitting, recorded)
 
     times = take_turns(
         {
-            "update": lambda: model.train(2 * MEASURE_EVERY, BATCH),
+            "update": lambda: model.train(2 * trust.every, BATCH),
             "fit": fit,
-            "measurement": lambda: model._measure_errors(recorded, units),
+            "measurement": measure,
             "exploring": explore,
         },
         device,
         repeats=REPEATS // 2,
     )
-    updates = [time / (2 * MEASURE_EVERY) for time in times["update"]]
+    updates = [time / (2 * trust.every) for time in times["update"]]
     fits = [time / UPDATES for time in times["fit"]]
-    measurements = [time / MEASURE_EVERY for time in times["measurement"]]
+    measurements = [time / trust.every for time in times["measurement"]]
     # Only where the policy is due
     explorations = [time / UPDATES / model.policy_delay for time in times["exploring"]]
     added = [fitting + measuring for fitting, measuring in zip(fits, measurements, strict=True)]
@@ -392,15 +396,16 @@ def measure_simulator(table: Table) -> None:
     v1 = make_model("mpg_v1", task, make_vec_env(task, 16), 0)
     fill(v1)
     precision = choose_matmul_precision(v1.policy, BATCH)
-    data, units = v1.replay_buffer.sample(BATCH), v1._units()  # type: ignore[union-attr]
+    data, inputs = v1.replay_buffer.sample(BATCH), v1.training_inputs(BATCH)
     actions = np.random.default_rng(0).uniform(-0.1, 0.1, (n_agents, 2))
 
-    def target(compiler: StepCompiler | None) -> Callable[[], object]:
-        target_values = v1._target_values(1)
+    def target(steps: Steps) -> Callable[[], object]:
+        targets = v1.update.targets(v1.update_settings(1))
+        context = v1.update.context(inputs.units, v1.gamma)._replace(steps=steps)
 
         def run() -> None:
-            v1.value_target(data, v1.actor, v1.actor_target, target_values, units, v1.gamma, v1._make_simulator, compiler)
-            assert compiler is None or not compiler.has_failed, "it could not be compiled"
+            v1.value_target(data, context, targets, v1.update.simulator)
+            assert steps.is_compiled or isinstance(steps, EagerSteps), "it could not be compiled"
 
         return run
 
@@ -411,9 +416,9 @@ def measure_simulator(table: Table) -> None:
         return lambda: simulator.step(actions)
 
     # No ratios here: each for itself
-    for what, compiler in {"compiled": StepCompiler(), "not compiled": None}.items():
+    for what, steps in {"compiled": StepCompiler(), "not compiled": EagerSteps()}.items():
         with th.no_grad(), matmul_precision(precision):
-            times = take_turns({"target": target(compiler)}, "cpu")["target"]
+            times = take_turns({"target": target(steps)}, "cpu")["target"]
         goals = ("20", "5") if what == "compiled" else ("", "")
         table.add(f"n-step target of MPG-v1, 256 states, 25 steps, {what}", [1e3 * time for time in times], "ms", *goals)
     for what in ("compiled", "not compiled"):
@@ -461,10 +466,8 @@ def main() -> None:
     measure_update(table, model, device)
     measure_default(table, device)
 
-    versions = f"torch {th.__version__}, stable-baselines3 {stable_baselines3.__version__}, numpy {np.__version__}"
-    machine = cpu_name() + (f", {th.cuda.get_device_name()}" if device == "cuda" else "")
-    about = {"versions": versions, "machine": machine, "load before": load}
-    write_csv(RESULTS / f"speed_{device}.csv", [{**row, **about} for row in table.rows])
+    machine = {"gpu": th.cuda.get_device_name() if device == "cuda" else "", "load before": load}
+    write_csv(RESULTS / f"speed_{device}.csv", [{**row, **machine} for row in table.rows])
     write_profile(model, device)
 
 

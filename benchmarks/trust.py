@@ -1,39 +1,35 @@
 """
-Learning with prior models from perfect to useless: return against environment steps, a csv for each run.
+Learning with prior models from perfect to useless: return against environment steps, one csv per run.
 
-    python benchmarks/trust.py                                             # everything that is missing, for days
+    python benchmarks/trust.py                                             # all missing runs: days
     python benchmarks/trust.py --task pendulum --model papers --method mpg --seed 0 --steps 5000
 
-One environment, one update for each of its steps, the same networks and batches for all. Runs that are complete are
-skipped. Tables and figures: ``python benchmarks/trust_report.py``.
+All methods have one environment, one update per environment step, the same networks and the same batch size. Runs that are
+complete are skipped. Tables and figures: ``python benchmarks/trust_report.py``.
 """
 
 import argparse
-import time
-from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import torch as th
+from evaluation import EvaluationCallback, evaluate
 from prior_models import MODELS
-from settings import TASKS, Task, evaluate
+from settings import N_STARTS, TASKS
 from stable_baselines3 import SAC, TD3
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import NormalActionNoise
-from tables import write_csv
+from tables import RESULTS
 
 from sb3_mpg import MPG
 from sb3_mpg.common.torch_layers import ObservationScaler
 
-RESULTS = Path(__file__).parent / "results" / "trust"
-# Random steps before the first update of methods that have no model, or may have to do without: they need more of them than
-# the default of MPG
+# Random steps before the first update of the methods that learn from data alone, or may have to. They need more than MPG's
+# default
 WARM_UP = 500
-N_STARTS = 50
 
-# Methods that need a model, and what they change of the defaults
+# Methods with a prior model, and how they differ from the defaults
 METHODS: dict[str, dict[str, Any]] = {
     "mpg": {},
     "recorded_states": {"model_exploration": 0.0},
@@ -41,7 +37,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "rule_based": {"residual": False, "weighting": "rule_based", "learning_starts": WARM_UP},
     "weight_1": {"horizons": (25,), "weighting": "constant"},
 }
-# Methods that need none
+# Methods without a prior model
 WITHOUT_MODEL = ("data_driven", "td3", "sac")
 
 
@@ -50,13 +46,13 @@ def make(method: str, task_name: str, model_name: str | None, seed: int) -> Base
     :param method: one of ``METHODS`` or ``WITHOUT_MODEL``
     :param task_name: a key of ``TASKS``
     :param model_name: a key of ``MODELS[task_name]``
-    :param seed: seed of everything random
+    :param seed: seed
     :return: the algorithm
     """
     task = TASKS[task_name]
     if method in ("td3", "sac"):
-        # What MPG has: the same hidden layers and discount. Observations have the authors' scales, learning rates are SB3's
-        # own. `data_driven` has everything that MPG has, sines and cosines too, but for the length of the warm-up
+        # Hidden layers and discount factor are those of MPG, learning rates those of SB3, scales of the observations those of
+        # the authors
         policy_kwargs = {
             "net_arch": [256, 256],
             "activation_fn": th.nn.ELU,
@@ -87,46 +83,15 @@ def make(method: str, task_name: str, model_name: str | None, seed: int) -> Base
     )
 
 
-class EvaluationCallback(BaseCallback):
+def columns(model: BaseAlgorithm) -> dict[str, Any]:
     """
-    Evaluate every so many environment steps; the csv is complete only at the end.
-
-    :param task: the task
-    :param every: number of steps between evaluations
-    :param path: csv file to write
+    :param model: the algorithm
+    :return: of MPG, the weight of the model and the number of skipped updates
     """
-
-    def __init__(self, task: Task, every: int, path: Path):
-        super().__init__()
-        self.task, self.every, self.path = task, every, path
-        self.rows: list[dict[str, Any]] = []
-        self.seconds = 0.0
-
-    def _on_training_start(self) -> None:
-        self.resumed = time.perf_counter()
-
-    def _on_step(self) -> bool:
-        if self.num_timesteps % self.every == 0:
-            self.seconds += time.perf_counter() - self.resumed
-            returns, _ = evaluate(self.model, self.task, N_STARTS)
-            row: dict[str, Any] = {
-                "steps": self.num_timesteps,
-                "return_mean": f"{returns.mean():.5g}",
-                "return_median": f"{np.median(returns):.5g}",
-                "return_min": f"{returns.min():.5g}",
-                "seconds": f"{self.seconds:.1f}",
-            }
-            if isinstance(self.model, MPG):
-                weights = self.model.weighting_rule(max(self.model._n_updates, 1))
-                row["model_weight"] = f"{1 - weights.get(0, 0.0):.4g}"
-                row["skipped"] = self.model.n_skipped_updates
-            self.rows.append(row)
-            print(self.path.stem, row, flush=True)
-            self.resumed = time.perf_counter()
-        return True
-
-    def _on_training_end(self) -> None:
-        write_csv(self.path, self.rows)
+    if not isinstance(model, MPG):
+        return {}
+    weights = model.weighting_rule(max(model._n_updates, 1))
+    return {"model_weight": f"{1 - weights.get(0, 0.0):.4g}", "skipped": model.n_skipped_updates}
 
 
 def run(task: str, model: str | None, method: str, seed: int, steps: int) -> None:
@@ -139,17 +104,20 @@ def run(task: str, model: str | None, method: str, seed: int, steps: int) -> Non
     :param seed: seed of the run
     :param steps: number of environment steps
     """
-    path = RESULTS / f"{task}-{model or 'no_model'}-{method}-{steps}-{seed}.csv"
+    path = RESULTS / "trust" / f"{task}-{model or 'no_model'}-{method}-{steps}-{seed}.csv"
     if path.exists():
-        print(f"{path.name} is there, skipped")
+        print(f"{path.name} exists, skipped")
         return
-    callback = EvaluationCallback(TASKS[task], 250, path)
+    callback = EvaluationCallback(
+        lambda algorithm: evaluate(algorithm, TASKS[task], N_STARTS)[0], "steps", 250, path, extra_columns=columns
+    )
     make(method, task, model, seed).learn(steps, callback=callback, log_interval=10**9)
 
 
 def matrix() -> list[tuple[str, str | None, str, int, int]]:
     """
-    :return: all runs: the default and its rivals over 20,000 steps with five seeds, everything else over 5000 with three
+    :return: the arguments of :func:`run` for all runs: MPG, TD3 and SAC over 20,000 steps with five seeds, all other methods
+        over 5000 steps with three seeds
     """
     runs: list[tuple[str, str | None, str, int, int]] = []
     for seed in range(5):

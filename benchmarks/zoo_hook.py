@@ -1,15 +1,19 @@
 """
-What the import hook for RL Zoo adds to every start of the interpreter, where the package is installed.
+How long the import hook for RL Zoo takes at each start of the interpreter, where the package is installed.
 
     python benchmarks/zoo_hook.py
+
+Writes results/zoo_hook.csv. Virtual environments double the time, as Python reads their .pth files twice.
 """
 
 import statistics
 import subprocess
 import sys
 
+from tables import RESULTS, print_table, write_csv
+
 STARTS = 50
-# The same call that the interpreter makes for each .pth file, in an interpreter that has not run this one yet
+# The interpreter makes the same call for each .pth file. The hook is removed first, as if this file had not been read yet
 MEASURE = """
 import site, sys, sysconfig, time
 sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != "SB3MPGZooHook"]
@@ -26,9 +30,17 @@ def main() -> None:
     for _ in range(STARTS):
         output = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True).stdout
         times.append(1e3 * float(output))
-    print(f"One pass over sb3_mpg_zoo.pth: median {statistics.median(times):.2f} ms, fastest {min(times):.2f} ms")
-    if sys.prefix != sys.base_prefix:
-        print("In a virtual environment such as this one, Python makes two passes over .pth files at each start")
+    low, median, high = statistics.quantiles(times, n=4)
+    row = {
+        "what": "one pass over sb3_mpg_zoo.pth",
+        "unit": "ms",
+        "median": f"{median:.3g}",
+        "first quartile": f"{low:.3g}",
+        "third quartile": f"{high:.3g}",
+        "fastest": f"{min(times):.3g}",
+    }
+    print_table([row])
+    write_csv(RESULTS / "zoo_hook.csv", [row])
 
 
 if __name__ == "__main__":

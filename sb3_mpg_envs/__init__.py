@@ -1,8 +1,8 @@
-"""Registers the environments of the Mixed Policy Gradient papers with Gymnasium: ``import sb3_mpg_envs`` is all it takes."""
+"""The environments of the Mixed Policy Gradient papers. Importing this package registers them with Gymnasium."""
 
 from gymnasium.envs.registration import register
 
-# Entry points are strings: importing this package must stay cheap (no torch, no MuJoCo, no pygame)
+# Entry points are strings, so that importing this package imports neither torch nor MuJoCo nor pygame
 register(
     id="PathTracking-v0",
     entry_point="sb3_mpg_envs.path_tracking.env:PathTrackingEnv",

@@ -6,7 +6,6 @@ import torch as th
 
 from sb3_mpg_envs.inverted_pendulum import InvertedPendulumModel, InvertedPendulumSimulator, PendulumParameters
 from sb3_mpg_envs.path_tracking import PathTrackingModel, PathTrackingSimulator, VehicleParameters
-from sb3_mpg_envs.path_tracking.dynamics import sine_and_cosine
 
 N_STATES = 500
 
@@ -21,7 +20,7 @@ def random_path_tracking_batch(n_states: int = N_STATES) -> tuple[th.Tensor, th.
 
 def random_pendulum_batch(n_states: int = N_STATES) -> tuple[th.Tensor, th.Tensor]:
     rng = np.random.default_rng(0)
-    # Upside down and beyond a full turn, too
+    # Also upside down and beyond a full turn
     states = rng.uniform([-3, -7, -3, -6], [3, 7, 3, 6], (n_states, 4))
     return th.as_tensor(states), th.as_tensor(rng.uniform(-1, 1, (n_states, 1)))
 
@@ -233,28 +232,3 @@ def test_models_have_no_graph_breaks(model_class, simulator_class, random_batch)
         assert th.allclose(compiled(states, actions), model.transition(states, actions))
         rewards = th.compile(model.reward, backend="eager", fullgraph=True)(states, actions, states)
         assert th.equal(rewards, model.reward(states, actions, states))
-
-
-def test_sine_and_cosine_at_every_angle():
-    angles = np.concatenate([np.linspace(-7.0, 7.0, 1001), np.pi * np.arange(-4, 5) / 2])
-    for angle, sine, cosine in zip(angles, *sine_and_cosine(angles, np), strict=True):
-        assert sine == pytest.approx(math.sin(angle), abs=1e-15)
-        assert cosine == pytest.approx(math.cos(angle), abs=1e-15)
-    # The tangent has poles, the derivatives must not
-    inputs = th.as_tensor(angles, dtype=th.float32).requires_grad_()
-    sines, cosines = sine_and_cosine(inputs, th)
-    for values, expected in ((sines, inputs.cos()), (cosines, -inputs.sin())):
-        (derivatives,) = th.autograd.grad(values.sum(), inputs, retain_graph=True)
-        th.testing.assert_close(derivatives, expected, rtol=0, atol=1e-6)
-
-
-def test_periodic_states():
-    model = PathTrackingModel()
-    states = th.zeros(3, 6)
-    states[:, 4], states[:, 5] = th.tensor([math.pi - 0.1, -3.0, 0.0]), th.tensor([1190.0, 5.0, 600.0])
-    others = th.zeros(3, 6)
-    others[:, 4], others[:, 5] = th.tensor([-math.pi + 0.1, 3.0, 1.0]), th.tensor([10.0, 1199.0, 500.0])
-    differences = model.state_difference(states, others)
-    th.testing.assert_close(differences[:, 4], th.tensor([-0.2, 2 * math.pi - 6.0, -1.0]), rtol=0, atol=1e-5)
-    th.testing.assert_close(differences[:, 5], th.tensor([-20.0, 6.0, 100.0]), rtol=0, atol=1e-3)
-    th.testing.assert_close(model.state_add(others, differences), states, rtol=0, atol=1e-3)

@@ -1,7 +1,7 @@
 """
-Constants and equations of the inverted pendulum task, written once for NumPy and torch.
+Constants and equations of the inverted pendulum task, for NumPy and torch.
 
-The simulator steps MuJoCo; the rigid-body equations here are those of the prior models, and say what MuJoCo computes.
+The simulator is MuJoCo. The rigid-body equations here are used by the prior models; they are the equations that MuJoCo solves.
 """
 
 from dataclasses import dataclass
@@ -12,18 +12,18 @@ from typing import Any, Literal, NamedTuple
 Array = Any  # np.ndarray or th.Tensor
 ArrayModule = Any  # numpy or torch
 
-TIMESTEP = 0.02  # s, of MuJoCo
+TIMESTEP = 0.02  # s, MuJoCo's integration step
 FRAME_SKIP = 2  # timesteps between two actions
 STEP_TIME = FRAME_SKIP * TIMESTEP
-MAX_CONTROL = 3.0  # what an action of 1 stands for
+MAX_CONTROL = 3.0  # the control that corresponds to an action of 1
 
-# Outside of these limits an episode is cut short
+# Outside of these limits an episode ends with an early reset
 MAX_POSITION = 2.0  # m
 MAX_ANGLE = 0.2  # rad
 
-START_HALF_WIDTH = 0.01  # of the uniform start distribution, in all four dimensions
+START_HALF_WIDTH = 0.01  # half width of the uniform start distribution of all four dimensions
 
-# Of the squares of the state after the step: position, angle, velocity, angular velocity
+# Weights of the squares of position, angle, velocity and angular velocity after the step
 REWARD_WEIGHTS = (0.01, 1.0, 0.1, 0.1)
 
 IMAGE_WIDTH, IMAGE_HEIGHT = 720, 480  # pixels
@@ -35,7 +35,7 @@ RewardWeights = tuple[float, float, float, float]
 @dataclass(frozen=True)
 class PendulumParameters:
     """
-    Parameters of the cart and its pole (Table IV of the paper; damping and gear from its simulator).
+    Parameters of the cart and its pole. The defaults are Table IV of the paper; damping and gear are from its simulator.
 
     :param cart_mass: kg
     :param pole_mass: mass of the pole, a uniform slender rod, kg
@@ -58,12 +58,12 @@ PAPER_PENDULUM = PendulumParameters()
 
 class PendulumState(NamedTuple):
     """
-    In the order of the observation.
+    State of the cart and its pole, in the order of the observation.
 
-    :param position: of the cart, m
-    :param angle: of the pole, rad; zero is upright, positive leans towards positive positions; not wrapped
-    :param velocity: of the cart, m/s
-    :param angular_velocity: of the pole, rad/s
+    :param position: position of the cart, m
+    :param angle: angle of the pole, rad, not wrapped; zero is upright, positive angles lean towards positive positions
+    :param velocity: velocity of the cart, m/s
+    :param angular_velocity: angular velocity of the pole, rad/s
     """
 
     position: Array
@@ -99,18 +99,18 @@ def accelerations(
     state: PendulumState, force: Array, parameters: PendulumParameters, joint_damping: float, xp: ArrayModule
 ) -> tuple[Array, Array]:
     """
-    Rigid-body dynamics of a cart with a uniform slender rod: D [x'', theta''] = z with, for half the length h = l / 2,
+    Rigid-body dynamics of a cart with a uniform slender rod. With h = l / 2, they are D [x'', theta''] = z::
 
-        D = [[M + m, m h cos], [m h cos, m l^2 / 3]]
-        z = [F + m h theta'^2 sin - c x', m g h sin - c theta']
+        D = [[M + m, m h cos(theta)], [m h cos(theta), m l^2 / 3]]
+        z = [F + m h theta'^2 sin(theta) - c x', m g h sin(theta) - c theta']
 
-    The matrix printed in the paper's appendix has inconsistent units (its entries are those of a double pendulum with the
-    cart's mass as one of the rods); this is what was meant.
+    The matrix D in the paper's appendix is misprinted: its units are inconsistent. Its entries are those of a double pendulum
+    that has the cart's mass as one of its rods.
 
     :param state: states, each ``(n,)``
-    :param force: on the cart, N, ``(n,)``
+    :param force: force on the cart, N, ``(n,)``
     :param parameters: parameters of the cart and its pole
-    :param joint_damping: the c above
+    :param joint_damping: damping c of both joints
     :param xp: array module
     :return: acceleration of the cart, m/s^2, and angular acceleration of the pole, rad/s^2, each ``(n,)``
     """
@@ -142,9 +142,9 @@ def pendulum_step(
     One step of the environment, 0.04 s.
 
     :param state: states, each ``(n,)``
-    :param force: on the cart, N, held over the step, ``(n,)``
+    :param force: force on the cart, N, constant over the step, ``(n,)``
     :param parameters: parameters of the cart and its pole
-    :param joint_damping: of both joints
+    :param joint_damping: damping of both joints
     :param integrator: explicit Euler, or the classical Runge-Kutta method of order 4
     :param n_substeps: number of integration steps
     :param xp: array module
@@ -174,10 +174,10 @@ def pendulum_step(
 
 def pendulum_reward(next_state: PendulumState, weights: RewardWeights) -> Array:
     """
-    Equation (18) of the paper.
+    The reward: equation (18) of the paper.
 
     :param next_state: states after the step, each ``(n,)``
-    :param weights: of the squares of position, angle, velocity and angular velocity
+    :param weights: weights of the squares of position, angle, velocity and angular velocity
     :return: rewards, ``(n,)``
     """
     position, angle, velocity, angular_velocity = next_state
@@ -186,7 +186,7 @@ def pendulum_reward(next_state: PendulumState, weights: RewardWeights) -> Array:
 
 def is_fallen(state: PendulumState) -> Array:
     """
-    Whether the cart is too far away or the pole leans too much.
+    Whether the cart is too far from the centre or the pole leans too much (the early-reset region).
 
     :param state: states, each ``(n,)``
     :return: booleans, ``(n,)``

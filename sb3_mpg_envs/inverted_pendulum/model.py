@@ -2,7 +2,6 @@
 
 import torch as th
 
-from sb3_mpg.common.models.base import PriorModel
 from sb3_mpg_envs.inverted_pendulum.dynamics import (
     FRAME_SKIP,
     MAX_CONTROL,
@@ -16,28 +15,31 @@ from sb3_mpg_envs.inverted_pendulum.dynamics import (
     pendulum_reward,
     pendulum_step,
 )
+from sb3_mpg_envs.model import EarlyResetModel
 
 
-class InvertedPendulumModel(PriorModel):
+class InvertedPendulumModel(EarlyResetModel):
     """
-    A differentiable model of ``InvertedPendulumConti-v0``; its state is the observation, ``(B, 4)``.
+    A differentiable model of ``InvertedPendulumConti-v0``. Its state is the observation, ``(B, 4)``.
 
-    By default the rough model of the paper: no damping in the joints, a single explicit Euler step of 0.04 s, N(0.1, 0.5) m
-    added to the position in every step, and too small reward weights on the velocities. :meth:`exact` gives the
-    model that agrees with MuJoCo. Worse models are one argument away (``force_gain=-1.0`` pushes to the wrong side).
+    The default is the rough model of the paper. It has four errors: the joints have no damping, the dynamics are integrated
+    in a single explicit Euler step of 0.04 s, each step adds N(0.1, 0.5) m to the position (mean and standard deviation), and
+    the reward weights of the velocities are too small. :meth:`exact` makes the model that agrees with MuJoCo. Other arguments
+    make worse models: ``force_gain=-1.0`` pushes to the wrong side.
 
-    The matrix D in the paper's appendix is misprinted: its units do not match. This model has the rigid-body dynamics of a
-    cart with a uniform rod, see :func:`sb3_mpg_envs.inverted_pendulum.dynamics.accelerations`.
+    The matrix D in the paper's appendix is misprinted: its units are inconsistent. This model has the rigid-body dynamics of
+    a cart with a uniform rod, see :func:`~sb3_mpg_envs.inverted_pendulum.dynamics.accelerations`.
 
-    Actions are not clipped to the action space, as the environment does: the policy is bounded anyway, and clipping would
-    remove its gradient at the border.
+    Unlike the environment, the model does not clip actions to the action space. Clipping would remove the gradient at its
+    border, and the actions of a policy are inside of it.
 
-    :param parameters: parameters of the cart and its pole; their ``joint_damping`` is *not* used, as it is not in the paper
-    :param joint_damping: damping of both joints that the model knows about
+    :param parameters: parameters of the cart and its pole. Their ``joint_damping`` is *not* used, as the paper's model has
+        none.
+    :param joint_damping: damping of both joints of the model
     :param integrator: ``"euler"`` or ``"rk4"``
     :param n_substeps: number of integration steps per step of the environment
-    :param position_bias: added to the position in every step, m
-    :param position_noise: standard deviation of the noise on the position, m; drawn in training mode only
+    :param position_bias: added to the position in each step, m
+    :param position_noise: standard deviation of the noise on the position, m; only drawn in training mode
     :param reward_weights: weights of the squares of position, angle, velocity and angular velocity
     :param force_gain: factor on the force
     :param terminates: the early-reset region is terminal (for environments with ``early_reset_terminates=True``)
@@ -57,14 +59,14 @@ class InvertedPendulumModel(PriorModel):
         terminates: bool = False,
         early_reset_penalty: float = 0.0,
     ):
-        super().__init__()
+        super().__init__(terminates, early_reset_penalty)
         if integrator not in ("euler", "rk4"):
             raise ValueError(f"integrator must be 'euler' or 'rk4', got {integrator!r}")
         if n_substeps < 1:
             raise ValueError(f"n_substeps must be at least 1, got {n_substeps}")
         if len(reward_weights) != 4:
             raise ValueError(f"reward_weights must be four numbers, got {reward_weights}")
-        # nn.Module has a method called parameters
+        # Not `self.parameters`, which is a method of nn.Module
         self.pendulum = parameters
         self.joint_damping = joint_damping
         self.integrator: Integrator = integrator
@@ -73,8 +75,6 @@ class InvertedPendulumModel(PriorModel):
         self.position_noise = position_noise
         self.reward_weights = reward_weights
         self.force_gain = force_gain
-        self.terminates = terminates
-        self.early_reset_penalty = early_reset_penalty
 
     @classmethod
     def exact(
@@ -84,7 +84,7 @@ class InvertedPendulumModel(PriorModel):
         early_reset_penalty: float = 0.0,
     ) -> "InvertedPendulumModel":
         """
-        The model that agrees with the simulator step by step.
+        Make the model that agrees with the simulator step by step.
 
         :param parameters: parameters of the cart and its pole
         :param terminates: the early-reset region is terminal
@@ -118,17 +118,8 @@ class InvertedPendulumModel(PriorModel):
             position = position + self.position_noise * th.randn_like(position)
         return th.stack(next_state._replace(position=position), -1)
 
-    def reward(self, states: th.Tensor, actions: th.Tensor, next_states: th.Tensor) -> th.Tensor:
-        rewards = pendulum_reward(PendulumState(*next_states.unbind(-1)), self.reward_weights).unsqueeze(-1)
-        if self.terminates and self.early_reset_penalty > 0:
-            rewards = rewards - self.early_reset_penalty * self.terminal(next_states)
-        return rewards
+    def _step_reward(self, states: th.Tensor, actions: th.Tensor, next_states: th.Tensor) -> th.Tensor:
+        return pendulum_reward(PendulumState(*next_states.unbind(-1)), self.reward_weights)
 
-    @property
-    def may_terminate(self) -> bool:
-        return self.terminates
-
-    def terminal(self, states: th.Tensor) -> th.Tensor:
-        if not self.terminates:
-            return super().terminal(states)
-        return is_fallen(PendulumState(*states.unbind(-1))).unsqueeze(-1)
+    def _is_outside(self, states: th.Tensor) -> th.Tensor:
+        return is_fallen(PendulumState(*states.unbind(-1)))

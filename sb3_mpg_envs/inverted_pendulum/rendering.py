@@ -1,4 +1,4 @@
-"""Pictures of the inverted pendulum task, drawn by MuJoCo."""
+"""Rendering of the inverted pendulum task with MuJoCo."""
 
 import os
 import sys
@@ -14,11 +14,11 @@ CAMERA = "side"
 
 class InvertedPendulumRenderer:
     """
-    Shows the cart from the side; the camera moves along with it.
+    Draws the cart from the side. The camera moves with the cart.
 
     :param render_mode: ``human`` (MuJoCo's viewer) or ``rgb_array``
     :param model: the MuJoCo model
-    :raises RuntimeError: when this machine has no OpenGL to draw with
+    :raises RuntimeError: if MuJoCo finds no OpenGL on this machine
     """
 
     def __init__(self, render_mode: str, model: mujoco.MjModel):
@@ -33,7 +33,7 @@ class InvertedPendulumRenderer:
             else:
                 self.renderer = mujoco.Renderer(model, dynamics.IMAGE_HEIGHT, dynamics.IMAGE_WIDTH)
         except Exception as error:
-            # What MuJoCo raises without OpenGL depends on the backend, down to AttributeError
+            # Without OpenGL, each backend of MuJoCo raises another exception, among them AttributeError
             raise RuntimeError(
                 f"MuJoCo cannot draw on this machine ({error}). Without a display, use render_mode='rgb_array' and set the "
                 "environment variable MUJOCO_GL=egl (graphics card) or MUJOCO_GL=osmesa (library libosmesa6) before MuJoCo "
@@ -41,7 +41,7 @@ class InvertedPendulumRenderer:
             ) from error
 
     def _launch_viewer(self) -> Any:
-        # The viewer does not raise without a display, it ends the process
+        # Without a display, the viewer would end the process
         if sys.platform.startswith("linux") and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
             raise RuntimeError("render_mode='human' needs a display, and neither DISPLAY nor WAYLAND_DISPLAY is set")
 
@@ -55,8 +55,8 @@ class InvertedPendulumRenderer:
     def render(self, state: np.ndarray, control: np.ndarray) -> np.ndarray | None:
         """
         :param state: position, angle and their velocities, ``(4,)``
-        :param control: of the motor, ``(1,)``
-        :return: the picture, ``(480, 720, 3)``, in the mode ``rgb_array``
+        :param control: control of the motor, ``(1,)``
+        :return: image, ``(480, 720, 3)``, in render mode ``rgb_array``; otherwise ``None``
         """
         self.data.qpos[:] = state[:2]
         self.data.qvel[:] = state[2:]
@@ -66,7 +66,7 @@ class InvertedPendulumRenderer:
             self.viewer.sync()
             return None
         self.renderer.update_scene(self.data, camera=CAMERA)
-        # render() may return its own buffer
+        # A copy, because the renderer may reuse its buffer
         return self.renderer.render().copy()
 
     def close(self) -> None:

@@ -10,23 +10,22 @@ from mujoco.rollout import Rollout
 from sb3_mpg_envs.inverted_pendulum import dynamics
 from sb3_mpg_envs.inverted_pendulum.dynamics import PAPER_PENDULUM, PendulumParameters, PendulumState
 from sb3_mpg_envs.inverted_pendulum.model import InvertedPendulumModel
-from sb3_mpg_envs.simulator import RENDER_MODES, BatchSimulator, Columns, Renderer
+from sb3_mpg_envs.simulator import RENDER_MODES, UNBOUNDED, BatchSimulator, Columns, Renderer
 
-# Stands for "unbounded" where the task sets no limit: infinite bounds make the environment checkers complain
-UNBOUNDED = 1e6
 CONTROL_SPEC = int(mujoco.mjtState.mjSTATE_CTRL.value)
 
 
 class InvertedPendulumSimulator(BatchSimulator):
     """
-    Many cart-poles, stepped by MuJoCo; see :class:`sb3_mpg_envs.inverted_pendulum.env.InvertedPendulumContiEnv` for the task.
+    Many cart-poles, stepped by MuJoCo. :class:`~sb3_mpg_envs.inverted_pendulum.env.InvertedPendulumContiEnv` describes the
+    task.
 
     :param num_agents: number of cart-poles
     :param parameters: parameters of the cart and its pole
     :param early_reset: end an episode when the pole falls or the cart is too far away
-    :param early_reset_terminates: report these ends as ``terminated`` instead of ``truncated``
-    :param early_reset_penalty: subtracted from the reward of such a step; only used with ``early_reset_terminates``
-    :param start_width: scales the spread of the start distribution
+    :param early_reset_terminates: report early resets as ``terminated`` instead of ``truncated``
+    :param early_reset_penalty: subtracted from the reward of an early reset; only used with ``early_reset_terminates``
+    :param start_width: factor on the spread of the start distribution
     """
 
     metadata: ClassVar[dict[str, Any]] = {"render_modes": RENDER_MODES, "render_fps": 25}
@@ -56,12 +55,12 @@ class InvertedPendulumSimulator(BatchSimulator):
     def _make_mujoco(self) -> None:
         self.mujoco_model = mujoco.MjModel.from_xml_string(dynamics.mujoco_xml(self.parameters))
         self._mujoco_data = [mujoco.MjData(self.mujoco_model)]
-        # No threads: the agents are stepped by the calling one
+        # No thread pool: the calling thread steps all agents
         self._rollout = Rollout(nthread=0)
 
     def _allocate(self, num_agents: int) -> None:
         super()._allocate(num_agents)
-        # MuJoCo's state: time (not used), position, angle, velocity, angular velocity
+        # MuJoCo's state is: time (not used), position, angle, velocity, angular velocity
         self._initial_states = np.zeros((num_agents, 5))
         self._trajectories = np.zeros((num_agents, dynamics.FRAME_SKIP, 5))
         self._held_controls = np.zeros((num_agents, dynamics.FRAME_SKIP, 1))
@@ -73,7 +72,7 @@ class InvertedPendulumSimulator(BatchSimulator):
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # A rollout cannot be pickled: MuJoCo's objects are made anew from the parameters
+        # MuJoCo's Rollout cannot be pickled, so all MuJoCo objects are created again
         self.__dict__.update(state)
         self._make_mujoco()
 
@@ -98,7 +97,7 @@ class InvertedPendulumSimulator(BatchSimulator):
         held_controls = self._held_controls[:n_stepped]
         initial_states[:, 1:] = states.T
         held_controls[:, :, 0] = controls.T
-        # One call for all agents. The shapes are right by construction, and checking them would allocate new outputs
+        # One call steps all agents. With checks, MuJoCo would allocate new outputs
         self._rollout.rollout(
             [self.mujoco_model] * n_stepped,
             self._mujoco_data,

@@ -1,38 +1,30 @@
 """The inverted pendulum task with many agents in one process, for Gymnasium and for Stable-Baselines3."""
 
-from typing import Any
-
+from sb3_mpg_envs.adapters import SimulatorVecEnv, SimulatorVectorEnv
 from sb3_mpg_envs.inverted_pendulum.simulator import InvertedPendulumSimulator
-from sb3_mpg_envs.simulator import SimulatorVecEnv, SimulatorVectorEnv
 
 
 class InvertedPendulumContiVectorEnv(SimulatorVectorEnv):
     """
-    What ``gymnasium.make_vec("InvertedPendulumConti-v0", num_envs)`` makes.
+    ``InvertedPendulumConti-v0`` as a Gymnasium vector environment.
+    ``gymnasium.make_vec("InvertedPendulumConti-v0", num_envs)`` returns it.
 
-    :param num_envs: number of agents
-    :param max_episode_steps: time limit; ``None`` for none
-    :param render_mode: ``None``, ``human`` or ``rgb_array``
-    :param simulator_kwargs: arguments of :class:`~sb3_mpg_envs.inverted_pendulum.simulator.InvertedPendulumSimulator`
+    The arguments are those of :class:`~sb3_mpg_envs.adapters.SimulatorVectorEnv` and of
+    :class:`~sb3_mpg_envs.inverted_pendulum.simulator.InvertedPendulumSimulator`.
     """
 
-    def __init__(
-        self, num_envs: int, max_episode_steps: int | None = 100, render_mode: str | None = None, **simulator_kwargs: Any
-    ):
-        super().__init__(InvertedPendulumSimulator(num_envs, **simulator_kwargs), max_episode_steps, render_mode)
+    env_id = "InvertedPendulumConti-v0"
+    simulator_class = InvertedPendulumSimulator
 
 
 class InvertedPendulumContiVecEnv(SimulatorVecEnv):
     """
-    ``InvertedPendulumConti-v0`` as a Stable-Baselines3 ``VecEnv``, much faster than a ``DummyVecEnv`` of it.
+    ``InvertedPendulumConti-v0`` as a Stable-Baselines3 ``VecEnv``. It is much faster than a ``DummyVecEnv`` of the
+    environment.
 
-    :param num_envs: number of agents
-    :param max_episode_steps: time limit; ``None`` for none
-    :param render_mode: ``None``, ``human`` or ``rgb_array``
-    :param simulator_kwargs: arguments of :class:`~sb3_mpg_envs.inverted_pendulum.simulator.InvertedPendulumSimulator`
+    The arguments are those of :class:`~sb3_mpg_envs.adapters.SimulatorVecEnv` and of
+    :class:`~sb3_mpg_envs.inverted_pendulum.simulator.InvertedPendulumSimulator`.
     """
 
-    def __init__(
-        self, num_envs: int, max_episode_steps: int | None = 100, render_mode: str | None = None, **simulator_kwargs: Any
-    ):
-        super().__init__(InvertedPendulumSimulator(num_envs, **simulator_kwargs), max_episode_steps, render_mode)
+    env_id = "InvertedPendulumConti-v0"
+    simulator_class = InvertedPendulumSimulator

@@ -1,8 +1,8 @@
 """
-Constants and equations of the path tracking task, written once for NumPy (simulator) and torch (prior model).
+Constants and equations of the path tracking task, shared by the simulator (NumPy) and the prior model (torch).
 
-Functions take the array module as ``xp``: ``numpy`` or ``torch``. The state of a vehicle on its path is the tuple of its
-tracking errors ``(du, v, r, dy, dphi, x)``, each an array of any one shape.
+The argument ``xp`` of the functions is the array module, ``numpy`` or ``torch``. The state of a vehicle consists of its
+tracking errors ``(du, v, r, dy, dphi, x)``, which are arrays of one shape.
 """
 
 import math
@@ -21,20 +21,20 @@ REFERENCE_SPEED = 20.0  # m/s
 MIN_SPEED, MAX_SPEED = 1.0, 35.0  # m/s
 MAX_STEERING = 0.4  # rad
 MAX_ACCELERATION = 3.0  # m/s^2
-# What an action of 1 stands for, in the order of the action
+# The controls that correspond to an action of 1, in the order of the action
 MAX_CONTROLS = (MAX_STEERING, MAX_ACCELERATION)
 
 # The reference path is a sum of sine curves: (amplitude in m, wavelength in m)
 PATH_WAVES = ((7.5, 200.0), (2.5, 300.0), (-5.0, 400.0))
 PATH_PERIOD = 1200.0  # m, the least common multiple of the wavelengths
 
-# Outside of these limits an episode is cut short
+# Outside of these limits an episode ends with an early reset
 MAX_LATERAL_ERROR = 3.0  # m
 MAX_HEADING_ERROR = math.pi / 4  # rad
 MIN_USEFUL_SPEED = 2.0  # m/s
 MAX_YAW_RATE = 0.8  # rad/s
 
-# Start distribution: centre and half width of the uniform ones, standard deviation of the normal ones
+# Start distribution: centres and half widths of uniform distributions, standard deviations of normal distributions
 START_X_CENTRE, START_X_HALF_WIDTH = 300.0, 300.0  # m
 START_SPEED_HALF_WIDTH = 5.0  # m/s, around the reference speed
 START_LATERAL_ERROR_STD = 1.0  # m
@@ -68,12 +68,12 @@ class VehicleParameters:
 
 PAPER_VEHICLE = VehicleParameters()
 
-#: (left, right, place of the result) -> the result
+#: (left, right, output array) -> result
 Operation = Callable[[Array, Array, Array], Array]
 
 
 class Arithmetic(NamedTuple):
-    """Operations that are given a place for their result: NumPy is faster where it need not make a new array for it."""
+    """Operations with an output array. NumPy is faster when it need not allocate the result."""
 
     add: Operation
     subtract: Operation
@@ -82,7 +82,7 @@ class Arithmetic(NamedTuple):
 
 
 IN_PLACE = Arithmetic(np.add, np.subtract, np.multiply, np.divide)
-# For torch, which must differentiate
+# For torch, which cannot differentiate operations with an output array
 OUT_OF_PLACE = Arithmetic(
     lambda left, right, _: left + right,
     lambda left, right, _: left - right,
@@ -93,7 +93,7 @@ OUT_OF_PLACE = Arithmetic(
 
 class TrackingState(NamedTuple):
     """
-    A vehicle on its path, in the order of the observation.
+    State of a vehicle on its path, in the order of the observation.
 
     :param speed_error: longitudinal velocity minus the reference speed, m/s
     :param lateral_velocity: m/s
@@ -115,29 +115,29 @@ def wrap_angle(angle: Array, xp: ArrayModule) -> Array:
     """
     :param angle: angles, rad
     :param xp: array module
-    :return: the same angles in (-pi, pi]; the derivative is 1
+    :return: the angles wrapped to (-pi, pi]; the derivative is 1
     """
-    # remainder() would be the slowest function of NumPy that is used here
+    # NumPy's remainder() would be the slowest function of the simulator
     return angle - 2 * math.pi * xp.ceil(angle / (2 * math.pi) - 0.5)
 
 
 def sine_and_cosine(angle: Array, xp: ArrayModule) -> tuple[Array, Array]:
     """
-    Both from the tangent of half the angle, which NumPy computes ten times as fast as a sine and a cosine.
+    Sine and cosine from the tangent of half the angle. NumPy computes a tangent ten times as fast as a sine and a cosine.
 
     :param angle: angles, rad
     :param xp: array module
-    :return: their sines and cosines, in the shape of ``angle``
+    :return: sines and cosines, in the shape of ``angle``
     """
     tangent = xp.tan(0.5 * angle)
-    # The double of a cosine squared, so never more than 2: at the poles of the tangent nothing overflows
+    # Twice the squared cosine of half the angle, in [0, 2]: it does not overflow at the poles of the tangent
     factor = 2.0 / (1.0 + tangent * tangent)
     return tangent * factor, factor - 1.0
 
 
 def path_reference(x: Array, reference: Reference, xp: ArrayModule) -> tuple[Array, Array]:
     """
-    Where a path runs.
+    The reference path.
 
     :param x: positions along the x axis, m
     :param reference: the sine curves of the task (``"path"``) or the x axis (``"straight"``)
@@ -148,8 +148,8 @@ def path_reference(x: Array, reference: Reference, xp: ArrayModule) -> tuple[Arr
         return xp.zeros_like(x), xp.zeros_like(x)
     base_number = 2 * math.pi / PATH_PERIOD
     phase = base_number * x
-    # All waves are harmonics of the path's period. One sine and one cosine give them by sin((k + 1) p) + sin((k - 1) p) =
-    # 2 cos(p) sin(k p), and the same for the cosines: faster than a sine and a cosine of each
+    # All sine curves are harmonics of the path's period. The recursion sin((k + 1) p) = 2 cos(p) sin(k p) - sin((k - 1) p),
+    # and the same for the cosines, is faster than a sine and a cosine of each curve
     sine, cosine = sine_and_cosine(phase, xp)
     sines, cosines = [0.0, sine], [1.0, cosine]
     double_cosine = 2 * cosine
@@ -175,8 +175,8 @@ def vehicle_step(
     """
     The bicycle model over one step of the environment: equation (15) of the paper, ``n_substeps`` times.
 
-    The equation for v is divided by m and the one for r by -I_z. Position and yaw do not act back on the velocities, so
-    only the velocities are stepped one by one; the way is summed up afterwards, all substeps at once.
+    The equation of v is divided by m and the equation of r by -I_z. The velocities do not depend on position and yaw.
+    Therefore only the velocities are integrated step by step; the positions are sums over all substeps afterwards.
 
     :param vehicle_state: u, v (m/s), r (rad/s), y (m), phi (rad), x (m), each of shape ``(n,)``
     :param steering: front wheel angle, rad, ``(n,)``
@@ -195,7 +195,7 @@ def vehicle_step(
     def constant(value: float) -> Array:
         return xp.asarray(value, dtype=u.dtype)
 
-    # Everything that stays constant over the substeps; in arrays without dimensions, which NumPy prefers to numbers
+    # The constants of the substeps, as arrays without dimensions, which are faster in NumPy than numbers
     v_damping = constant(-dt * (c_front + c_rear) / mass)
     v_coupling = constant((a * c_front - b * c_rear) / mass)
     v_steering = (dt * c_front / mass) * steering
@@ -206,14 +206,14 @@ def vehicle_step(
 
     is_numpy = xp is np
     add, subtract, multiply, divide = IN_PLACE if is_numpy else OUT_OF_PLACE
-    # Of u, v and the angle turned, behind each substep; and of what is needed for a moment only
+    # Output arrays for u, v and the turned angle after each substep, and one for intermediate results
     places: Any = np.empty((3, n_substeps, *u.shape)) if is_numpy else 3 * [n_substeps * [None]]
     spare = np.empty_like(u) if is_numpy else None
 
-    # The recursion is written in the yaw per substep, dt * r, which saves an operation in the hottest loop
+    # The recursion uses the yaw per substep, dt * r, which saves an operation in the innermost loop
     yaw = dt * r
     turned = xp.zeros_like(phi)
-    # In the axes that the vehicle had at first: in the first substep it has not turned yet
+    # Displacements along the initial axes of the vehicle, which has not turned yet in the first substep
     ahead, aside = u, v
     steps = []
     for u_place, v_place, turned_place in zip(*places, strict=True):
@@ -255,14 +255,15 @@ def tracking_step(
     One step of the environment, from tracking errors to tracking errors.
 
     :param state: tracking errors, each ``(n,)``
-    :param path: :func:`path_reference` where the vehicle is, each ``(n,)``
+    :param path: :func:`path_reference` at the vehicle, each ``(n,)``
     :param steering: front wheel angle, rad, ``(n,)``
     :param acceleration: longitudinal acceleration, m/s^2, ``(n,)``
     :param vehicle: parameters of the vehicle
     :param n_substeps: number of integration steps
     :param reference: the path to track
     :param xp: array module
-    :return: next tracking errors, speed clipped, angle and position wrapped, and the path at the next position, each ``(n,)``
+    :return: next tracking errors, with the speed clipped and heading and position wrapped, and :func:`path_reference` at the
+        next position, each ``(n,)``
     """
     y_ref, phi_ref = path
     u, v, r, y, phi, x = vehicle_step(
@@ -294,7 +295,7 @@ def tracking_step(
 
 def tracking_reward(state: TrackingState, steering: Array, acceleration: Array) -> Array:
     """
-    Equation (16) of the paper.
+    The reward: equation (16) of the paper.
 
     :param state: tracking errors before the step, each ``(n,)``
     :param steering: front wheel angle, rad, ``(n,)``
@@ -313,7 +314,7 @@ def tracking_reward(state: TrackingState, steering: Array, acceleration: Array) 
 
 def is_off_path(state: TrackingState) -> Array:
     """
-    Whether a vehicle left the useful region: too far from the path, too slow or spinning.
+    Whether a vehicle is in the early-reset region: too far from the path, too slow or spinning.
 
     :param state: tracking errors, each ``(n,)``
     :return: booleans, ``(n,)``

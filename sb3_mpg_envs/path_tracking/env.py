@@ -1,21 +1,23 @@
 """The path tracking task as a Gymnasium environment."""
 
+from sb3_mpg_envs.adapters import SimulatorEnv
 from sb3_mpg_envs.path_tracking.dynamics import PAPER_VEHICLE, VehicleParameters
 from sb3_mpg_envs.path_tracking.simulator import PathTrackingSimulator
-from sb3_mpg_envs.simulator import SimulatorEnv
 
 
 class PathTrackingEnv(SimulatorEnv):
     """
     ## Description
 
-    A car has to follow a curved reference path at 20 m/s. It steers and accelerates ten times per second. The car is a
-    bicycle model with linear tyres, integrated at 200 Hz: equation (15) of Guan et al., *Mixed Policy Gradient*. The path is
+    A car follows a curved reference path at 20 m/s. The agent sets the steering angle and the acceleration ten times per
+    second. The car is a bicycle model with linear tyres, integrated at 200 Hz: equation (15) of
+    [Guan et al., *Mixed Policy Gradient*](https://arxiv.org/abs/2102.11513). The lateral position and the yaw angle of the
+    path are
 
-    *y<sub>ref</sub>(x) = 7.5 sin(2πx/200) + 2.5 sin(2πx/300) - 5 sin(2πx/400)*,
-    *φ<sub>ref</sub>(x) = arctan(dy<sub>ref</sub>/dx)*,
+    - *y<sub>ref</sub>(x) = 7.5 sin(2πx/200) + 2.5 sin(2πx/300) - 5 sin(2πx/400)* and
+    - *φ<sub>ref</sub>(x) = arctan(dy<sub>ref</sub>/dx)*.
 
-    which repeats itself every 1200 m.
+    The path repeats itself every 1200 m.
 
     ## Action Space
 
@@ -29,69 +31,68 @@ class PathTrackingEnv(SimulatorEnv):
 
     ## Observation Space
 
-    The observation is a `ndarray` with shape `(6,)`. It describes the state completely.
+    The observation is a `ndarray` with shape `(6,)`. It is the complete state.
 
     | Num | Observation                               | Min | Max  | Unit  |
     |-----|-------------------------------------------|-----|------|-------|
     | 0   | Speed error δu = u - 20                   | -19 | 15   | m/s   |
-    | 1   | Lateral velocity v                        | -   | -    | m/s   |
-    | 2   | Yaw rate r                                | -   | -    | rad/s |
-    | 3   | Lateral error δy = y - y<sub>ref</sub>(x) | -   | -    | m     |
+    | 1   | Lateral velocity v                        | -∞  | ∞    | m/s   |
+    | 2   | Yaw rate r                                | -∞  | ∞    | rad/s |
+    | 3   | Lateral error δy = y - y<sub>ref</sub>(x) | -∞  | ∞    | m     |
     | 4   | Heading error δφ = φ - φ<sub>ref</sub>(x) | -π  | π    | rad   |
     | 5   | Position x                                | 0   | 1200 | m     |
 
-    The space writes ±1e6 for quantities without a limit. At the end of each step the longitudinal velocity u is clipped to
-    [1, 35] m/s, the heading error is wrapped to (-π, π] and the position to the period of the path.
+    The observation space has bounds of ±1e6 instead of ±∞. At the end of each step, the longitudinal velocity u is clipped to
+    [1, 35] m/s, the heading error is wrapped to (-π, π], and the position is wrapped to the period of the path, [0, 1200) m.
 
     ## Rewards
 
     *r = -(0.01 δu² + 0.04 δy² + 0.1 δφ² + 0.02 r² + 5 δ² + 0.05 acc²)*
 
-    of the state **before** the step and its action, with δ in rad and acc in m/s². The best possible reward is 0.
+    The state is the one **before** the step, δ is in rad and acc in m/s². The best possible reward is 0.
 
     ## Starting State
 
-    | Quantity              | Distribution                 |
-    |-----------------------|------------------------------|
-    | Position x            | uniform in [0, 600] m        |
-    | Lateral error δy      | N(0, 1) m                    |
-    | Heading error δφ      | N(0, π/9) rad                |
-    | Velocity u            | uniform in [15, 25] m/s      |
-    | Slip angle, v = u tan | N(0, 0.15) rad               |
-    | Yaw rate r            | N(0, 0.3) rad/s              |
+    | Quantity                              | Distribution            |
+    |---------------------------------------|-------------------------|
+    | Position x                            | uniform in [0, 600] m   |
+    | Lateral error δy                      | N(0, 1) m               |
+    | Heading error δφ                      | N(0, π/9) rad           |
+    | Longitudinal velocity u               | uniform in [15, 25] m/s |
+    | Slip angle β; it sets v = u tan(β)    | N(0, 0.15) rad          |
+    | Yaw rate r                            | N(0, 0.3) rad/s         |
 
-    (mean and standard deviation). `start_width` scales all spreads around their centres; with 0 the car starts
-    on the path at x = 300 m with 20 m/s. With `early_reset`, starts inside the early-reset region are drawn again.
-    `reset(options={"state": observation})` starts where an observation tells.
+    N(m, s) is the normal distribution with mean m and standard deviation s. `start_width` is a factor on all spreads; with 0
+    the car starts on the path at x = 300 m with 20 m/s. With `early_reset`, starts in the early-reset region are drawn again.
+    `reset(options={"state": observation})` starts in the state of the given observation.
 
     ## Episode End
 
     The episode is truncated
 
     - after 200 steps (20 s), by the registered time limit, and
-    - as an *early reset*, when \\|δy\\| > 3 m, \\|δφ\\| > π/4, u < 2 m/s or \\|r\\| > 0.8 rad/s.
+    - by an *early reset*, if \\|δy\\| > 3 m, \\|δφ\\| > π/4, u < 2 m/s or \\|r\\| > 0.8 rad/s.
 
-    The value behind a truncation is to be bootstrapped. With `early_reset_terminates=True` an early reset *terminates*
-    the episode instead. All rewards are negative, so that a free way out would teach the agent to leave the road; therefore
-    `early_reset_penalty` is subtracted from the last reward. Its default, 100, is the discounted cost
-    (discount factor 0.98) of 2 per step forever: more than what any reasonable driving costs.
+    The value of the state after a truncation is bootstrapped. With `early_reset_terminates=True`, an early reset *terminates*
+    the episode instead, and `early_reset_penalty` is subtracted from its last reward. Without a penalty, the agent would
+    learn to leave the road, because all rewards are negative. The default penalty, 100, is the discounted sum (discount
+    factor 0.98) of a cost of 2 in each step, which is more than any reasonable driving costs.
 
     ## Models
 
-    `prior_model()` returns the rough model of the paper, `PathTrackingModel`, with the parameters of this environment's
-    vehicle. `make_simulator(num_agents)` returns a simulator with the same settings for many cars.
+    `prior_model()` returns the rough model of the paper, `PathTrackingModel`, with the vehicle parameters of this environment.
+    `make_simulator(num_agents)` returns a simulator of many cars with the settings of this environment.
 
     ## Arguments
 
-    - `render_mode`: `None`, `"human"` (a window) or `"rgb_array"`. Needs pygame.
-    - `vehicle`: `VehicleParameters`; the default is Table III of the paper.
+    - `render_mode`: `None`, `"human"` (a window) or `"rgb_array"`; rendering needs pygame.
+    - `vehicle`: the `VehicleParameters`; the default is Table III of the paper.
     - `early_reset` (`True`), `early_reset_terminates` (`False`), `early_reset_penalty` (`100.0`): see *Episode End*.
     - `start_width` (`1.0`): see *Starting State*.
-    - `compile` (`False`): compile the equations of motion, once for each vehicle, for all that steps more than one car:
-      `make_simulator` and the vector environments `PathTrackingVectorEnv` and `PathTrackingVecEnv`, which take the same
-      arguments. The simulator needs half of the time, a `PathTrackingVecEnv`, which keeps books, three quarters. Compiling
-      takes some twenty seconds once (torch keeps what it compiled on disk, and takes a few seconds later). The same numbers
-      to rounding error. Needs a C++ compiler.
+    - `compile` (`False`): compile the equations of motion where more than one car is stepped, that is in `make_simulator`,
+      `PathTrackingVectorEnv` and `PathTrackingVecEnv` (which take the same arguments). The simulator then takes half of the
+      time, and a `PathTrackingVecEnv` three quarters. The results agree to rounding error. The compilation takes about twenty
+      seconds, or a few seconds if torch finds its result on disk. It needs a C++ compiler.
 
     ```python
     >>> import gymnasium as gym
@@ -108,7 +109,7 @@ class PathTrackingEnv(SimulatorEnv):
     * v0: Initial version
     """
 
-    # Copied, as wrappers may write into it
+    # A copy, because wrappers may write into it
     metadata = dict(PathTrackingSimulator.metadata)  # noqa: RUF012
 
     def __init__(

@@ -2,7 +2,7 @@
 
 import torch as th
 
-from sb3_mpg.common.models.base import PriorModel
+from sb3_mpg_envs.model import EarlyResetModel
 from sb3_mpg_envs.path_tracking.dynamics import (
     MAX_CONTROLS,
     N_SUBSTEPS,
@@ -19,23 +19,23 @@ from sb3_mpg_envs.path_tracking.dynamics import (
 )
 
 
-class PathTrackingModel(PriorModel):
+class PathTrackingModel(EarlyResetModel):
     """
-    A differentiable model of ``PathTracking-v0``; its state is the observation, ``(B, 6)``.
+    A differentiable model of ``PathTracking-v0``. Its state is the observation, ``(B, 6)``.
 
-    By default the rough model of the paper (equation (17)): the vehicle is taken to track a straight line, the dynamics are
-    integrated in a single step of 0.1 s, and every step moves the vehicle to the side by N(0.5, 0.01) m.
-    :meth:`exact` gives the model that agrees with the simulator. Worse models are one argument away
-    (``steering_gain=-1.0`` steers to the wrong side).
+    The default is the rough model of the paper, equation (17). It has three errors: the path is a straight line, the
+    dynamics are integrated in a single step of 0.1 s, and each step moves the vehicle to the side by N(0.5, 0.01) m (mean
+    and standard deviation). :meth:`exact` makes the model that agrees with the simulator. Other arguments make worse models:
+    ``steering_gain=-1.0`` steers to the wrong side.
 
-    Actions are not clipped to the action space, as the environment does: the policy is bounded anyway, and clipping would
-    remove its gradient at the border.
+    Unlike the environment, the model does not clip actions to the action space. Clipping would remove the gradient at its
+    border, and the actions of a policy are inside of it.
 
     :param vehicle: parameters of the vehicle
     :param n_substeps: number of integration steps per step of the environment
-    :param reference: the path that the model knows about: ``"straight"`` or that of the task, ``"path"``
-    :param lateral_bias: added to the lateral error in every step, m
-    :param lateral_noise: standard deviation of the noise on the lateral error, m; drawn in training mode only
+    :param reference: path of the model, a straight line (``"straight"``) or the path of the task (``"path"``)
+    :param lateral_bias: added to the lateral error in each step, m
+    :param lateral_noise: standard deviation of the noise on the lateral error, m; only drawn in training mode
     :param steering_gain: factor on the steering angle in the dynamics
     :param terminates: the early-reset region is terminal (for environments with ``early_reset_terminates=True``)
     :param early_reset_penalty: subtracted from the reward of a step into the terminal region; only used with ``terminates``
@@ -52,7 +52,7 @@ class PathTrackingModel(PriorModel):
         terminates: bool = False,
         early_reset_penalty: float = 0.0,
     ):
-        super().__init__()
+        super().__init__(terminates, early_reset_penalty)
         if reference not in ("straight", "path"):
             raise ValueError(f"reference must be 'straight' or 'path', got {reference!r}")
         if n_substeps < 1:
@@ -63,8 +63,6 @@ class PathTrackingModel(PriorModel):
         self.lateral_bias = lateral_bias
         self.lateral_noise = lateral_noise
         self.steering_gain = steering_gain
-        self.terminates = terminates
-        self.early_reset_penalty = early_reset_penalty
 
     @classmethod
     def exact(
@@ -74,7 +72,7 @@ class PathTrackingModel(PriorModel):
         early_reset_penalty: float = 0.0,
     ) -> "PathTrackingModel":
         """
-        The model that agrees with the simulator step by step.
+        Make the model that agrees with the simulator step by step.
 
         :param vehicle: parameters of the vehicle
         :param terminates: the early-reset region is terminal
@@ -93,7 +91,7 @@ class PathTrackingModel(PriorModel):
 
     @staticmethod
     def _controls(actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-        # From [-1, 1] to rad and m/s^2
+        # From [-1, 1] to rad and m/s^2, each (B,)
         max_steering, max_acceleration = MAX_CONTROLS
         steering, acceleration = actions.unbind(-1)
         return max_steering * steering, max_acceleration * acceleration
@@ -116,25 +114,17 @@ class PathTrackingModel(PriorModel):
             lateral_error = lateral_error + self.lateral_noise * th.randn_like(lateral_error)
         return th.stack(next_state._replace(lateral_error=lateral_error), -1)
 
-    def reward(self, states: th.Tensor, actions: th.Tensor, next_states: th.Tensor) -> th.Tensor:
-        rewards = tracking_reward(TrackingState(*states.unbind(-1)), *self._controls(actions)).unsqueeze(-1)
-        if self.terminates and self.early_reset_penalty > 0:
-            rewards = rewards - self.early_reset_penalty * self.terminal(next_states)
-        return rewards
+    def _step_reward(self, states: th.Tensor, actions: th.Tensor, next_states: th.Tensor) -> th.Tensor:
+        return tracking_reward(TrackingState(*states.unbind(-1)), *self._controls(actions))
 
-    @property
-    def may_terminate(self) -> bool:
-        return self.terminates
-
-    def terminal(self, states: th.Tensor) -> th.Tensor:
-        if not self.terminates:
-            return super().terminal(states)
-        return is_off_path(TrackingState(*states.unbind(-1))).unsqueeze(-1)
+    def _is_outside(self, states: th.Tensor) -> th.Tensor:
+        return is_off_path(TrackingState(*states.unbind(-1)))
 
     @staticmethod
-    def _wrapped(states: th.Tensor, around: float) -> th.Tensor:
+    def _wrapped(states: th.Tensor, lowest_x: float) -> th.Tensor:
+        # Positions in [lowest_x, lowest_x + PATH_PERIOD), heading errors in (-pi, pi]
         state = TrackingState(*states.unbind(-1))
-        x = state.x - around - PATH_PERIOD * th.floor((state.x - around) / PATH_PERIOD) + around
+        x = state.x - lowest_x - PATH_PERIOD * th.floor((state.x - lowest_x) / PATH_PERIOD) + lowest_x
         return th.stack(state._replace(heading_error=wrap_angle(state.heading_error, th), x=x), -1)
 
     def state_difference(self, states: th.Tensor, others: th.Tensor) -> th.Tensor:

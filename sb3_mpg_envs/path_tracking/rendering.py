@@ -1,4 +1,4 @@
-"""Pictures of the path tracking task, drawn with pygame."""
+"""Rendering of the path tracking task with pygame."""
 
 import math
 from collections import deque
@@ -23,8 +23,8 @@ SCENE_HEIGHT = 400  # pixels; the dashboard is below
 PIXELS_PER_METRE = 14.0
 CAR_LENGTH, CAR_WIDTH = 4.6, 1.9  # m
 WHEEL_LENGTH, WHEEL_WIDTH = 0.8, 0.3  # m
-TRAIL_LENGTH = 200  # pictures
-# A car cannot move that far between two pictures: it was reset
+TRAIL_LENGTH = 200  # images
+# A car that moves further between two images was reset
 MAX_TRAIL_GAP = 2 * dynamics.MAX_SPEED * dynamics.STEP_TIME  # m
 
 WHITE = (255, 255, 255)
@@ -42,11 +42,11 @@ BAD = (192, 57, 43)
 
 class PathTrackingRenderer:
     """
-    Shows the car on its path from above, in scale, and its tracking errors and controls as gauges.
+    Draws the car on its path from above, to scale, with gauges of its tracking errors and controls.
 
     :param render_mode: ``human`` (a window) or ``rgb_array``
-    :param vehicle: parameters of the vehicle, for the places of the axles
-    :param fps: pictures per second of the window
+    :param vehicle: parameters of the vehicle, which give the positions of the axles
+    :param fps: images per second of the window
     """
 
     def __init__(self, render_mode: str, vehicle: VehicleParameters, fps: int):
@@ -55,7 +55,7 @@ class PathTrackingRenderer:
         self.fps = fps
         self.window: Any = None
         self.clock: Any = None
-        # Unlike pygame.init(), this starts neither sound nor video
+        # pygame.init() would start sound and video, too
         pygame.font.init()
         self.fonts = {size: pygame.font.Font(None, size) for size in (24, 28, 40)}
         self.surface = pygame.Surface((WIDTH, HEIGHT))
@@ -64,8 +64,8 @@ class PathTrackingRenderer:
     def render(self, state: np.ndarray, control: np.ndarray) -> np.ndarray | None:
         """
         :param state: tracking errors, ``(6,)``
-        :param control: steering angle (rad) and acceleration (m/s^2), ``(2,)``
-        :return: the picture, ``(600, 900, 3)``, in the mode ``rgb_array``
+        :param control: steering angle, rad, and acceleration, m/s^2, ``(2,)``
+        :return: image, ``(600, 900, 3)``, in render mode ``rgb_array``; otherwise ``None``
         """
         tracking_state = dynamics.TrackingState(*(float(value) for value in state))
         steering, acceleration = float(control[0]), float(control[1])
@@ -112,7 +112,7 @@ class PathTrackingRenderer:
         car_y, car_phi = state.lateral_error + y_ref, state.heading_error + phi_ref
 
         def to_pixels(x: float, y: float) -> tuple[float, float]:
-            # The car stays at one third of the width; the path repeats itself
+            # The car stays at one third of the width. The path is periodic, so positions are relative to the car
             distance = math.remainder(x - state.x, dynamics.PATH_PERIOD)
             return WIDTH / 3 + PIXELS_PER_METRE * distance, SCENE_HEIGHT / 2 - PIXELS_PER_METRE * (y - car_y)
 
@@ -142,7 +142,7 @@ class PathTrackingRenderer:
 
     def _draw_car(self, centre: tuple[float, float], phi: float, steering: float) -> None:
         def rectangle(forward: float, left: float, length: float, width: float, turn: float) -> list[tuple[float, float]]:
-            # Corners of a rectangle at a place given in the frame of the car (m), in pixels; the y axis points downwards
+            # From the frame of the car, in metres, to corners in pixels; the y axis of the image points downwards
             corners = []
             for sign_x, sign_y in ((1, 1), (1, -1), (-1, -1), (-1, 1)):
                 dx, dy = sign_x * length / 2, sign_y * width / 2
@@ -158,7 +158,7 @@ class PathTrackingRenderer:
 
         front, rear = self.vehicle.front_axle_distance, -self.vehicle.rear_axle_distance
         for side in (-1, 1):
-            # Outside of the body, so that the steering is seen
+            # Outside of the body, so that the steering angle is visible
             left = side * (CAR_WIDTH / 2 + 0.05)
             self._polygon(rectangle(front, left, WHEEL_LENGTH, WHEEL_WIDTH, steering), INK)
             self._polygon(rectangle(rear, left, WHEEL_LENGTH, WHEEL_WIDTH, 0.0), INK)

@@ -13,16 +13,15 @@ from gymnasium import spaces
 from sb3_mpg_envs.path_tracking import dynamics
 from sb3_mpg_envs.path_tracking.dynamics import PAPER_VEHICLE, TrackingState, VehicleParameters
 from sb3_mpg_envs.path_tracking.model import PathTrackingModel
-from sb3_mpg_envs.simulator import BatchSimulator, Columns, Renderer
-
-# Stands for "unbounded" where the task sets no limit: infinite bounds make the environment checkers complain
-UNBOUNDED = 1e6
+from sb3_mpg_envs.simulator import UNBOUNDED, BatchSimulator, Columns, Renderer
 
 
 class CompiledTracking:
     """
-    The equations of motion as one compiled function, for any number of like vehicles from two on: the same numbers as NumPy's
-    to rounding error in half of the time. What cannot be compiled runs in NumPy, with one warning.
+    The equations of motion as one compiled function. It takes half of the time of NumPy and agrees with it to rounding error.
+
+    It is compiled once, for any number of vehicles with the same parameters. A single vehicle is stepped by NumPy. If the
+    compilation fails, there is one warning and NumPy steps all vehicles.
 
     :param vehicle: parameters of all vehicles
     """
@@ -33,11 +32,16 @@ class CompiledTracking:
         self._has_failed = False
 
     def __call__(self, states: np.ndarray, path: np.ndarray, controls: np.ndarray) -> tuple[np.ndarray, ...]:
-        """As :func:`numpy_tracking`, without the vehicle."""
-        # torch compiles for one vehicle apart from several
+        """
+        :param states: tracking errors, ``(6, n)``
+        :param path: lateral position and yaw angle of the path at the vehicles, ``(2, n)``
+        :param controls: front wheel angle and acceleration, ``(2, n)``
+        :return: see :func:`numpy_tracking`
+        """
+        # torch would compile a second function for a single vehicle
         if self._has_failed or states.shape[1] < 2:
             return numpy_tracking(states, path, controls, self.vehicle)
-        # Other strides would be compiled once more
+        # torch would compile another function for other strides
         tensors = [th.from_numpy(np.ascontiguousarray(array)) for array in (states, path, controls)]
         try:
             if self._step is None:
@@ -57,14 +61,13 @@ class CompiledTracking:
             next_state, next_path, rewards = tracking(states, path, controls, self.vehicle, th)
             return th.stack(next_state), th.stack(next_path), rewards
 
-        # A code object of its own: what torch compiled for one is taken for all functions that share it, whatever the vehicle
+        # A code object per vehicle: torch reuses a compiled function for all functions that share a code object
         own_step = FunctionType(step.__code__.replace(), step.__globals__, step.__name__, None, step.__closure__)
-        # For any number of vehicles
+        # Compile for any number of vehicles
         for tensor in tensors:
             th._dynamo.mark_dynamic(tensor, 1)
-        # One thread: a process that was forked off would wait for the others forever. To compile the headers beforehand takes
-        # longer than it saves in one file. And nothing but the shapes can change from call to call, so that nothing else needs
-        # to be guarded
+        # One thread, because a forked process would wait for the other threads forever. No precompiled headers, because they
+        # take longer than they save for a single file. Guards on tensors only, because nothing else changes between calls
         options: dict[str, Any] = {
             "cpp_wrapper": True,
             "cpp.threads": 1,
@@ -72,14 +75,14 @@ class CompiledTracking:
             "guard_filter_fn": th.compiler.keep_tensor_guards_unsafe,
         }
         compiled = th.compile(own_step, fullgraph=True, options=options)
-        # The first call compiles. What torch says of its own compiler is nothing that users can do about
+        # The first call compiles. torch's deprecation warnings about its own compiler do not concern users
         with th.no_grad(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=DeprecationWarning, message=r".*torch\.jit")
             compiled(*tensors)
         return compiled
 
 
-#: Simulators come and go, as do those of value targets with each update; what was compiled stays, for a few vehicles
+#: Shared by all simulators, because value targets create a simulator in each update. It keeps the functions of a few vehicles
 compiled_tracking = functools.lru_cache(maxsize=16)(CompiledTracking)
 
 
@@ -91,14 +94,14 @@ def tracking(
     xp: dynamics.ArrayModule,
 ) -> tuple[TrackingState, tuple[dynamics.Array, dynamics.Array], dynamics.Array]:
     """
-    A step of the simulator.
+    One step of the simulator.
 
     :param states: tracking errors, ``(6, n)``
-    :param path: lateral position and yaw angle of the path where the vehicles are, ``(2, n)``
+    :param path: lateral position and yaw angle of the path at the vehicles, ``(2, n)``
     :param controls: front wheel angle and acceleration, ``(2, n)``
     :param vehicle: parameters of the vehicles
     :param xp: array module
-    :return: next tracking errors, the path there, and the rewards, each ``(n,)``
+    :return: next tracking errors, the path at the next positions, and rewards, each ``(n,)``
     """
     y_ref, phi_ref = path
     steering, acceleration = controls
@@ -113,28 +116,30 @@ def numpy_tracking(
     states: np.ndarray, path: np.ndarray, controls: np.ndarray, vehicle: VehicleParameters
 ) -> tuple[np.ndarray, ...]:
     """
+    One step of the simulator with NumPy.
+
     :param states: tracking errors, ``(6, n)``
-    :param path: the path where the vehicles are, ``(2, n)``
+    :param path: lateral position and yaw angle of the path at the vehicles, ``(2, n)``
     :param controls: front wheel angle and acceleration, ``(2, n)``
     :param vehicle: parameters of the vehicles
-    :return: next tracking errors, ``(6, n)``, the path there, ``(2, n)``, and the rewards, ``(n,)``, in new arrays
+    :return: next tracking errors, ``(6, n)``, the path at the next positions, ``(2, n)``, and rewards, ``(n,)``, in new arrays
     """
     next_state, next_path, rewards = tracking(states, path, controls, vehicle, np)
-    # As np.stack(), with less overhead
+    # The same as np.stack(), with less overhead
     return np.concatenate(next_state).reshape(states.shape), np.concatenate(next_path).reshape(path.shape), rewards
 
 
 class PathTrackingSimulator(BatchSimulator):
     """
-    Many vehicles that track one path; see :class:`sb3_mpg_envs.path_tracking.env.PathTrackingEnv` for the task.
+    Many vehicles that track one path. :class:`~sb3_mpg_envs.path_tracking.env.PathTrackingEnv` describes the task.
 
     :param num_agents: number of vehicles
     :param vehicle: parameters of the vehicles
     :param early_reset: end an episode when the vehicle leaves the useful region
-    :param early_reset_terminates: report these ends as ``terminated`` instead of ``truncated``
-    :param early_reset_penalty: subtracted from the reward of such a step; only used with ``early_reset_terminates``
-    :param start_width: scales the spreads of the start distribution
-    :param compile: whether the equations of motion of more than one vehicle are compiled, see :class:`CompiledTracking`
+    :param early_reset_terminates: report early resets as ``terminated`` instead of ``truncated``
+    :param early_reset_penalty: subtracted from the reward of an early reset; only used with ``early_reset_terminates``
+    :param start_width: factor on the spreads of the start distribution
+    :param compile: compile the equations of motion, see :class:`CompiledTracking`
     """
 
     def __init__(
@@ -171,7 +176,7 @@ class PathTrackingSimulator(BatchSimulator):
 
     def _allocate(self, num_agents: int) -> None:
         super()._allocate(num_agents)
-        # Lateral position and yaw angle of the path where the vehicles are: each step would compute them again
+        # Lateral position and yaw angle of the path at the vehicles. Kept, because each step needs those of the step before
         self._path = np.full((2, num_agents), np.nan)
 
     def _write_states(self, states: np.ndarray, columns: Columns) -> None:

@@ -33,7 +33,7 @@ def draw_path_tracking(observations: np.ndarray, returns: np.ndarray, path: Path
     figure, (top, middle, bottom) = plt.subplots(3, 1, figsize=(11, 9), height_ratios=(2, 1, 1), layout="constrained")
     seconds = 0.1 * np.arange(len(observations))
     span = np.zeros(2)
-    for (name, index), colour in zip(shown.items(), ("tab:red", "tab:orange", "tab:green"), strict=True):
+    for (name, index), colour in zip(shown.items(), ("#D55E00", "#0072B2", "#009E73"), strict=True):
         x = np.unwrap(observations[:, index, 5], period=1200)
         span = np.array([min(span[0] or x[0], x[0]), max(span[1], x[-1])])
         lateral_error = observations[:, index, 3]
@@ -44,7 +44,7 @@ def draw_path_tracking(observations: np.ndarray, returns: np.ndarray, path: Path
         bottom.plot(seconds, observations[:, index, 0], color=colour)
     x = np.linspace(*span, 1000)
     top.plot(x, path_reference(x, "path", np)[0], "k--", lw=1, label="reference path")
-    top.set(xlabel="x [m]", ylabel="y [m]", title="Driven path")
+    top.set(xlabel="x [m]", ylabel="y [m] (stretched)", title="Driven path")
     top.legend()
     middle.set(ylabel="lateral error [m]", xlabel="time [s]")
     bottom.set(ylabel="speed error [m/s]", xlabel="time [s]")

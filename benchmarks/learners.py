@@ -50,11 +50,7 @@ def pids_of_learners(model: MPG) -> list[int]:
     :param model: which learns
     :return: the processes of its learners
     """
-    learners = model._learners
-    if not isinstance(learners, MultiprocessLearners):
-        return []
-    workers = [learner.worker for learner in learners._learners]
-    return [worker.process.pid for worker in workers if worker is not None and worker.process.pid is not None]
+    return model.learners.pids() if isinstance(model.learners, MultiprocessLearners) else []
 
 
 class Stopwatch:
@@ -104,13 +100,12 @@ class Speed(BaseCallback):
 
     def _on_training_start(self) -> None:
         self.first = self.model._n_updates
-        learners = self.model._learners
+        learners = self.model.learners
         for name in ("next_result", "applied"):
             self.watches[name] = Stopwatch(getattr(learners, name))
             setattr(learners, name, self.watches[name])
-        # Patch the class, because attributes of the algorithm are sent to the learners
-        watch = self.watches["apply_gradients"] = Stopwatch(MPG.apply_gradients)
-        MPG.apply_gradients = lambda model, result: watch(model, result)  # type: ignore[method-assign]
+        self.watches["apply"] = Stopwatch(self.model.optimizer_steps.apply)
+        self.model.optimizer_steps.apply = self.watches["apply"]
         multiprocess.wait = self.wait  # type: ignore[assignment]
 
     def _on_step(self) -> bool:
@@ -122,7 +117,7 @@ class Speed(BaseCallback):
 
     def _on_training_end(self) -> None:
         multiprocess.wait = self.wait.function  # type: ignore[assignment]
-        MPG.apply_gradients = self.watches["apply_gradients"].function  # type: ignore[method-assign]
+        self.model.optimizer_steps.apply = self.watches["apply"].function
         assert self.start is not None
         change = {name: self.end[name] - value for name, value in self.start.items()}
         updates = change.pop("updates")
@@ -173,7 +168,7 @@ def throughput(algorithm: str, counts: list[int], rounds: int, updates: int) -> 
                 "ratio_on_as_many_free_cores": f"{work / free:.3g}",
                 "cpu_ms_main": f"{1e3 * median['main']:.3g}",
                 "cpu_ms_learners": f"{1e3 * median['learners']:.3g}",
-                "apply_ms": f"{1e3 * median['apply_gradients']:.3g}",
+                "apply_ms": f"{1e3 * median['apply']:.3g}",
                 "pool_overhead_ms": f"{1e3 * overhead:.3g}",
                 "cores": len(os.sched_getaffinity(0)),
                 "load": f"{os.getloadavg()[0]:.2g}",

@@ -1,4 +1,4 @@
-"""The prior models, from perfect to useless, that the default settings are tried with."""
+"""Prior models from perfect to useless, for the benchmark of the default settings."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ from sb3_mpg_envs.path_tracking.model import PathTrackingModel
 
 
 class KnowsNothing(PriorModel):
-    """Nothing ever changes, and nothing is ever gained."""
+    """The state never changes and all rewards are zero."""
 
     def transition(self, states: th.Tensor, actions: th.Tensor) -> th.Tensor:
         return states + 0.0 * actions.sum(dim=1, keepdim=True)
@@ -21,10 +21,10 @@ class KnowsNothing(PriorModel):
 
 class Explodes(PriorModel):
     """
-    Right for five steps, then off by a factor of a thousand in each. Its state is that of the model inside and the
-    number of steps since the rollout began.
+    Another model for five steps, then wrong by a factor of a thousand in each step. Its state is that of the other model and
+    the number of steps since the start of the rollout.
 
-    :param model: what it is at first
+    :param model: the other model
     """
 
     def __init__(self, model: PriorModel):

@@ -46,18 +46,18 @@ from sb3_mpg_envs.path_tracking.simulator import PathTrackingSimulator
 
 BATCH, WIDTH, HORIZON = 256, 256, 25
 REPEATS = 40
-# In one call of train()
+# Number of updates in one call of train()
 UPDATES = 10
-# The argument with which this script starts itself
+# The script starts itself with this argument
 FIRST_UPDATE = "--first-update"
 
 
 def take_turns(functions: dict[str, Callable[[], object]], device: str, repeats: int = REPEATS) -> dict[str, list[float]]:
     """
-    :param functions: what to measure, by name
-    :param device: where it runs
-    :param repeats: number of rounds, in each of which everything runs once
-    :return: wall-clock times of each, in seconds, in the order of the rounds
+    :param functions: the measured functions, by name
+    :param device: ``cpu`` or ``cuda``
+    :param repeats: number of rounds; in each round every function runs once
+    :return: wall-clock times of each function, in seconds, one per round
     """
 
     def seconds(function: Callable[[], object]) -> float:
@@ -81,7 +81,7 @@ def take_turns(functions: dict[str, Callable[[], object]], device: str, repeats:
 
 def fill(model: MPG | TD3, n: int = 3000) -> None:
     """
-    :param model: whose replay buffer gets transitions, of random actions
+    :param model: algorithm whose replay buffer is filled with transitions of random actions
     :param n: number of environment steps
     """
     model.learning_starts = n + 10**6
@@ -92,7 +92,7 @@ def fill(model: MPG | TD3, n: int = 3000) -> None:
 
 def new_model(device: str) -> MPG:
     """
-    :param device: where it runs
+    :param device: ``cpu`` or ``cuda``
     :return: MPG-v2 with the papers' settings and a filled buffer
     """
     task = TASKS["path_tracking"]
@@ -112,12 +112,12 @@ def new_model(device: str) -> MPG:
 
 def compiled_update(model: MPG, device: str) -> tuple[float, float]:
     """
-    :param model: the algorithm, which compiles from now on
-    :param device: where it runs
-    :return: seconds of its first update, and seconds of processor time that it took with the C++ compiler
+    :param model: the algorithm; it compiles from now on
+    :param device: ``cpu`` or ``cuda``
+    :return: wall-clock time of its first update, and processor time including the C++ compiler, in seconds
     """
     model.update.steps = steps = StepCompiler()
-    # An update that the policy takes part in
+    # The next update includes the policy
     model._n_updates = model.policy_delay - 1
     start, start_of_work = time.perf_counter(), sum(os.times()[:4])
     model.train(1, BATCH)
@@ -129,9 +129,9 @@ def compiled_update(model: MPG, device: str) -> tuple[float, float]:
 
 def memory_ratio(model: MPG, observations: th.Tensor) -> float:
     """
-    Peak of what a policy gradient allocates over the least that it must store: for each step of the model the two hidden
-    layers of the actor, its action before and after the squashing, and state, control and reward of the model. The first
-    action and the critic are not counted in what it must store.
+    Peak memory of a policy gradient, relative to the least that it must store: for each model step the two hidden layers of
+    the actor, its action before and after the squashing, and the state, control and reward of the model. The denominator does
+    not contain the first action and the critic.
 
     :param model: the algorithm
     :param observations: raw observations, ``(B, O)``
@@ -161,8 +161,8 @@ def memory_ratio(model: MPG, observations: th.Tensor) -> float:
 
 def fp32_kernels(device: str) -> list[str]:
     """
-    :param device: where it runs
-    :return: settings of products whose rounding errors are those of single precision
+    :param device: ``cpu`` or ``cuda``
+    :return: settings of matrix products that have the rounding errors of single precision
     """
     if device == "cuda":
         return [DEFAULT]
@@ -171,7 +171,7 @@ def fp32_kernels(device: str) -> list[str]:
 
 
 class Table:
-    """The rows of the table, printed as they come."""
+    """The rows of the table. Each is printed when it is added."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, str]] = []
@@ -179,10 +179,10 @@ class Table:
     def add(self, what: str, values: list[float], unit: str = "", target: str = "", aim: str = "") -> None:
         """
         :param what: what was measured
-        :param values: all measurements, or the only one
+        :param values: all measurements, or a single one
         :param unit: their unit
-        :param target: what it should not exceed, or for rates fall below
-        :param aim: what would be better still
+        :param target: upper limit, or lower limit of a rate
+        :param aim: a better value, for later
         """
         low, high = (f"{q:.3g}" for q in statistics.quantiles(values, n=4)[::2]) if len(values) > 1 else ("", "")
         median = f"{statistics.median(values):.3g}"
@@ -204,22 +204,22 @@ class Table:
         :param what: what was measured
         :param times: times of the numerator
         :param reference: times of the denominator, of the same rounds
-        :param target: what it should not exceed, or for rates fall below
-        :param aim: what would be better still
+        :param target: upper limit, or lower limit of a rate
+        :param aim: a better value, for later
         """
         self.add(what, [time / other for time, other in zip(times, reference, strict=True)], "", target, aim)
 
 
 def measure_first_update(table: Table, device: str) -> None:
     """
-    In a new process that finds nothing that a compiler left behind, and in one that finds the cache of the first.
+    Measure the first update in a new process without any cache of a compiler, and in one with the cache of the first.
 
-    :param table: gets the rows
-    :param device: where it runs
+    :param table: the rows are added to it
+    :param device: ``cpu`` or ``cuda``
     """
     with tempfile.TemporaryDirectory() as cache:
         command = [sys.executable, __file__, FIRST_UPDATE, device]
-        # Besides its cache, the compiler keeps headers in the directory for temporary files
+        # The compiler also keeps headers, in the directory for temporary files
         environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "TMPDIR": cache}
         outputs = [subprocess.run(command, env=environment, capture_output=True, check=True, text=True) for _ in range(2)]
     (cold, cold_work), (warm, warm_work) = ([float(word) for word in output.stdout.split()[-2:]] for output in outputs)
@@ -231,9 +231,9 @@ def measure_first_update(table: Table, device: str) -> None:
 
 def measure_gradient(table: Table, model: MPG, device: str) -> None:
     """
-    :param table: gets the rows
+    :param table: the rows are added to it
     :param model: the algorithm
-    :param device: where it runs
+    :param device: ``cpu`` or ``cuda``
     """
     left, right = th.randn(BATCH, WIDTH, device=device), th.randn(WIDTH, WIDTH, device=device)
     kernels, precision = fp32_kernels(device), choose_matmul_precision(model.policy, BATCH)
@@ -252,7 +252,7 @@ def measure_gradient(table: Table, model: MPG, device: str) -> None:
 
     def products(precision: str) -> Callable[[], object]:
         def run() -> None:
-            # All results are kept, as a gradient keeps them
+            # A gradient keeps all results, too
             with matmul_precision(precision):
                 [left @ right for _ in range(2 * HORIZON)]
 
@@ -287,17 +287,17 @@ def measure_gradient(table: Table, model: MPG, device: str) -> None:
 
 def measure_update(table: Table, model: MPG, device: str) -> None:
     """
-    :param table: gets the rows
+    :param table: the rows are added to it
     :param model: the algorithm
-    :param device: where it runs
+    :param device: ``cpu`` or ``cuda``
     """
     task = TASKS["path_tracking"]
     td3 = TD3(
         "MlpPolicy",
         make_vec_env(task, 16),
         buffer_size=500_000,
-        # Scaled as for MPG: raw observations drive ELU so far into saturation that some processors meet denormal numbers,
-        # and need three times as long
+        # The observations are scaled as for MPG. With raw observations ELU saturates so far that denormal numbers occur,
+        # which take three times as long on some processors
         policy_kwargs={
             "net_arch": [WIDTH, WIDTH],
             "activation_fn": th.nn.ELU,
@@ -335,10 +335,10 @@ def measure_update(table: Table, model: MPG, device: str) -> None:
 
 def measure_default(table: Table, device: str) -> None:
     """
-    What correcting the model and measuring errors adds to an update of the defaults.
+    Measure the time that the correction of the model and the measurement of errors add to an update of the defaults.
 
-    :param table: gets the rows
-    :param device: where it runs
+    :param table: the rows are added to it
+    :param device: ``cpu`` or ``cuda``
     """
     model = MPG("MlpPolicy", make_vec_env(TASKS["path_tracking"], 16), seed=0, device=device)
     fill(model)
@@ -378,7 +378,7 @@ def measure_default(table: Table, device: str) -> None:
     updates = [time / (2 * trust.every) for time in times["update"]]
     fits = [time / UPDATES for time in times["fit"]]
     measurements = [time / trust.every for time in times["measurement"]]
-    # Only where the policy is due
+    # Only in updates of the policy
     explorations = [time / UPDATES / model.policy_delay for time in times["exploring"]]
     added = [fitting + measuring for fitting, measuring in zip(fits, measurements, strict=True)]
     rest = [update - both - exploring for update, both, exploring in zip(updates, added, explorations, strict=True)]
@@ -390,7 +390,7 @@ def measure_default(table: Table, device: str) -> None:
 
 def measure_simulator(table: Table) -> None:
     """
-    :param table: gets the rows
+    :param table: the rows are added to it
     """
     task, n_agents = TASKS["path_tracking"], 512
     v1 = make_model("mpg_v1", task, make_vec_env(task, 16), 0)
@@ -415,7 +415,7 @@ def measure_simulator(table: Table) -> None:
         simulator.reset()
         return lambda: simulator.step(actions)
 
-    # No ratios here: each for itself
+    # These are no ratios, so nothing alternates
     for what, steps in {"compiled": StepCompiler(), "not compiled": EagerSteps()}.items():
         with th.no_grad(), matmul_precision(precision):
             times = take_turns({"target": target(steps)}, "cpu")["target"]
@@ -431,7 +431,7 @@ def measure_simulator(table: Table) -> None:
 def write_profile(model: MPG, device: str) -> None:
     """
     :param model: the algorithm
-    :param device: where it runs
+    :param device: ``cpu`` or ``cuda``
     """
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
     with profile(activities=activities) as profiler:
@@ -459,7 +459,7 @@ def main() -> None:
     table = Table()
     measure_first_update(table, device)
     if device == "cpu":
-        # While there is nothing else in memory, as in a training
+        # First, with nothing else in memory, as in a training
         measure_simulator(table)
     model = new_model(device)
     measure_gradient(table, model, device)

@@ -7,8 +7,8 @@ the fixture ``small_budget`` makes these settings smaller, and nothing else:
 - a training takes ``MAX_STEPS`` environment steps, of which ``LEARNING_STARTS`` are random;
 - batches have ``BATCH_SIZE`` rows, and networks one hidden layer of ``N_UNITS`` units.
 
-A block below a comment ``<!-- not run: REASON -->`` is only compiled. Commands are not run, but the programs, options, algorithms,
-environments, hyperparameters and files that they name must exist.
+A block below a comment ``<!-- not run: REASON -->`` is only compiled. Commands are not run, but the programs, options,
+algorithms, environments, hyperparameters and files that they name must exist.
 """
 
 import ast

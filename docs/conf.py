@@ -14,9 +14,9 @@ release = version = sb3_mpg.__version__
 
 extensions = [
     "generated_pages",
+    "mathml",
     "myst_parser",
     "sphinx.ext.autodoc",
-    "sphinx.ext.mathjax",
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
 ]
@@ -36,6 +36,9 @@ maximum_signature_line_length = 100
 python_use_unqualified_type_names = True
 
 html_theme = "furo"
+html_math_renderer = "mathml"
+html_static_path = ["_static"]
+html_css_files = ["formulas.css"]
 html_title = f"sb3-mpg {release}"
 html_theme_options = {"navigation_with_keys": True}
 # Prompts are no part of a command

@@ -59,7 +59,7 @@ class PackageReference(GeneratedPage):
         package = import_module(self.arguments[0])
         names = [module.name for module in pkgutil.iter_modules(package.__path__) if not module.ispkg]
         sections = [
-            f"### {package.__name__}.{name}\n\n"
+            f"## {package.__name__}.{name}\n\n"
             f"```{{eval-rst}}\n.. automodule:: {package.__name__}.{name}\n   :members:\n```\n"
             for name in names
             if not name.startswith("_") and name not in self.options.get("exclude", [])

@@ -38,7 +38,7 @@ python_use_unqualified_type_names = True
 html_theme = "furo"
 html_math_renderer = "mathml"
 html_static_path = ["_static"]
-html_css_files = ["formulas.css"]
+html_css_files = ["style.css"]
 html_title = f"sb3-mpg {release}"
 html_theme_options = {"navigation_with_keys": True}
 # Prompts are no part of a command

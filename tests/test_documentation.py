@@ -15,6 +15,7 @@ import ast
 import inspect
 import re
 import shlex
+from functools import wraps
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,7 +29,6 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
 import sb3_mpg_envs  # noqa: F401
 from sb3_mpg import MPG, __version__
-from sb3_mpg.common.off_policy_model_algorithm import OffPolicyModelAlgorithm
 from sb3_mpg.zoo import ALGORITHMS, COMMANDS, hyperparameter_folder
 
 ROOT = Path(__file__).parent.parent
@@ -101,11 +101,12 @@ def pages_with(language):
 @pytest.fixture
 def small_budget(monkeypatch, tmp_path):
     """See the docstring of this file."""
-    learn, init = OffPolicyAlgorithm.learn, OffPolicyModelAlgorithm.__init__
+    learn, init = OffPolicyAlgorithm.learn, MPG.__init__
 
     def learn_shortly(self, total_timesteps, *args, **kwargs):
         return learn(self, min(total_timesteps, MAX_STEPS), *args, **kwargs)
 
+    @wraps(init)
     def init_small(self, *args, **kwargs):
         call = inspect.signature(init).bind(self, *args, **kwargs)
         call.apply_defaults()
@@ -118,7 +119,8 @@ def small_budget(monkeypatch, tmp_path):
         init(**settings)
 
     monkeypatch.setattr(OffPolicyAlgorithm, "learn", learn_shortly)
-    monkeypatch.setattr(OffPolicyModelAlgorithm, "__init__", init_small)
+    # NStepDPG and NStepADP call the constructor of MPG
+    monkeypatch.setattr(MPG, "__init__", init_small)
     monkeypatch.chdir(tmp_path)
 
 

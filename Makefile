@@ -2,9 +2,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-EXTRAS := tests,plots,render,progress,zoo
+EXTRAS := tests,plots,render,progress,zoo,docs
 PACKAGES := sb3_mpg sb3_mpg_envs
-SOURCES := sb3_mpg sb3_mpg_envs hyperparams benchmarks tests setup.py
+SOURCES := sb3_mpg sb3_mpg_envs hyperparams benchmarks docs tests setup.py
 # The short ones first; the last ones take days
 BENCHMARKS := benchmarks/simulators.py benchmarks/zoo_hook.py benchmarks/speed.py "benchmarks/learners.py throughput" \
 	benchmarks/outside.py benchmarks/learning.py benchmarks/learning_report.py benchmarks/bound.py benchmarks/trust.py \
@@ -16,7 +16,7 @@ STEPS ?= 5000
 N_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv train pictures test test-oldest lint type format commit-checks benchmark clean
+.PHONY: help venv train pictures test test-oldest docs lint type format commit-checks benchmark clean
 
 help: ## show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -48,6 +48,10 @@ test-oldest: ## run the tests with the oldest versions of SB3, RL Zoo, Gymnasium
 		-e '.[zoo,render]' pytest pytest-xdist filelock build setuptools
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n $(N_WORKERS)
 
+docs: $(STAMP) ## build the documentation into docs/_build/html; a warning is an error
+	$(BIN)/python -m sphinx -W --keep-going --quiet -b html docs docs/_build/html
+	@echo "Open docs/_build/html/index.html"
+
 lint: $(STAMP) ## check style with ruff and black
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/black --check --quiet --diff $(SOURCES)
@@ -60,12 +64,12 @@ format: $(STAMP) ## fix what can be fixed of the style
 	$(BIN)/black --quiet $(SOURCES)
 
 # One after the other, also under make -j: the formatter writes what the others read
-commit-checks: ## format, lint, type, test
-	@for target in format lint type test; do $(MAKE) --no-print-directory $$target || exit 1; done
+commit-checks: ## format, lint, type, test, build the documentation
+	@for target in format lint type test docs; do $(MAKE) --no-print-directory $$target || exit 1; done
 
 benchmark: $(STAMP) ## run all benchmarks (days; complete runs are skipped)
 	@for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 clean: ## remove the virtual environment, caches and build products
-	rm -rf $(VENV) .venv-oldest build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .coverage .coverage.*
+	rm -rf $(VENV) .venv-oldest build dist docs/_build *.egg-info .mypy_cache .ruff_cache .pytest_cache .coverage .coverage.*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -77,6 +77,7 @@ setup(
         "plots": ["matplotlib", "pandas"],
         "render": ["pygame", "imageio"],
         "progress": ["tqdm", "rich"],
+        "docs": ["sphinx", "furo", "myst-parser", "sphinx-copybutton"],
         # Reserved for learners on many machines
         "ray": ["ray[default]"],
     },

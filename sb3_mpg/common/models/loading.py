@@ -1,6 +1,7 @@
 """Makes prior models of what users pass as ``prior_model``, and names them in messages."""
 
 import importlib
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -50,11 +51,28 @@ def import_from_path(path: str) -> Callable[..., PriorModel]:
         raise ValueError(f"The prior model {path!r} was not found: module {module_name!r} has no {name!r}.") from error
 
 
+def with_spaces(make: Callable[..., PriorModel], kwargs: dict[str, Any], env: VecEnv) -> dict[str, Any]:
+    """
+    :param make: a class or factory of models
+    :param kwargs: arguments that the user gives
+    :param env: the environment
+    :return: these arguments, and the spaces of the environment if the class or factory has parameters called
+        ``observation_space`` or ``action_space``, as learned dynamics need their sizes
+    """
+    try:
+        parameters = inspect.signature(make).parameters
+    except (TypeError, ValueError):
+        return kwargs  # a callable that does not tell its parameters
+    spaces = {"observation_space": env.observation_space, "action_space": env.action_space}
+    return {**{name: space for name, space in spaces.items() if name in parameters}, **kwargs}
+
+
 def make_prior_model(prior_model: PriorModelLike, env: VecEnv, prior_model_kwargs: dict[str, Any] | None = None) -> PriorModel:
     """
-    :param prior_model: a model, a class or factory of models, a dotted path to one, or ``"auto"``: the environment's own
+    :param prior_model: a model, a class or factory of models, a dotted path to one, or ``"auto"``: the environment's own.
+        Parameters ``observation_space`` and ``action_space`` of a class or factory get those of the environment
     :param env: the environment
-    :param prior_model_kwargs: arguments of the class or factory
+    :param prior_model_kwargs: other arguments of the class or factory
     :return: the model
     :raises ValueError: when the environment offers no model, or the path does not exist
     :raises TypeError: when the result is no ``PriorModel``
@@ -89,9 +107,9 @@ def make_prior_model(prior_model: PriorModelLike, env: VecEnv, prior_model_kwarg
         make = import_from_path(prior_model)
         if not callable(make):
             raise TypeError(f"`prior_model` {prior_model!r} names {make!r}, which is neither a class nor a function.")
-        model = make(**kwargs)
+        model = make(**with_spaces(make, kwargs, env))
     elif callable(prior_model) and not isinstance(prior_model, th.nn.Module):
-        model = prior_model(**kwargs)
+        model = prior_model(**with_spaces(prior_model, kwargs, env))
     else:
         model = prior_model
     if not isinstance(model, PriorModel):

@@ -66,9 +66,11 @@ class MPG(OffPolicyModelAlgorithm):
 
     Differences from the papers:
 
-    - Recorded targets bootstrap after truncations, but not after terminations.
+    - Recorded targets bootstrap after truncations, but not after terminations. The simulator of MPG-v1 continues after a
+      truncation.
     - The value target of MPG-v1 takes the minimum of two critics; the paper has one critic (see ``SimulatorTarget``).
     - Batches that are reused take turns (see ``ReusedBatches``).
+    - ``differentiate="all_actions"`` is the full derivative of eq. 5, which includes the critic's own action.
 
     As in the papers, and unlike in TD3, both gradients of an update are computed at the same parameters: the actor does not
     follow the critic that was just updated.

@@ -98,8 +98,8 @@ def factors_of_layers(weights: Sequence[th.Tensor], n_rows: int) -> list[tuple[t
 
 def choose_matmul_precision(network: th.nn.Module, batch_size: int) -> str:
     """
-    Compare the kernels on the products of a network. This takes a tenth of a second, and a few tenths for layers with
-    thousands of units.
+    Compare the kernels on the products of a network. This takes a tenth of a second, and longer for layers with thousands of
+    units.
 
     :param network: the network; layers other than linear ones, and repeated shapes, are ignored
     :param batch_size: number of rows of its inputs

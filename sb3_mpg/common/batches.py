@@ -50,7 +50,7 @@ class ReusedBatches:
         """
         :param state: what :meth:`state` returned, or ``None``; ignored when the number of uses differs
         :param n_uses: in how many updates a batch is used
-        :param device: where the batches go
+        :param device: device of the batches
         """
         if state is not None and len(state["batches"]) == min(state["n_served"], n_uses):
             self._batches = [TrainingBatch(*(tensor.to(device) for tensor in batch)) for batch in state["batches"]]

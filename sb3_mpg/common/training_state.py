@@ -10,7 +10,7 @@ import torch as th
 
 def rng_state(device: th.device) -> dict[str, Any]:
     """
-    :param device: where the networks are
+    :param device: device of the networks
     :return: states of the global random number generators
     """
     return {
@@ -23,8 +23,8 @@ def rng_state(device: th.device) -> dict[str, Any]:
 
 def restore_rng_state(state: dict[str, Any], device: th.device) -> None:
     """
-    :param state: of :func:`rng_state`
-    :param device: where the networks are
+    :param state: what :func:`rng_state` returned
+    :param device: device of the networks
     """
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])

@@ -26,7 +26,7 @@ class Units:
     :param observation_mean: mean of the observations, ``obs_shape``, or ``None`` without normalisation
     :param observation_std: standard deviation of the observations, ``obs_shape``
     :param clip_observation: largest absolute value of a normalised observation
-    :param reward_std: what rewards are divided by, a scalar tensor, or ``None`` without normalisation
+    :param reward_std: divisor of the rewards, a scalar tensor, or ``None`` without normalisation
     :param clip_reward: largest absolute value of a normalised reward
     """
 

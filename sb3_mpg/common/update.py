@@ -142,7 +142,7 @@ class Update(ABC, Generic[Settings]):
         """
         :param units: conversions between environment and networks
         :param gamma: discount factor
-        :return: what all rollouts of an update have in common
+        :return: context of all rollouts of an update
         """
         actor = self.networks()["actor"]
         return RolloutContext(actor, self.q_function(0), self.model, units, gamma, self.steps)

@@ -92,7 +92,7 @@ class MPG(OffPolicyModelAlgorithm):
     :param replay_buffer_kwargs: Keyword arguments to pass to the replay buffer on creation.
     :param optimize_memory_usage: Enable a memory efficient variant of the replay buffer
     :param critic_learning_rate: learning rate of the critics
-    :param prior_model: what is known about the system: a ``PriorModel``, a class or factory of one, a dotted path
+    :param prior_model: model of the system: a ``PriorModel``, a class or factory of one, a dotted path
         ``"package.module:Class"``, or ``"auto"``, the model that the environment offers with a method ``prior_model()``
     :param prior_model_kwargs: arguments of the class or factory of the prior model
     :param residual: whether the model is corrected by recorded transitions, see ``ResidualModel``

@@ -65,7 +65,7 @@ def mixed_policy_gradient(
     :param balance: from 0 to 1, how much the action gradients of each horizon are normalised per state before they are mixed
         (see :func:`~sb3_mpg.common.balance.balance_states`). Only ``"first_action"`` has an action gradient for each state;
         0 otherwise.
-    :return: loss, gradient, and what they were computed from
+    :return: loss and gradient, and the actions and returns that they were computed from
     """
     assert balance == 0 or differentiate == "first_action", differentiate
     actor = context.actor

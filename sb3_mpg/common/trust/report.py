@@ -142,7 +142,7 @@ class TrustReport:
                 f"Errors of the {name} along recorded actions (RMS, in units of the actual change)",
                 *format_table(rows),
             ]
-        lines.append("return: RMS error of the discounted sum of rewards, of its own standard deviation.")
+        lines.append("return: RMS error of the discounted sum of rewards, and the standard deviation of that sum.")
         return "\n".join(lines)
 
     def plot(self, path: str | pathlib.Path | None = None) -> "Figure":

@@ -61,8 +61,9 @@ class MPG(OffPolicyModelAlgorithm):
     - The networks take Fourier features of the observations (see ``ObservationScaler``);
       ``policy_kwargs=dict(features_extractor_kwargs=dict(frequencies=[]))`` removes them.
 
-    MPG-v2 of the papers is ``residual=False, weighting="rule_based", learning_starts=3000``. MPG-v1 is the same with
-    ``value_target="n_step_simulator", batch_reuse=10``. The other defaults are those of Table VI of the first version.
+    MPG-v2 of the papers is ``residual=False, weighting="rule_based", learning_starts=3000`` without Fourier features. MPG-v1
+    is the same with ``value_target="n_step_simulator", batch_reuse=10``. The other defaults are those of Table VI of the
+    first version.
 
     Differences from the papers:
 

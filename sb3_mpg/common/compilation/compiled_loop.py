@@ -106,13 +106,13 @@ class Trial(NamedTuple):
     :param inputs: detached inputs of the step
     :param outputs: outputs of the step
     :param gradients: gradients of the outputs, ``None`` for outputs without one
-    :param of_inputs: resulting gradients of the inputs that require one
+    :param input_gradients: resulting gradients of the inputs that require one
     """
 
     inputs: Sequence[Any]
     outputs: Sequence[th.Tensor]
     gradients: Sequence[th.Tensor | None]
-    of_inputs: Sequence[th.Tensor | None]
+    input_gradients: Sequence[th.Tensor | None]
 
 
 class StepGraph:
@@ -174,7 +174,7 @@ class StepGraph:
         sources = gradients, kept
         return self._directions[True].function([sources[is_kept][place] for is_kept, place in self._backward_inputs])
 
-    def try_out(self, inputs: Sequence[Any]) -> Trial:
+    def try_step(self, inputs: Sequence[Any]) -> Trial:
         """
         Take a step with the differentiable function, and its backward pass, without side effects.
 
@@ -192,10 +192,10 @@ class StepGraph:
         differentiable = [output for output in outputs if output.requires_grad]
         # Arbitrary gradients
         gradients = [th.cos(output.detach()).contiguous() if output.requires_grad else None for output in outputs]
-        of_inputs: Sequence[th.Tensor | None] = []
+        input_gradients: Sequence[th.Tensor | None] = []
         if differentiable:
             # The first call compiles the backward pass. It is compiled for a retained graph if the first call retains it
-            of_inputs = th.autograd.grad(
+            input_gradients = th.autograd.grad(
                 differentiable,
                 [leaf for leaf in leaves if isinstance(leaf, th.Tensor) and leaf.requires_grad],
                 [gradient for gradient in gradients if gradient is not None],
@@ -203,7 +203,7 @@ class StepGraph:
                 allow_unused=True,
             )
         self.was_tried = True
-        return Trial(leaves, outputs, gradients, of_inputs)
+        return Trial(leaves, outputs, gradients, input_gradients)
 
     @staticmethod
     @contextmanager
@@ -216,7 +216,7 @@ class StepGraph:
                     th.cuda.manual_seed(0)
             yield
 
-    def look_into(
+    def analyse(
         self,
         earlier_inputs: Sequence[Any],
         inputs: Sequence[Any],
@@ -236,17 +236,17 @@ class StepGraph:
         :param collected: output that is collected from all steps
         """
         self.loops = False
-        trial = self.try_out(inputs)
+        trial = self.try_step(inputs)
         try:
             self._find_places(inputs, outputs, before, after, collected)
-            self._check_the_rest(inputs, earlier_inputs)
+            self._check_shared_inputs(inputs, earlier_inputs)
             require(self._agrees(trial), "the plain functions give other results")
             self.loops = True
         except Exception as error:
             # Other versions of torch may fail here in any way. The differentiable function still works
             logger.debug("Compiled steps are taken one by one: %s: %s", type(error).__name__, error)
 
-    def _check_the_rest(self, inputs: Sequence[Any], earlier_inputs: Sequence[Any]) -> None:
+    def _check_shared_inputs(self, inputs: Sequence[Any], earlier_inputs: Sequence[Any]) -> None:
         """
         Inputs that are not carried must not change, unlike random numbers of Python or tensors that a model replaces.
         """
@@ -267,9 +267,9 @@ class StepGraph:
             pairs: list[tuple[Any, Any]] = [*zip(outputs, trial.outputs, strict=True)]
             if any(self.has_gradient):
                 self._find_backward_inputs(trial)
-                of_inputs = self.backward(kept, trial.gradients)
+                input_gradients = self.backward(kept, trial.gradients)
                 wanted = [isinstance(leaf, th.Tensor) and leaf.requires_grad for leaf in trial.inputs]
-                pairs += zip(compress(of_inputs, wanted), trial.of_inputs, strict=True)
+                pairs += zip(compress(input_gradients, wanted), trial.input_gradients, strict=True)
         return all(is_same(*pair) for pair in pairs)
 
     def _find_places(
@@ -292,11 +292,11 @@ class StepGraph:
     def _find_backward_inputs(self, trial: Trial) -> None:
         differentiable = [place for place, has_gradient in enumerate(self.has_gradient) if has_gradient]
         require(all(trial.outputs[place].is_contiguous() for place in differentiable), "an output is not contiguous")
-        names_kept = self._directions[False].outputs[self.n_outputs :]
+        kept_names = self._directions[False].outputs[self.n_outputs :]
         places = iter(differentiable)
         for name in self._directions[True].inputs:
             is_kept = not name.startswith("tangents_")
-            self._backward_inputs.append((is_kept, names_kept.index(name) if is_kept else next(places)))
+            self._backward_inputs.append((is_kept, kept_names.index(name) if is_kept else next(places)))
         require(next(places, None) is None, "there are gradients that the backward pass does not ask for")
 
 
@@ -334,27 +334,27 @@ class Loop(th.autograd.Function):
         """
         graph: StepGraph = ctx.graph
         # The backward pass is compiled for contiguous gradients
-        *of_last, of_collected = (None if gradient is None else gradient.contiguous() for gradient in gradients)
-        of_outputs: list[th.Tensor | None] = [*of_last]
-        of_outputs.insert(graph.collected, None)
+        *last_gradients, collected_gradient = (None if gradient is None else gradient.contiguous() for gradient in gradients)
+        output_gradients: list[th.Tensor | None] = [*last_gradients]
+        output_gradients.insert(graph.collected, None)
         # In all steps but the last, only the carried outputs have a gradient: that of the next step's inputs
-        nothing = [None if gradient is None else th.zeros_like(gradient) for gradient in of_outputs]
+        zeros = [None if gradient is None else th.zeros_like(gradient) for gradient in output_gradients]
         # Inputs that are not carried are shared by all steps: sum their gradients
         carried, needed = {place for place, _ in graph.carried}, ctx.needs_input_grad[2:]
         totals: dict[int, th.Tensor] = {}
         for step in reversed(range(len(ctx.kept))):
-            of_outputs[graph.collected] = None if of_collected is None else of_collected[step : step + 1]
-            of_inputs = graph.backward(ctx.kept[step], of_outputs)
-            for place, gradient in enumerate(of_inputs):
+            output_gradients[graph.collected] = None if collected_gradient is None else collected_gradient[step : step + 1]
+            input_gradients = graph.backward(ctx.kept[step], output_gradients)
+            for place, gradient in enumerate(input_gradients):
                 if gradient is not None and needed[place] and place not in carried:
                     totals[place] = totals[place] + gradient if place in totals else gradient
-            of_outputs = list(nothing)
+            output_gradients = list(zeros)
             for place, source in graph.carried:
-                gradient, so_far = of_inputs[place], of_outputs[source]
+                gradient, so_far = input_gradients[place], output_gradients[source]
                 if gradient is not None:
-                    is_sum = so_far is not None and so_far is not nothing[source]
-                    of_outputs[source] = so_far + gradient if is_sum else gradient.contiguous()  # type: ignore[operator]
-        return None, None, *(of_inputs[place] if place in carried else totals.get(place) for place in range(len(needed)))
+                    is_sum = so_far is not None and so_far is not zeros[source]
+                    output_gradients[source] = so_far + gradient if is_sum else gradient.contiguous()  # type: ignore[operator]
+        return None, None, *(input_gradients[place] if place in carried else totals.get(place) for place in range(len(needed)))
 
 
 class CompiledLoop:
@@ -409,7 +409,7 @@ class CompiledLoop:
             last.insert(graph.collected, collected)
             return last
         if not graph.was_tried:
-            graph.try_out(inputs)
+            graph.try_step(inputs)
         outputs = tuple(graph.step(*inputs))
         self._n_taken = 1
         if graph.loops is None:
@@ -435,7 +435,7 @@ class CompiledLoop:
             if self._new is not None:
                 graph, inputs, outputs = self._new
                 if earlier is not None and earlier[0] is graph:
-                    graph.look_into(earlier[1], inputs, outputs, carried, after, output)
+                    graph.analyse(earlier[1], inputs, outputs, carried, after, output)
                 earlier = graph, inputs
             carried = after
             n_steps -= self._n_taken

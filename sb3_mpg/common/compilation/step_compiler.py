@@ -310,7 +310,7 @@ class StepCompiler(Steps):
             self.has_failed = True
             result = eager(*args)
             warnings.warn(
-                f"{what} could not be compiled and run eagerly, more slowly ({in_a_line(error)}). `compile=False` avoids "
+                f"{what} could not be compiled and run as they are, more slowly ({in_a_line(error)}). `compile=False` avoids "
                 "the attempt."
             )
             return result

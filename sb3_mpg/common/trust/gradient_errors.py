@@ -229,8 +229,8 @@ def warn_of_errors(measured: GradientErrors, model_name: str, earlier: Sequence[
         )
     if measured.is_useless.any() and not any(before.is_useless.any() for before in earlier):
         warnings.warn(
-            f"{model_name} is excluded: its gradient is far from that of the model corrected by recorded transitions. Until "
-            "it is closer, horizon 0 takes its place, if it is among the horizons. `residual=True` corrects the model, "
+            f"{model_name} is excluded: its gradient is far from that of the model corrected by what was recorded. Until it "
+            "is closer, horizon 0 takes its place, if it is among the horizons. `residual=True` corrects the model, "
             "`check_prior_model` finds out what is wrong."
         )
     if not np.isfinite(measured.errors).all() and all(np.isfinite(before.errors).all() for before in earlier):

@@ -242,6 +242,7 @@ class AsyncEvalCallback(EvalCallback):
         if self.eval_freq > 0 and self.n_calls % self.eval_freq == 0:
             self._waiting.append(self._take_snapshot())
             continue_training = self._proceed()
+            # At most one snapshot waits
             while self._running is not None and len(self._waiting) > 1:
                 continue_training = self._proceed(timeout=1.0) and continue_training
         return self._proceed() and continue_training
@@ -259,11 +260,13 @@ class AsyncEvalCallback(EvalCallback):
         if self._worker is None:
             return continue_training
         try:
+            # Receive messages
             wait([self._worker.connection, self._worker.process.sentinel], timeout)
             while self._worker is not None and self._worker.connection.poll():
                 continue_training = self._take(self._worker.connection.recv()) and continue_training
             if self._worker is None:
                 return continue_training
+            # Send the next snapshot
             if self._is_ready and self._running is None and self._waiting:
                 self._running = self._waiting.popleft()
                 self._worker.connection.send(self._running.parameters)
@@ -315,6 +318,7 @@ class AsyncEvalCallback(EvalCallback):
         :return: whether to continue training
         """
         continue_training = True
+        # Save the results of all evaluations
         if self.log_path is not None:
             self.evaluations_timesteps.append(snapshot.num_timesteps)
             self.evaluations_results.append(evaluation.rewards)
@@ -331,6 +335,7 @@ class AsyncEvalCallback(EvalCallback):
                 **successes,  # type: ignore[arg-type]
             )
 
+        # Print and log
         mean_reward, std_reward = float(np.mean(evaluation.rewards)), float(np.std(evaluation.rewards))
         mean_length, std_length = np.mean(evaluation.lengths), np.std(evaluation.lengths)
         self.last_mean_reward = mean_reward
@@ -344,6 +349,7 @@ class AsyncEvalCallback(EvalCallback):
                 print(f"Success rate: {100 * success_rate:.2f}%")
         self._log(snapshot.num_timesteps, values)
 
+        # Save the best model
         if mean_reward > self.best_mean_reward:
             if self.verbose >= 1:
                 print("New best mean reward!")

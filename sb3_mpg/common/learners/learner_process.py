@@ -110,15 +110,18 @@ def run_learner(
     tensors = update.tensors() + units.statistics()
     slot_views = [slot.views() for slot in slots]
     connection.send(Ready())
+
     while True:
         start = time.perf_counter()
         task: Task | None = connection.recv()
         if task is None:
             return
         started = time.perf_counter()
+        # Fetch the newest parameters
         version = parameters.fetch(tensors)
         if isinstance(update.model, TrainableModel):
             update.model.refresh()
+        # Compute the gradients, and write them to the slot
         settings, scaled = cloudpickle.loads(task.settings), units.with_scalars(task.scalars)
         result: GradientResult = update.gradients_of_update(task.n_updates, task.batch_size, reader, scaled, settings)
         with th.no_grad():

@@ -208,6 +208,7 @@ class MultiprocessLearners(Learners):
         while True:
             self._hand_out(pool, inputs)
             while pool.scheduler.has_arrived:
+                # Drop results that are too old
                 arrival = pool.scheduler.take(version)
                 if arrival is None:
                     self.n_dropped += 1
@@ -264,6 +265,7 @@ class MultiprocessLearners(Learners):
         :param pool: the learners
         :param timeout: how long to wait for a message, in seconds
         """
+        # Wait for messages and for the end of processes
         self._last_look = time.monotonic()
         by_handle: dict[Any, int] = {}
         for index, learner in enumerate(pool.learners):
@@ -278,6 +280,7 @@ class MultiprocessLearners(Learners):
                 died = True
             if died:
                 self._replace(pool, index)
+        # Replace learners that hang
         now = time.monotonic()
         for index, learner in enumerate(pool.learners):
             seconds = self.settings.pool.timeout

@@ -5,13 +5,13 @@ STAMP := $(VENV)/.installed
 EXTRAS := tests,plots,render,progress,zoo,docs
 PACKAGES := sb3_mpg sb3_mpg_envs
 SOURCES := sb3_mpg sb3_mpg_envs hyperparams benchmarks docs tests setup.py
-# The short ones first; the last ones take days
+# Short benchmarks first; the last ones take days
 BENCHMARKS := benchmarks/simulators.py benchmarks/zoo_hook.py benchmarks/speed.py "benchmarks/learners.py throughput" \
 	benchmarks/outside.py benchmarks/learning.py benchmarks/learning_report.py benchmarks/bound.py benchmarks/trust.py \
 	benchmarks/trust_report.py
 ALGO ?= mpg
 ENV ?= PathTracking-v0
-# One update for each
+# One update for each step
 STEPS ?= 5000
 N_WORKERS ?= 2
 
@@ -21,7 +21,7 @@ N_WORKERS ?= 2
 help: ## show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
-venv: $(STAMP) ## create .venv and install the library with all its tools, at the tested versions
+venv: $(STAMP) ## create .venv and install the library with its tools, at the tested versions
 
 $(STAMP): setup.py .ci/constraints.txt
 	@echo "Installing sb3-mpg and its tools into $(VENV) (a few minutes the first time)"
@@ -59,11 +59,11 @@ lint: $(STAMP) ## check style with ruff and black
 type: $(STAMP) ## check types with mypy
 	$(BIN)/mypy $(PACKAGES)
 
-format: $(STAMP) ## fix what can be fixed of the style
+format: $(STAMP) ## format the code and fix style errors
 	$(BIN)/ruff check --fix --quiet $(SOURCES) || true
 	$(BIN)/black --quiet $(SOURCES)
 
-# One after the other, also under make -j: the formatter writes what the others read
+# One after the other, also under make -j: the formatter writes files that the others read
 commit-checks: ## format, lint, type, test, build the documentation
 	@for target in format lint type test docs; do $(MAKE) --no-print-directory $$target || exit 1; done
 

@@ -7,8 +7,8 @@ ROOT = Path(__file__).parent
 README = ROOT / "README.md"
 
 
-# One line, as .pth files are run line by line. It imports nothing that is not there at every start of the interpreter, and
-# keeps the text of sb3_mpg/_zoo_hook.py uncompiled until RL Zoo is imported
+# A single line, because .pth files are executed line by line. It only imports modules that every start of the interpreter has
+# loaded already, and compiles the source of sb3_mpg/_zoo_hook.py only when RL Zoo is imported
 ZOO_HOOK = (
     "import os, sys; os.environ.get('SB3_MPG_NO_ZOO_HOOK') == '1' "
     "or any(type(finder).__name__ == 'SB3MPGZooHook' for finder in sys.meta_path) "
@@ -20,13 +20,13 @@ ZOO_HOOK = (
 
 class BuildWithZooHook(build_py):
     """
-    Adds ``sb3_mpg_zoo.pth`` to what is installed: RL Zoo has no plugin point, and in site-packages the lines of such a file
-    are run by every start of the interpreter. As a file of the wheel it is removed by ``pip uninstall``.
+    Adds ``sb3_mpg_zoo.pth`` to the installed files, because RL Zoo has no plugin interface. Every start of the interpreter
+    executes the lines of such a file in site-packages. ``pip uninstall`` removes it, since it is a file of the wheel.
     """
 
     def run(self):
         super().run()
-        # An editable wheel keeps no build folder; what is copied to where packages would be installed goes into it
+        # An editable wheel has no build folder: files in the install folder are packed into it
         folder = self.get_finalized_command("install").install_lib if self.editable_mode else self.build_lib
         source = (ROOT / "sb3_mpg" / "_zoo_hook.py").read_text(encoding="utf-8")
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -43,7 +43,7 @@ setup(
     license="MIT",
     license_files=["LICENSE"],
     keywords="reinforcement-learning model-based-rl mixed-policy-gradient stable-baselines3 gymnasium pytorch",
-    # The YAML files lie at the top of the repository, where RL Zoo users look for them, and travel with the package
+    # The YAML files are at the top of the repository, where RL Zoo users look for them; the wheel contains them as a package
     packages=[*find_packages(include=["sb3_mpg*"]), "sb3_mpg.hyperparams"],
     package_dir={"sb3_mpg.hyperparams": "hyperparams"},
     package_data={
@@ -69,7 +69,7 @@ setup(
             *["pytest", "pytest-xdist", "pytest-cov", "mypy", "ruff", "black", "build", "types-PyYAML"],
             *["setuptools>=77", "filelock"],
         ],
-        # All that RL Zoo's commands need and does not ask for itself: enjoy, record_video, the plots
+        # RL Zoo, and what its commands need but it does not install: enjoy, record_video, the plots
         "zoo": [
             *["rl_zoo3>=2.8,<3.0", "sb3_contrib>=2.8,<3.0"],
             *["requests", "moviepy", "pygame", "matplotlib", "pandas", "scipy", "seaborn"],

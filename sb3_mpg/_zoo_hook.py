@@ -1,12 +1,12 @@
 """
-What wakes up when ``rl_zoo3.utils`` is imported, and calls ``sb3_mpg.zoo.register()`` after it.
+Import hook that calls ``sb3_mpg.zoo.register()`` as soon as ``rl_zoo3.utils`` is imported.
 
-``setup.py`` writes this text into ``sb3_mpg_zoo.pth``, whose single line every start of the interpreter runs (twice in a
-virtual environment): it adds a finder to ``sys.meta_path``, unless the environment variable SB3_MPG_NO_ZOO_HOOK is 1. The
-text is compiled by the finder only for that one import. It must never raise.
+``setup.py`` writes this source into ``sb3_mpg_zoo.pth``. Every start of the interpreter runs the single line of that file
+(twice in a virtual environment). The line adds a finder to ``sys.meta_path``, unless the environment variable
+SB3_MPG_NO_ZOO_HOOK is 1. The finder compiles this source only for that one import. It must never raise.
 """
 
-# Types would have to be imported
+# Without types, which would have to be imported
 # mypy: ignore-errors
 
 

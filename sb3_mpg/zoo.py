@@ -1,8 +1,8 @@
 """
-Makes RL Zoo (https://github.com/DLR-RM/rl-baselines3-zoo) know the algorithms and environments of this project.
+Adds the algorithms and environments of this project to RL Zoo (https://github.com/DLR-RM/rl-baselines3-zoo).
 
-RL Zoo has no plugin point. :func:`register` changes its tables in place; the import hook of ``_zoo_hook.py`` calls it when
-RL Zoo is imported, so that ``python -m rl_zoo3.train --algo mpg`` works once this package is installed. Without the hook,
+RL Zoo has no plugin interface, so :func:`register` changes its tables in place. The import hook of ``_zoo_hook.py`` calls it
+when RL Zoo is imported: ``python -m rl_zoo3.train --algo mpg`` works once this package is installed. Without the hook,
 ``python -m sb3_mpg.zoo train --algo mpg`` does the same.
 """
 
@@ -30,13 +30,13 @@ from sb3_mpg.mpg import MPG
 from sb3_mpg.nadp import NStepADP
 from sb3_mpg.ndpg import NStepDPG
 
-# RL Zoo itself is imported by `register` only: workers of vectorized environments import this module for its wrapper
+# Only `register` imports RL Zoo itself: workers of vectorized environments import this module for its wrapper
 if TYPE_CHECKING:
     import optuna
 
 ALGORITHMS: dict[str, type[MPG]] = {"mpg": MPG, "ndpg": NStepDPG, "nadp": NStepADP}
 
-#: Commands of ``python -m sb3_mpg.zoo`` and the modules of RL Zoo that they run
+#: Commands of ``python -m sb3_mpg.zoo`` and the RL Zoo modules that they run
 COMMANDS = {
     "train": "rl_zoo3.train",
     "enjoy": "rl_zoo3.enjoy",
@@ -49,31 +49,31 @@ COMMANDS = {
     "benchmark": "rl_zoo3.benchmark",
 }
 
-#: Scripts of RL Zoo with a list of the off-policy algorithms among their constants
+#: RL Zoo scripts with a list of the off-policy algorithms among their constants
 SCRIPTS_WITH_LISTS = ("rl_zoo3.enjoy", "rl_zoo3.record_video", "rl_zoo3.push_to_hub", "rl_zoo3.benchmark")
 
-#: What RL Zoo takes out of an entry of a hyperparameter file before the rest goes to the constructor
+#: Keys of a hyperparameter file that RL Zoo removes before it passes the rest to the constructor
 ZOO_KEYS = frozenset(
     "n_timesteps n_envs normalize env_wrapper vec_env_wrapper callback frame_stack monitor_kwargs env_kwargs "
     "noise_type noise_std".split()
 )
-#: What RL Zoo itself passes to the constructor
+#: Arguments that RL Zoo itself passes to the constructor
 PASSED_BY_ZOO = frozenset(["self", "env", "tensorboard_log", "seed", "verbose", "device", "_init_setup_model"])
 
 LEARNING_RATES = ("learning_rate", "critic_learning_rate")
-#: Hyperparameters whose text needs no second pair of quotes on the command line: ``-params prior_model:package.module:Class``
+#: Hyperparameters whose text needs no second pair of quotes in ``-params``: ``-params prior_model:package.module:Class``
 TEXT_KEYS = frozenset([*LEARNING_RATES, "prior_model", "weighting", "value_target", "differentiate", "compile"])
-#: What shapes the agent when it is made: it is saved with it, and stays when training is continued
+#: Hyperparameters that are saved with the agent and cannot be changed when training is continued
 SET_AT_CONSTRUCTION = ("horizons", "weighting", "weighting_kwargs", "value_target", "value_target_kwargs", "n_steps")
 
 
 class ZooError(ValueError):
-    """A mistake of the user's, told in one message: the commands of RL Zoo print no traceback for it."""
+    """A mistake in the user's input. RL Zoo's commands print its message without a traceback."""
 
 
 class ScaleReward(gym.RewardWrapper):
     """
-    Multiplies rewards, for algorithms without ``reward_scale``. RL Zoo's evaluations still report the rewards themselves.
+    Multiplies rewards, for algorithms without ``reward_scale``. RL Zoo's evaluations still report the unscaled rewards.
 
     :param env: the environment
     :param factor: factor of its rewards
@@ -92,7 +92,7 @@ class ScaleReward(gym.RewardWrapper):
 
 def hyperparameter_folder() -> Path:
     """
-    :return: where the hyperparameter files are: the package ``sb3_mpg.hyperparams``, or the folder of a checkout
+    :return: the folder of the hyperparameter files: the package ``sb3_mpg.hyperparams``, or ``hyperparams`` of a checkout
     """
     spec = importlib.util.find_spec("sb3_mpg.hyperparams")
     if spec is not None and spec.submodule_search_locations:
@@ -104,8 +104,8 @@ def hyperparameter_file(algorithm: str, env_id: str, chosen: str | None = None) 
     """
     :param algorithm: name of the algorithm in RL Zoo
     :param env_id: id of the environment
-    :param chosen: what the user asks for with ``--conf-file``: the name of one of our files is enough
-    :return: the file of ours to read, ``None`` when RL Zoo shall do what it does
+    :param chosen: the user's ``--conf-file``; the name of one of our files is enough
+    :return: path of our file to read, ``None`` to leave the choice to RL Zoo
     """
     if chosen:
         path = hyperparameter_folder() / chosen
@@ -113,7 +113,7 @@ def hyperparameter_file(algorithm: str, env_id: str, chosen: str | None = None) 
     path = hyperparameter_folder() / f"{algorithm}.yml"
     if algorithm in ALGORITHMS:
         return str(path)
-    # The baselines: RL Zoo's files know other environments, ours know our environments
+    # Baselines: ours for our environments, RL Zoo's for all others
     if path.is_file() and env_id in yaml.safe_load(path.read_text(encoding="utf-8")):
         return str(path)
     return None
@@ -124,7 +124,7 @@ def check_hyperparameters(algorithm: type, hyperparams: dict[str, Any], where: s
     :param algorithm: class of the algorithm
     :param hyperparams: an entry of a hyperparameter file
     :param where: name of the file and the entry
-    :raises ZooError: when RL Zoo or the constructor does not know a key, or misses one
+    :raises ZooError: when a key is unknown to RL Zoo and the constructor, or a required key is missing
     """
     allowed = ZOO_KEYS | inspect.signature(algorithm).parameters.keys() - PASSED_BY_ZOO
     for key in hyperparams:
@@ -160,7 +160,10 @@ def sample_mpg_params(trial: "optuna.Trial", n_actions: int, n_envs: int, additi
     """
     Sampler for MPG hyperparams.
 
-    :param trial:
+    :param trial: Optuna trial
+    :param n_actions: number of action dimensions, not used
+    :param n_envs: number of environments, not used
+    :param additional_args: further arguments of RL Zoo, not used
     :return: arguments of the constructor
     """
     sampled_params = _sample_common(trial)
@@ -173,7 +176,10 @@ def sample_n_step_params(trial: "optuna.Trial", n_actions: int, n_envs: int, add
     """
     Sampler for NStepDPG and NStepADP hyperparams.
 
-    :param trial:
+    :param trial: Optuna trial
+    :param n_actions: number of action dimensions, not used
+    :param n_envs: number of environments, not used
+    :param additional_args: further arguments of RL Zoo, not used
     :return: arguments of the constructor
     """
     sampled_params = _sample_common(trial)
@@ -184,7 +190,7 @@ def sample_n_step_params(trial: "optuna.Trial", n_actions: int, n_envs: int, add
 
 def convert_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
     """
-    :param sampled_params: what a sampler asked Optuna for
+    :param sampled_params: hyperparameters as a sampler draws them
     :return: arguments of the constructor, which can be written to a YAML file
     """
     hyperparams = sampled_params.copy()
@@ -203,11 +209,11 @@ SAMPLERS = {"mpg": sample_mpg_params, "ndpg": sample_n_step_params, "nadp": samp
 
 def _wrap(owner: type, name: str, wrapper: Callable[..., Any]) -> None:
     """
-    Put a function around a method, once.
+    Wrap a method. Does nothing if it is wrapped already.
 
     :param owner: class of the method
     :param name: name of the method
-    :param wrapper: takes the method, then the arguments of a call
+    :param wrapper: called with the original method and the arguments of the call
     """
     attribute = inspect.getattr_static(owner, name)
     original = attribute.__func__ if isinstance(attribute, staticmethod) else attribute
@@ -249,7 +255,7 @@ def _read_hyperparameters(original: Callable, self: Any) -> tuple[dict[str, Any]
 def _preprocess_schedules(original: Callable, hyperparams: dict[str, Any]) -> dict[str, Any]:
     from rl_zoo3.utils import linear_schedule
 
-    # RL Zoo looks for schedules in `learning_rate` only, and its error names neither key nor value
+    # RL Zoo looks for schedules in `learning_rate` only, and its error does not name key and value
     for key in LEARNING_RATES:
         value = hyperparams.get(key)
         if not isinstance(value, str):
@@ -272,7 +278,7 @@ def _setup_experiment(original: Callable, self: Any) -> Any:
     try:
         return original(self)
     except (TypeError, ValueError) as error:
-        # Our own constructors say what is wrong with their arguments; a Python bug elsewhere keeps its traceback
+        # The messages of our constructors are for the user; a bug elsewhere keeps its traceback
         is_ours = _is_within(_last_file(error.__traceback__), Path(__file__).parent)
         if is_ours or "unexpected keyword argument" in str(error):
             hint = "\nIn RL Zoo: -params prior_model:package.module:MyModel" if HOW_TO_WRITE_A_MODEL in str(error) else ""
@@ -285,7 +291,7 @@ def _load_pretrained_agent(original: Callable, self: Any, hyperparams: dict[str,
         given = [key for key in SET_AT_CONSTRUCTION if hyperparams.pop(key, None) is not None]
         ignored = [key for key in given if key in (self.custom_hyperparams or {})]
         if ignored:
-            print(f"Ignored, as it stays what it is in the saved agent: {', '.join(ignored)}")
+            print(f"Ignored, because the saved agent keeps its own values: {', '.join(ignored)}")
     return original(self, hyperparams, env)
 
 
@@ -295,7 +301,7 @@ def _objective(original: Callable, self: Any, trial: "optuna.Trial") -> float:
     try:
         return original(self, trial)
     except FloatingPointError as error:
-        # RL Zoo prunes trials that fail with the exceptions of its own algorithms when gradients are not finite
+        # RL Zoo prunes trials with non-finite gradients only for the exceptions of its own algorithms
         raise TrialPruned(str(error)) from error
 
 
@@ -305,8 +311,8 @@ def _store_dict(original: Callable, self: Any, parser: Any, namespace: Any, valu
 
 def _quote_text(argument: str) -> str:
     """
-    :param argument: ``key:value`` of the command line, whose value RL Zoo evaluates as Python
-    :return: the same with quotes around the value where it is plain text
+    :param argument: ``key:value`` of the command line; RL Zoo evaluates the value as Python
+    :return: the same, with quotes around a value that is plain text
     """
     key, _, value = argument.partition(":")
     if key in TEXT_KEYS and re.fullmatch(r"[A-Za-z_][\w.:+-]*", value):
@@ -319,8 +325,8 @@ def _quote_text(argument: str) -> str:
 
 def with_our_algorithms(code: CodeType) -> CodeType:
     """
-    :param code: code of a script of RL Zoo
-    :return: the same, where every list of off-policy algorithms among its constants names ours, too
+    :param code: code of an RL Zoo script
+    :return: the same code; each list of off-policy algorithms among its constants contains ours as well
     """
     constants = []
     for constant in code.co_consts:
@@ -333,7 +339,7 @@ def with_our_algorithms(code: CodeType) -> CodeType:
 
 
 class ScriptFinder:
-    """Lets the scripts of RL Zoo be imported and run (``python -m``) with our algorithms in their lists."""
+    """Finder that adds our algorithms to the lists of RL Zoo's scripts when they are imported or run (``python -m``)."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if name not in SCRIPTS_WITH_LISTS:
@@ -356,9 +362,9 @@ def _is_within(path: str, folder: Path) -> bool:
 
 def is_told_in_one_message(error: BaseException, tb: TracebackType | None) -> bool:
     """
-    :param error: an exception that nothing caught
+    :param error: an uncaught exception
     :param tb: its traceback
-    :return: whether it ended a command of RL Zoo with one of our algorithms, and its message says all
+    :return: whether a command of RL Zoo should print only the message: a mistake in the user's input, not a bug
     """
     import rl_zoo3
 
@@ -366,11 +372,11 @@ def is_told_in_one_message(error: BaseException, tb: TracebackType | None) -> bo
     if isinstance(error, ZooError):
         is_mistake = True
     else:
-        # What RL Zoo's scripts complain about: environments and agents that do not exist
+        # RL Zoo's scripts raise these for environments and agents that do not exist
         names = {word.removeprefix("--algo=") for word in sys.argv}
-        is_complaint = isinstance(error, (AssertionError, ValueError)) and _is_within(_last_file(tb), folder)
-        is_mistake = bool(names & ALGORITHMS.keys()) and is_complaint and bool(str(error))
-    # In the user's own programs, tracebacks stay
+        is_from_zoo = isinstance(error, (AssertionError, ValueError)) and _is_within(_last_file(tb), folder)
+        is_mistake = bool(names & ALGORITHMS.keys()) and is_from_zoo and bool(str(error))
+    # The user's own programs keep their tracebacks
     scripts = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(tb) if frame.f_globals.get("__name__") == "__main__"]
     commands = [frame for frame, _ in traceback.walk_tb(tb) if frame.f_globals.get("__name__") == "rl_zoo3.cli"]
     return is_mistake and (bool(commands) or any(_is_within(script, folder) for script in scripts))
@@ -392,8 +398,8 @@ def _install_excepthook() -> None:
 
 
 def register() -> None:
-    """Make RL Zoo know our algorithms, hyperparameter files and environments. Calling it again changes nothing."""
-    # In this form, as the import hook calls from within the import of `rl_zoo3.utils`
+    """Add our algorithms, hyperparameter files and environments to RL Zoo. Calling it again changes nothing."""
+    # Import names, not modules: the import hook calls this function while `rl_zoo3.utils` is being imported
     from rl_zoo3 import exp_manager, hyperparams_opt
     from rl_zoo3.utils import ALGOS, StoreDict
 
@@ -403,7 +409,7 @@ def register() -> None:
     hyperparams_opt.HYPERPARAMS_SAMPLER.update(SAMPLERS)
     hyperparams_opt.HYPERPARAMS_CONVERTER.update(dict.fromkeys(ALGORITHMS, convert_params))
 
-    # The namespace in which RL Zoo evaluates `policy_kwargs`
+    # RL Zoo evaluates `policy_kwargs` in this namespace
     exp_manager.ObservationScaler = ObservationScaler  # type: ignore[attr-defined]
     manager = exp_manager.ExperimentManager
     _wrap(manager, "__init__", _init)
@@ -414,6 +420,7 @@ def register() -> None:
     _wrap(manager, "objective", _objective)
     _wrap(StoreDict, "__call__", _store_dict)
 
+    # Change the lists in scripts that are imported later, and in those that are imported already
     if not any(isinstance(finder, ScriptFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, ScriptFinder())
     for name in SCRIPTS_WITH_LISTS:
@@ -424,7 +431,7 @@ def register() -> None:
 
 
 def main() -> None:
-    """``python -m sb3_mpg.zoo COMMAND ...``: RL Zoo's commands, without the import hook."""
+    """``python -m sb3_mpg.zoo COMMAND ...``: run a command of RL Zoo without the import hook."""
     command = sys.argv[1] if len(sys.argv) > 1 else ""
     if command not in COMMANDS:
         sys.exit(f"usage: python -m sb3_mpg.zoo {{{','.join(COMMANDS)}}} ...\nerror: unknown command {command!r}")
@@ -436,7 +443,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # The module that `register` left its marks in, not a second copy of it
+    # Run the imported module, not its copy `__main__`: `register` recognises its own finder by the class of the former
     from sb3_mpg.zoo import main
 
     main()

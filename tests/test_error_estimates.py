@@ -167,7 +167,7 @@ def test_a_right_model_is_trusted():
 
 @pytest.mark.parametrize("prior_model", [Wrong, Silent])
 def test_a_model_that_is_of_no_use_is_trusted_once_it_is_corrected(prior_model):
-    with pytest.warns(UserWarning, match=f"{prior_model.__name__} is of no use"):
+    with pytest.warns(UserWarning, match=f"{prior_model.__name__} is excluded"):
         assert weight_of_model(prior_model=prior_model, residual=False) < 1e-6
     assert weight_of_model(prior_model=prior_model) > 0.9
 
@@ -186,10 +186,10 @@ def test_the_model_of_another_environment_is_measured_at_once():
 
 def test_the_report_says_which_horizon_was_left_out():
     model = MPG("MlpPolicy", LinearEnv(), prior_model=Wrong(), residual=False, horizons=(0, 10), **SMALL)
-    with pytest.warns(UserWarning, match="Wrong is of no use"):
+    with pytest.warns(UserWarning, match="Wrong is excluded"):
         model.learn(200)
     assert model._measurements[-1].gradients.is_useless.tolist() == [False, True]
-    rows = [line for line in str(model.trust_report()).splitlines() if "left out: of no use" in line]
+    rows = [line for line in str(model.trust_report()).splitlines() if "excluded: useless gradient" in line]
     assert len(rows) == 1
     assert "10 model steps" in rows[0]
 
@@ -236,7 +236,7 @@ def test_a_model_that_does_not_know_where_episodes_terminate_is_left_out(ends, p
     latest = model._measurements[-1].gradients
     assert latest.misjudges_ends == is_blind and latest.is_left_out.tolist() == [False, is_blind]
     (row,) = [line for line in str(model.trust_report()).splitlines() if "10 model steps" in line]
-    assert ("left out: terminates elsewhere" in row) == is_blind
+    assert ("excluded: wrong terminations" in row) == is_blind
 
 
 @pytest.mark.parametrize("compiles", [True, False])

@@ -271,7 +271,7 @@ def test_without_the_hook(python, tmp_path):
     ]
     new, continued, td3, unknown = run_all(python, commands, cwd=tmp_path, SB3_MPG_NO_ZOO_HOOK="1")
     assert "Saving to" in new
-    assert "Ignored, as it stays what it is in the saved agent: n_steps" in continued
+    assert "Ignored, because the saved agent keeps its own values: n_steps" in continued
     assert "Saving to" in continued
     assert "sb3_mpg.zoo.ScaleReward" in td3
     assert "Saving to" in td3

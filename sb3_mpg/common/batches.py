@@ -1,4 +1,4 @@
-"""Batches that serve several updates."""
+"""Batches that are used in several updates."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,11 +10,11 @@ from sb3_mpg.common.type_aliases import TrainingBatch
 
 class ReusedBatches:
     """
-    Batch reuse: ``n_uses`` batches take turns. In each round one of them is drawn again, so that every batch serves ``n_uses``
-    updates.
+    Batch reuse: ``n_uses`` batches take turns. In each round one of them is replaced by a new one, so that every batch is used
+    in ``n_uses`` updates.
 
-    The papers' learners use a batch several times in a row, but theirs are twelve, whose updates alternate. A single batch
-    many times in a row makes the critic follow its noise, and the policy follow the critic.
+    Each of the papers' twelve learners uses a batch several times in a row, but the updates of the learners alternate. With
+    one learner, the same batch many times in a row makes the critic fit its noise, and the policy follow the critic.
     """
 
     def __init__(self) -> None:
@@ -48,9 +48,9 @@ class ReusedBatches:
 
     def load_state(self, state: dict[str, Any] | None, n_uses: int, device: th.device) -> None:
         """
-        :param state: of :meth:`state`, if there is one; ignored when it is of another number of uses
+        :param state: what :meth:`state` returned, or ``None``; ignored when the number of uses differs
         :param n_uses: in how many updates a batch is used
-        :param device: where the batches go
+        :param device: device of the batches
         """
         if state is not None and len(state["batches"]) == min(state["n_served"], n_uses):
             self._batches = [TrainingBatch(*(tensor.to(device) for tensor in batch)) for batch in state["batches"]]

@@ -14,17 +14,17 @@ from sb3_mpg.common.models.windows import Transitions, Windows, cut_windows, to_
 HELD_OUT_BLOCK = 20
 # One of this many blocks is held out
 HELD_OUT_EVERY = 10
-# Of random positions, until enough of them are usable
+# Largest number of attempts to draw enough usable random positions
 MAX_DRAWS = 20
 
 
 class RecordedSteps:
     """
-    The single steps of a replay buffer, whatever its samples are (n-step returns, for example), split into training steps
-    and held-out steps. Steps whose next observation the buffer does not hold are excluded.
+    The single steps of a replay buffer, split into training steps and held-out steps. They are single steps even if the
+    samples of the buffer are n-step returns. Steps whose next observation is not in the buffer are excluded.
 
-    :param replay_buffer: the buffer; it is never written
-    :param unscale_actions: converts actions from [-1, 1], as they are stored, to the units of the environment
+    :param replay_buffer: the buffer, which is only read
+    :param unscale_actions: converts the stored actions in [-1, 1] to the units of the environment
     :param device: device of the transitions
     """
 
@@ -59,18 +59,18 @@ class RecordedSteps:
     def sample_observations(self, n_samples: int) -> th.Tensor:
         """
         :param n_samples: number of observations
-        :return: raw observations of replayed states, drawn as training draws them, ``(n_samples, *obs_shape)``
+        :return: raw observations of replayed states, sampled as for an update, ``(n_samples, *obs_shape)``
         """
         return self.replay_buffer.sample(n_samples).observations.float()
 
     def _is_usable(self, positions: np.ndarray, envs: np.ndarray, held_out: bool) -> np.ndarray:
-        # Shift the blocks from environment to environment, so that steps are held out early
+        # Shift the blocks between environments, so that some steps are held out early on
         shifts = envs * HELD_OUT_EVERY // self.replay_buffer.n_envs
         is_held_out = (positions // HELD_OUT_BLOCK + shifts) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
         usable = is_held_out == held_out
         if self.replay_buffer.optimize_memory_usage:
-            # The next observation is stored in the next row. It belongs to another episode after an episode end, and the
-            # newest one has overwritten the oldest step
+            # The next observation is that of the next row. After an episode end, that row belongs to another episode. At
+            # `pos`, the newest next observation has overwritten the oldest step
             usable &= (self.replay_buffer.dones[positions, envs] == 0) & (positions != self.replay_buffer.pos)
         return usable
 
@@ -110,7 +110,7 @@ class RecordedSteps:
     def latest(self, n_samples: int) -> Transitions | None:
         """
         :param n_samples: number of steps
-        :return: the training steps among the steps recorded last, or ``None`` if there are none
+        :return: the training steps among the latest steps, or ``None`` if there are none
         """
         buffer = self.replay_buffer
         n_rows = min(-(-n_samples // buffer.n_envs), buffer.size())
@@ -120,8 +120,8 @@ class RecordedSteps:
         return self._gather(positions[usable], envs[usable]) if usable.any() else None
 
     def _has_terminated(self, positions: np.ndarray | slice) -> np.ndarray:
-        # Time limits and early resets end an episode without terminating it. A buffer that does not handle them cannot tell
-        # terminations from them
+        # Time limits and early resets end an episode without terminating it. A buffer that does not handle timeouts cannot
+        # distinguish them from terminations
         buffer = self.replay_buffer
         return (buffer.dones[positions] > 0) & (buffer.timeouts[positions] == 0) & buffer.handle_timeout_termination
 
@@ -135,16 +135,16 @@ class RecordedSteps:
         """
         :param n_samples: largest number of steps
         :param terminated: whether to take steps that are known to have terminated, or steps that are known not to have
-        :return: next observations of such steps, newest first, ``(n, *obs_shape)``; ``None`` if there are none
+        :return: next observations of these steps, newest first, ``(n, *obs_shape)``; ``None`` if there are none
         """
         buffer = self.replay_buffer
-        # Newest rows first
+        # Find rows, newest first
         if terminated:
             rows = np.flatnonzero(self._has_terminated(slice(buffer.size())).any(axis=1))
             rows = np.roll(rows, -np.searchsorted(rows, buffer.pos))[::-1]
             is_wanted = self._has_terminated(rows)
         else:
-            # Unlike terminations, other steps need not be searched for in the whole buffer
+            # Unlike terminations, other steps are frequent: the newest rows contain enough of them
             rows = (buffer.pos - 1 - np.arange(min(self._n_intact_rows(), 2 * n_samples))) % buffer.buffer_size
             is_wanted = (buffer.dones[rows] == 0) | (buffer.timeouts[rows] > 0)
         places, envs = np.nonzero(is_wanted)
@@ -158,8 +158,8 @@ class RecordedSteps:
 
     def windows(self, n_steps: int, horizon: int) -> Windows | None:
         """
-        :param n_steps: approximate number of steps, of those recorded last. With many environments, they are from some of
-            the environments only, so that there are windows of full length
+        :param n_steps: approximate number of latest steps. With many environments, only some of the environments are used, so
+            that there are windows of full length
         :param horizon: largest number of steps of a window
         :return: one window for each of these steps, or ``None`` if there are none
         """
@@ -177,11 +177,11 @@ class RecordedSteps:
         records["rewards"] = records["rewards"][..., 0]
         ends = dones.copy()
         ends[-1] = True
-        # Continued training may start with a reset, which the buffer does not record
+        # Find resets that the buffer does not record, as at the start of a continued training
         goes_on = records["next_observations"][:-1] == records["observations"][1:]
         ends[:-1] |= ~goes_on.all(axis=tuple(range(2, goes_on.ndim)))
         if buffer.optimize_memory_usage:
-            # The buffer does not hold the last observation of an episode: windows stop one step earlier
+            # The last observation of an episode is not in the buffer: windows end one step earlier
             ends[:-1] |= dones[1:]
         windows = cut_windows(
             {**records, "terminated": self._has_terminated(positions)[:, chosen], "ends": ends},
@@ -197,15 +197,15 @@ def choose_replay_buffer(
     replay_buffer_class: type[ReplayBuffer] | None, replay_buffer_kwargs: dict[str, Any], n_steps: int, n_target_steps: int
 ) -> tuple[type[ReplayBuffer] | None, dict[str, Any], int]:
     """
-    Let SB3 choose the replay buffer by the value target. A class of the user's is the user's to configure. A loaded algorithm
-    has SB3's own choice, for the value target of then, which SB3 would take for the user's. A buffer that spans several steps
-    without SB3's setting for that is the user's.
+    Let SB3 choose the replay buffer that the value target needs, unless the user passed a class. SB3's earlier choice in a
+    loaded algorithm is undone, because the value target may have changed. It is an ``NStepReplayBuffer`` with ``n_steps > 1``;
+    with the user's ``NStepReplayBuffer``, ``n_steps`` is 1.
 
-    :param replay_buffer_class: of the algorithm
-    :param replay_buffer_kwargs: of the algorithm
-    :param n_steps: SB3's setting for buffers that span several steps
+    :param replay_buffer_class: argument of the algorithm
+    :param replay_buffer_kwargs: argument of the algorithm
+    :param n_steps: SB3's ``n_steps``
     :param n_target_steps: number of recorded steps that the value target spans
-    :return: class, keyword arguments and setting for SB3
+    :return: class, keyword arguments and ``n_steps`` for SB3
     """
     if replay_buffer_class is NStepReplayBuffer and n_steps > 1:
         replay_buffer_class = None
@@ -217,9 +217,9 @@ def choose_replay_buffer(
 
 def check_buffer_class(replay_buffer_class: type[ReplayBuffer] | None, n_steps: int) -> None:
     """
-    :param replay_buffer_class: of the constructor
+    :param replay_buffer_class: argument of the constructor
     :param n_steps: number of recorded steps that the value target spans
-    :raises ValueError: when the class cannot add them up
+    :raises ValueError: when the class does not sum rewards over several steps and the value target needs that
     """
     if n_steps > 1 and not (replay_buffer_class is None or issubclass(replay_buffer_class, NStepReplayBuffer)):
         raise ValueError(
@@ -233,11 +233,11 @@ def check_replay_buffer(
 ) -> None:
     """
     :param buffer: a replay buffer
-    :param observation_space: of the algorithm
-    :param action_space: of the algorithm
+    :param observation_space: observation space of the algorithm
+    :param action_space: action space of the algorithm
     :param n_steps: number of recorded steps that the value target spans
     :param gamma: discount factor
-    :raises ValueError: when the buffer is of other spaces, or adds up rewards over other steps
+    :raises ValueError: when the buffer has other spaces, or sums rewards over another number of steps or with another discount
     """
     for name, space in (("observation_space", observation_space), ("action_space", action_space)):
         shape = getattr(buffer, name).shape
@@ -247,6 +247,6 @@ def check_replay_buffer(
     if of_buffer != (n_steps, gamma):
         raise ValueError(
             f"The value target spans {n_steps} recorded steps with gamma={gamma}, but the replay buffer was made for "
-            f"n_steps={of_buffer[0]}, gamma={of_buffer[1]}. One of a class of yours gets them by `replay_buffer_kwargs`; "
-            "one that was saved fits the value target and the discount that it was saved with."
+            f"n_steps={of_buffer[0]}, gamma={of_buffer[1]}. Pass both in `replay_buffer_kwargs` of your own class; "
+            "a saved buffer fits the value target and the discount that it was saved with."
         )

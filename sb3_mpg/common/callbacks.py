@@ -1,4 +1,4 @@
-"""Callbacks."""
+"""Evaluation in a process of its own."""
 
 import copy
 import inspect
@@ -38,11 +38,11 @@ from sb3_mpg.common.processes import (
 
 class Snapshot(NamedTuple):
     """
-    What is evaluated.
+    A policy that is evaluated.
 
-    :param num_timesteps: when it was taken
+    :param num_timesteps: number of environment steps at which the snapshot was taken
     :param parameters: state of the policy, and the statistics of each ``VecNormalize``, pickled
-    :param model: the whole algorithm as ``save`` writes it, ``None`` if it is not to be saved
+    :param model: the file that ``save`` writes, ``None`` if the best model is not saved
     """
 
     num_timesteps: int
@@ -52,11 +52,11 @@ class Snapshot(NamedTuple):
 
 class Evaluation(NamedTuple):
     """
-    What came out of it.
+    Results of an evaluation.
 
     :param rewards: return of each episode
-    :param lengths: its number of steps
-    :param successes: whether it succeeded, if the environment says that
+    :param lengths: number of steps of each episode
+    :param successes: whether each episode succeeded; empty if the environment does not report it
     """
 
     rewards: list[float]
@@ -67,7 +67,7 @@ class Evaluation(NamedTuple):
 def normalizations(env: VecEnv) -> list[VecNormalize]:
     """
     :param env: an environment
-    :return: the ``VecNormalize`` around it
+    :return: its ``VecNormalize`` wrappers, the outermost first
     """
     found = []
     while isinstance(env, VecEnvWrapper):
@@ -79,13 +79,15 @@ def normalizations(env: VecEnv) -> list[VecNormalize]:
 
 def take_env_apart(env: VecEnv) -> tuple[list[tuple[type, dict[str, Any]]], VecEnv]:
     """
-    :param env: an environment; its wrappers cannot be pickled as they are
+    Separate an environment from its wrappers, which cannot be pickled.
+
+    :param env: an environment
     :return: class and attributes of each wrapper, and the environment inside
     """
     wrappers = []
     while isinstance(env, VecEnvWrapper):
-        left_out = ("venv", "class_attributes")
-        wrappers.append((type(env), {name: value for name, value in vars(env).items() if name not in left_out}))
+        excluded = ("venv", "class_attributes")
+        wrappers.append((type(env), {name: value for name, value in vars(env).items() if name not in excluded}))
         env = env.venv
     return wrappers, env
 
@@ -101,9 +103,9 @@ def put_env_together(wrappers: list[tuple[type, dict[str, Any]]], env: VecEnv) -
 
 def run_evaluator(connection: Connection, payload: SharedBytes) -> None:
     """
-    What the evaluator does.
+    Main loop of the evaluator process: receive snapshots and return evaluations, until ``None`` is received.
 
-    :param connection: to the callback
+    :param connection: connection to the callback
     :param payload: policy, environment and settings, pickled
     """
     policy, env_parts, settings = payload.load()
@@ -129,17 +131,21 @@ def run_evaluator(connection: Connection, payload: SharedBytes) -> None:
 
 class AsyncEvalCallback(EvalCallback):
     """
-    SB3's ``EvalCallback`` with the episodes run in a process of their own, while training goes on.
+    SB3's ``EvalCallback`` that runs the episodes in a separate process, the evaluator, while training continues.
 
-    What is evaluated is a snapshot of the policy and of the statistics of ``VecNormalize``. Its results are logged, saved and
-    reported for the step at which the snapshot was taken, as soon as they are there, and at the latest when training ends;
-    ``best_model.zip`` is the algorithm of that step. Callbacks on a new best model and after an evaluation run when
-    its results are there. One snapshot may wait while another is evaluated; if evaluations take longer than what lies between
-    them, training waits for them. If the evaluator dies, its evaluation is missing, and the next one starts it again.
+    A snapshot of the policy and of the statistics of ``VecNormalize`` is evaluated. Its results are logged, saved and printed
+    for the step at which the snapshot was taken. This happens as soon as the results arrive; pending evaluations are completed
+    when training ends. ``best_model.zip`` is the algorithm at that step. The callbacks on a new best model and after an
+    evaluation run when the results arrive.
+
+    One snapshot may wait while another is evaluated; training waits before there are more. If the evaluator dies, its
+    evaluation is missing, and the next evaluation starts a new process.
 
     :param eval_env: The environment used for evaluation, which is copied to the evaluator; not a ``SubprocVecEnv``
 
     The other parameters are those of ``EvalCallback``.
+
+    :raises ValueError: for a ``SubprocVecEnv``; at the first evaluation, when environment or policy cannot be pickled
     """
 
     def __init__(
@@ -184,11 +190,11 @@ class AsyncEvalCallback(EvalCallback):
         super()._init_callback()
 
     def _start(self) -> None:
-        # Where the snapshots come from does not matter to the evaluator, which has no GPU to itself
+        # The evaluator runs on the CPU, whatever the device of training
         policy = copy.deepcopy(self.model.policy).to("cpu")
         for module in policy.modules():
             if hasattr(module, "optimizer"):
-                module.optimizer = None  # type: ignore[assignment]  # of no use there, and not moved by `to`
+                module.optimizer = None  # type: ignore[assignment]  # not needed, and not moved by `to`
         settings = {
             "n_eval_episodes": self.n_eval_episodes,
             "render": self.render,
@@ -203,7 +209,7 @@ class AsyncEvalCallback(EvalCallback):
                 "use SB3's EvalCallback."
             ) from error
         self._worker = Worker(process_context(), run_evaluator, (SharedBytes(payload),), "evaluator")
-        # SB3's own algorithms do not tell their callbacks that training ended in an exception
+        # SB3's own algorithms do not call `on_training_end` when training ends in an exception
         self._last_resort = weakref.finalize(self, self._worker.close)
         self._last_resort.atexit = False
         self._is_ready = False
@@ -236,16 +242,17 @@ class AsyncEvalCallback(EvalCallback):
         if self.eval_freq > 0 and self.n_calls % self.eval_freq == 0:
             self._waiting.append(self._take_snapshot())
             continue_training = self._proceed()
+            # At most one snapshot waits
             while self._running is not None and len(self._waiting) > 1:
                 continue_training = self._proceed(timeout=1.0) and continue_training
         return self._proceed() and continue_training
 
     def _proceed(self, timeout: float = 0.0) -> bool:
         """
-        Take results, and give the evaluator the next snapshot.
+        Receive results, and send the next snapshot to the evaluator.
 
         :param timeout: how long to wait for the evaluator, in seconds
-        :return: whether training goes on
+        :return: whether to continue training
         """
         continue_training = True
         if self._worker is None and self._waiting:
@@ -253,11 +260,13 @@ class AsyncEvalCallback(EvalCallback):
         if self._worker is None:
             return continue_training
         try:
+            # Receive messages
             wait([self._worker.connection, self._worker.process.sentinel], timeout)
             while self._worker is not None and self._worker.connection.poll():
                 continue_training = self._take(self._worker.connection.recv()) and continue_training
             if self._worker is None:
                 return continue_training
+            # Send the next snapshot
             if self._is_ready and self._running is None and self._waiting:
                 self._running = self._waiting.popleft()
                 self._worker.connection.send(self._running.parameters)
@@ -270,9 +279,10 @@ class AsyncEvalCallback(EvalCallback):
 
     def _report_death(self, worker: Worker) -> None:
         """
-        The evaluator died, and with it the evaluation that it was busy with or started for.
+        Warn that the evaluator died. The evaluation that it ran, or was started for, is missing.
 
         :param worker: the evaluator
+        :raises RuntimeError: when the main script has no guard
         """
         if self._running is None and self._waiting:
             self._running = self._waiting.popleft()
@@ -285,9 +295,9 @@ class AsyncEvalCallback(EvalCallback):
 
     def _take(self, message: Ready | Evaluation | Failure) -> bool:
         """
-        :param message: that the evaluator is ready, an evaluation, or an exception
-        :return: whether training goes on
-        :raises Exception: that of the evaluator
+        :param message: message of the evaluator
+        :return: whether to continue training
+        :raises Exception: the exception of the evaluator, if it failed
         """
         if isinstance(message, Ready):
             self._is_ready = True
@@ -301,13 +311,14 @@ class AsyncEvalCallback(EvalCallback):
 
     def _report(self, snapshot: Snapshot, evaluation: Evaluation) -> bool:
         """
-        As ``EvalCallback`` does it.
+        Save, print and log results, and trigger callbacks, as ``EvalCallback`` does.
 
-        :param snapshot: what was evaluated
-        :param evaluation: what came out of it
-        :return: whether training goes on
+        :param snapshot: the evaluated snapshot
+        :param evaluation: its results
+        :return: whether to continue training
         """
         continue_training = True
+        # Save the results of all evaluations
         if self.log_path is not None:
             self.evaluations_timesteps.append(snapshot.num_timesteps)
             self.evaluations_results.append(evaluation.rewards)
@@ -324,6 +335,7 @@ class AsyncEvalCallback(EvalCallback):
                 **successes,  # type: ignore[arg-type]
             )
 
+        # Print and log
         mean_reward, std_reward = float(np.mean(evaluation.rewards)), float(np.std(evaluation.rewards))
         mean_length, std_length = np.mean(evaluation.lengths), np.std(evaluation.lengths)
         self.last_mean_reward = mean_reward
@@ -337,6 +349,7 @@ class AsyncEvalCallback(EvalCallback):
                 print(f"Success rate: {100 * success_rate:.2f}%")
         self._log(snapshot.num_timesteps, values)
 
+        # Save the best model
         if mean_reward > self.best_mean_reward:
             if self.verbose >= 1:
                 print("New best mean reward!")
@@ -354,13 +367,13 @@ class AsyncEvalCallback(EvalCallback):
 
     def _log(self, num_timesteps: int, values: dict[str, Any]) -> None:
         """
-        Write to the log at a step of the past; what is being gathered for the present one stays there.
+        Write to the log for an earlier step. The values recorded for the current step are kept.
 
         :param num_timesteps: the step
-        :param values: what is known of it
+        :param values: values to log
         """
         names = ("name_to_value", "name_to_count", "name_to_excluded")
-        gathered = {name: dict(getattr(self.logger, name)) for name in names}
+        recorded = {name: dict(getattr(self.logger, name)) for name in names}
         for name in names:
             getattr(self.logger, name).clear()
         for key, value in values.items():
@@ -368,7 +381,7 @@ class AsyncEvalCallback(EvalCallback):
         self.logger.record("time/total_timesteps", num_timesteps, exclude="tensorboard")
         self.logger.dump(num_timesteps)
         for name in names:
-            getattr(self.logger, name).update(gathered[name])
+            getattr(self.logger, name).update(recorded[name])
 
     def _on_training_end(self) -> None:
         while self._running is not None or self._waiting:
@@ -377,9 +390,9 @@ class AsyncEvalCallback(EvalCallback):
 
     def close(self, keep_waiting: bool = False) -> None:
         """
-        End the evaluator; what it has not finished is not evaluated. Calling it again does nothing.
+        End the evaluator. Its unfinished evaluation is lost. Calling it again does nothing.
 
-        :param keep_waiting: whether snapshots that it did not begin with are kept
+        :param keep_waiting: whether to keep the snapshots that wait
         """
         if self._worker is not None:
             self._last_resort.detach()
@@ -392,9 +405,9 @@ class AsyncEvalCallback(EvalCallback):
 
 def close_evaluators(callback: MaybeCallback) -> None:
     """
-    End the processes of callbacks, however training ended.
+    End the evaluator processes of callbacks, also after an exception in training.
 
-    :param callback: what was passed to ``learn``
+    :param callback: argument of ``learn``
     """
     if isinstance(callback, list):
         for member in callback:

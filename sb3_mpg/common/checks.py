@@ -11,18 +11,18 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.vec_env import VecEnv
 
-# Much smaller rewards than 1 are less than the values that critics start with
+# Rewards with a smaller RMS are negligible compared with the initial values of critics
 TINY_REWARD = 1e-4
 
 
 def check_keywords(name: str, kwargs: dict[str, Any] | None, function: Callable[..., Any], *taken: str) -> dict[str, Any]:
     """
-    :param name: of the setting that gives keyword arguments
+    :param name: name of the setting that holds the keyword arguments
     :param kwargs: the keyword arguments, or ``None`` for none
-    :param function: what they are for
-    :param taken: its arguments that are given otherwise
+    :param function: the function that they are passed to
+    :param taken: its arguments that are passed separately
     :return: the keyword arguments
-    :raises ValueError: when there is one that the function does not have
+    :raises ValueError: for keyword arguments that the function does not have
     """
     kwargs = kwargs or {}
     known = [parameter for parameter in inspect.signature(function).parameters if parameter not in taken]
@@ -35,7 +35,7 @@ def check_keywords(name: str, kwargs: dict[str, Any] | None, function: Callable[
 def is_finite_number(number: Any) -> bool:
     """
     :param number: anything
-    :return: whether it is a finite number; booleans are none
+    :return: whether it is a finite number; booleans are not
     """
     is_number = isinstance(number, (int, float, np.integer, np.floating)) and not isinstance(number, bool)
     return is_number and bool(np.isfinite(number))
@@ -44,17 +44,17 @@ def is_finite_number(number: Any) -> bool:
 def is_whole(number: Any) -> bool:
     """
     :param number: anything
-    :return: whether it is a whole number, written as one or not
+    :return: whether it is a whole number, of any type (``25`` or ``25.0``)
     """
     return is_finite_number(number) and int(number) == number
 
 
 def check_count(name: str, count: int, low: int) -> None:
     """
-    :param name: of a setting
+    :param name: name of a setting
     :param count: its value
-    :param low: the least that makes sense
-    :raises ValueError: when it is no whole number, or too small
+    :param low: smallest allowed value
+    :raises ValueError: when it is not an integer, or too small
     """
     if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < low:
         raise ValueError(f"`{name}` must be a whole number, {low} or more, got {count!r}.")
@@ -62,11 +62,11 @@ def check_count(name: str, count: int, low: int) -> None:
 
 def check_number(name: str, number: float, low: float, includes_low: bool = True) -> None:
     """
-    :param name: of a setting
+    :param name: name of a setting
     :param number: its value
-    :param low: what it must not fall below
-    :param includes_low: whether it may be as small as that
-    :raises ValueError: when it is no finite number, or too small
+    :param low: lower bound
+    :param includes_low: whether the bound itself is allowed
+    :raises ValueError: when it is not a finite number, or too small
     """
     if not is_finite_number(number) or number < low or (number == low and not includes_low):
         expected = f"{low} or more" if includes_low else f"more than {low}"
@@ -75,9 +75,9 @@ def check_number(name: str, number: float, low: float, includes_low: bool = True
 
 def check_share(name: str, share: float) -> None:
     """
-    :param name: of a setting
+    :param name: name of a setting
     :param share: its value
-    :raises ValueError: when it is no number between 0 and 1
+    :raises ValueError: when it is not a number from 0 to 1
     """
     check_number(name, share, 0.0)
     if share > 1:
@@ -88,7 +88,7 @@ def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) ->
     """
     :param observation_space: observation space of the environment
     :param action_space: action space of the environment
-    :raises ValueError: when a policy cannot be differentiated through a model between these spaces
+    :raises ValueError: when the gradient cannot run through observations and actions of these spaces
     """
     if not isinstance(observation_space, spaces.Box) or not np.issubdtype(observation_space.dtype, np.floating):
         raise ValueError(
@@ -115,7 +115,7 @@ def warn_of_record(step: int, *recorded: np.ndarray) -> bool:
     """
     :param step: number of the environment step
     :param recorded: observation and reward
-    :return: whether a value is not finite, which a warning tells
+    :return: whether a value is not finite and a warning was given
     """
     if all(np.isfinite(array).all() for array in recorded):
         return False
@@ -129,10 +129,10 @@ def warn_of_record(step: int, *recorded: np.ndarray) -> bool:
 
 def warn_of_wrappers(env: VecEnv, users: Sequence[str]) -> None:
     """
-    The environment's own model and simulator know nothing of the wrappers around it.
+    Warn of wrappers that change units: the model and the simulator of the environment use the units below them.
 
     :param env: the environment
-    :param users: what speaks the units of the environment below its wrappers
+    :param users: names of the settings that use these units
     """
     wrappers = (gym.ActionWrapper, gym.ObservationWrapper, gym.RewardWrapper, gym.wrappers.NormalizeReward)
     if users and any(any(env.env_is_wrapped(wrapper)) for wrapper in wrappers):
@@ -144,8 +144,10 @@ def warn_of_wrappers(env: VecEnv, users: Sequence[str]) -> None:
 
 def warn_of_tiny_rewards(rewards: th.Tensor, reward_scale: float) -> None:
     """
+    Warn of rewards that are too small for critics to learn from.
+
     :param rewards: recorded rewards, in the units of the value functions
-    :param reward_scale: the factor in them
+    :param reward_scale: the factor that they were multiplied by
     """
     size = rewards.square().mean().sqrt().item()
     if 0 < size < TINY_REWARD:

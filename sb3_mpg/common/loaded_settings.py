@@ -5,17 +5,17 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from sb3_mpg.common.settings import SettingOf
 from sb3_mpg.common.value_targets import make_value_target
 
-# Arguments of the constructor from which it makes the weighting rule
+# Constructor arguments that define the weighting rule
 OF_WEIGHTING_RULE = ("horizons", "weighting", "weighting_kwargs")
 
 
 def assign_loaded_settings(algorithm: BaseAlgorithm) -> None:
     """
-    SB3's ``load`` writes its keyword arguments into ``__dict__`` before it sets the algorithm up, past settings of parts and
-    properties, and past what the constructor does with its arguments. Does nothing for an algorithm that was not loaded.
+    Assign the keyword arguments of ``load``. SB3 writes them into ``__dict__`` before it sets the algorithm up, which bypasses
+    descriptors, properties and the constructor. Does nothing for an algorithm that was not loaded.
 
     :param algorithm: an algorithm that is being set up
-    :raises ValueError: for arguments that a saved algorithm cannot take
+    :raises ValueError: for arguments that a saved algorithm does not accept
     """
     attributes = vars(algorithm)
     given = [name for name in OF_WEIGHTING_RULE if name in attributes]

@@ -10,15 +10,15 @@ from sb3_mpg.common.models.windows import Transitions
 
 class ModelFitting:
     """
-    Owns when and on what a trainable model is fitted.
+    Decides when a trainable model is fitted, and to which steps.
 
     :param model: the model
     :param batch_size: number of steps for each member of the model in one step of its optimizer
-    :param max_scaling_steps: its scales come from at most this many of the latest steps
-    :param max_fits: largest number of optimizer steps until it counts as converged
-    :param check_every: number of optimizer steps between two looks at the held-out error
-    :param patience: number of optimizer steps without a lower held-out error after which it counts as converged
-    :param n_rollout_steps: what only rollouts show is tuned on about this many of the latest steps
+    :param max_scaling_steps: the scales are computed from at most this many of the latest steps
+    :param max_fits: largest number of optimizer steps until the model counts as converged
+    :param check_every: number of optimizer steps between two measurements of the held-out error
+    :param patience: number of optimizer steps without a lower held-out error until the model counts as converged
+    :param n_rollout_steps: rollout-based choices are made on about this many of the latest steps
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class ModelFitting:
         self.check_every = check_every
         self.patience = patience
         self.n_rollout_steps = n_rollout_steps
-        #: Number of recorded steps when the model was last prepared, 0 before that
+        #: Number of recorded steps at the last call of :meth:`prepare` that had an effect, 0 before the first
         self.n_prepared_for = 0
 
     @property
@@ -48,11 +48,12 @@ class ModelFitting:
 
     def prepare(self, recorded: RecordedSteps, num_timesteps: int, horizon: int) -> None:
         """
-        Before the first update: scale the model by the recorded steps, and fit it until it has converged. Repeated when the
-        number of steps has doubled and the data have shifted. What only rollouts show is tuned at each doubling.
+        Before the first update: compute the scales of the model from the recorded steps, and fit it until it has converged.
+        Repeated when the number of steps has doubled and the data have shifted. Rollout-based choices are redone each time
+        that the number of steps has doubled.
 
         :param recorded: the recorded steps
-        :param num_timesteps: number of steps so far, the latest of which a small replay buffer holds
+        :param num_timesteps: number of environment steps so far; a small replay buffer holds only the latest
         :param horizon: number of model steps of the longest rollout
         """
         n_recorded = max(len(recorded), num_timesteps)
@@ -73,11 +74,11 @@ class ModelFitting:
 
     def fit(self, n_updates: int, recorded: RecordedSteps) -> float | None:
         """
-        Fit the model as its schedule says.
+        Fit the model according to its schedule.
 
-        :param n_updates: number of the update of the policy
+        :param n_updates: number of the update
         :param recorded: the recorded steps
-        :return: the loss, ``None`` when nothing was fitted
+        :return: the loss, ``None`` when the model was not fitted
         """
         return self.model.fitting_schedule.fit(
             n_updates, lambda: self._fit_once(recorded), lambda: self._fit_until_converged(recorded)
@@ -102,28 +103,28 @@ class ModelFitting:
     def held_out_steps(self, recorded: RecordedSteps) -> Transitions | None:
         """
         :param recorded: the recorded steps
-        :return: steps that the model is not fitted to, ``None`` while there is none
+        :return: steps that the model is not fitted to, ``None`` while there are none
         """
         return recorded.sample(self.batch_size, held_out=True)
 
     def validation_error(self, recorded: RecordedSteps) -> float | None:
         """
         :param recorded: the recorded steps
-        :return: the model's error on held-out steps, ``None`` while there is none
+        :return: the model's error on held-out steps, ``None`` while there are none
         """
         held_out = self.held_out_steps(recorded)
         return None if held_out is None else self.model.validation_error(held_out)
 
     def state(self) -> dict[str, Any]:
         """
-        :return: what was learned, on the CPU, to be saved
+        :return: the learned state on the CPU, to be saved
         """
         return {"model": self.model.learned_state(), "n_prepared_for": self.n_prepared_for}
 
     def restore(self, state: dict[str, Any] | None) -> bool:
         """
-        :param state: of :meth:`state`, if there is one
-        :return: whether it was of this model, or there was none; otherwise nothing is taken over
+        :param state: what :meth:`state` returned, or ``None``
+        :return: whether the state belongs to this model, or is ``None``; otherwise it is not loaded
         """
         if state is None:
             return True
@@ -132,7 +133,7 @@ class ModelFitting:
             self.n_prepared_for = state["n_prepared_for"]
         elif state["n_prepared_for"] > 0:
             warnings.warn(
-                "What was learned of another model is forgotten; what is missed by this one is learned from the replay "
-                "buffer before the next update."
+                "What was learned of another model is forgotten; this model is fitted to the replay buffer before the next "
+                "update."
             )
         return is_of_this_model

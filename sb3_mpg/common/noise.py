@@ -9,13 +9,13 @@ def choose_action_noise(
     action_noise: ActionNoise | None, own_std: float | None, std: float, action_space: spaces.Box
 ) -> tuple[ActionNoise | None, float | None]:
     """
-    Make the Gaussian noise of ``exploration_noise``, unless the user gave another noise.
+    Create the Gaussian noise of ``exploration_noise``, unless the user passed an action noise.
 
-    :param action_noise: of the algorithm; after loading it may be one that was made here
-    :param own_std: standard deviation of the noise that was made here, ``None`` if there is none
-    :param std: standard deviation that is asked for, in [-1, 1] units
-    :param action_space: of the algorithm
-    :return: the noise, and its standard deviation if it was made here
+    :param action_noise: noise of the algorithm; after loading it may be one that this function created
+    :param own_std: standard deviation of the noise that this function created, ``None`` if there is none
+    :param std: requested standard deviation, in [-1, 1] units
+    :param action_space: action space of the algorithm
+    :return: the noise, and its standard deviation if this function created it
     """
 
     def gaussian(std: float) -> NormalActionNoise:
@@ -23,7 +23,7 @@ def choose_action_noise(
         return NormalActionNoise(np.zeros(n_actions), std * np.ones(n_actions))
 
     if own_std is not None and own_std != std:
-        # Another standard deviation was given to `load`, perhaps together with a noise
+        # `load` got another standard deviation, and perhaps a noise as well
         base = action_noise.base_noise if isinstance(action_noise, VectorizedActionNoise) else action_noise
         if repr(base) == repr(gaussian(own_std)):
             action_noise = None

@@ -44,32 +44,32 @@ from sb3_mpg.common.value_targets import ValueTarget
 
 SelfOffPolicyModelAlgorithm = TypeVar("SelfOffPolicyModelAlgorithm", bound="OffPolicyModelAlgorithm")
 
-# Compiling takes 10 to 20 seconds and saves 1 to 3 milliseconds for each model step of a batch (benchmarks/speed.py)
+# Compilation takes 10 to 20 seconds and saves 1 to 3 milliseconds for each model step of a batch (benchmarks/speed.py)
 COMPILE_FROM_MODEL_STEPS = 15_000
 
 
 class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
     """
-    The base of off-policy algorithms that learn from a replay buffer and from a differentiable model at once. Subclasses give
+    The base of off-policy algorithms that learn from a replay buffer and from a differentiable model. Subclasses define
     the policies, and an :class:`~sb3_mpg.common.update.Update` that computes the gradients.
 
-    It owns what is common to the family: the model and its fitting, the trust in it, where gradients are computed, how they
-    are applied, and all that makes a continued training equal to an uninterrupted one.
+    This class owns the model and its fitting, the trust in the model, the learners, the steps of the optimizers, and the
+    state that makes a continued training equal to an uninterrupted one.
 
     :param policy: The policy model to use
     :param env: The environment to learn from (if registered in Gym, can be str)
     :param learning_rate: learning rate of all networks but the critics
     :param critic_learning_rate: learning rate of the critics
-    :param model_settings: which prior model there is, and whether it is corrected
+    :param model_settings: the prior model, and whether it is corrected
     :param weighting_rule: gives the weights of the horizons of the rollouts
     :param value_target: what the critics regress on
     :param batch_reuse: in how many updates a batch and its targets are used; as many batches take turns
-    :param reward_scale: factor of all rewards, recorded and predicted ones alike
+    :param reward_scale: factor of all rewards, both recorded and predicted
     :param exploration_noise: standard deviation of the Gaussian noise on actions in [-1, 1] when ``action_noise`` is None
-    :param model_exploration: share of the start states of rollouts that are perturbed in the model, see ``ModelExploration``
-    :param optimizer_steps: how gradients are applied
+    :param model_exploration: share of start states of rollouts that may be perturbed in the model, see ``ModelExploration``
+    :param optimizer_steps: applies the gradients
     :param learner_settings: in how many processes gradients are computed
-    :param compile: whether rollouts are compiled; ``"auto"`` for trainings that are long enough to repay it
+    :param compile: whether rollouts are compiled; ``"auto"`` compiles when training is long enough to repay the compile time
 
     The other parameters are those of ``OffPolicyAlgorithm``.
 
@@ -165,14 +165,14 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         self.optimizer_steps = optimizer_steps
         self.training_state = TrainingState()
         self.trust = make_trust(weighting_rule, self.residual)
-        # Only a trainable model has one
+        # `None` unless the model is trainable
         self.model_fitting: ModelFitting | None = None
 
     def _check_settings(self) -> None:
         """
-        Of the constructor, or given to ``load``.
+        Check the arguments of the constructor, or those given to ``load``.
 
-        :raises ValueError: for values that make no sense
+        :raises ValueError: for impossible values
         """
         for part in (self.learner_settings, self.model_settings, self.optimizer_steps):
             part.check()
@@ -191,7 +191,7 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         self._check_settings()
         prior: PriorModel | None = None
         if self.env is not None:
-            # A class of models makes its networks here
+            # The prior model may create networks
             self.set_random_seed(self.seed)
             prior = self._find_prior_model(self.env)
         self.replay_buffer_class, self.replay_buffer_kwargs, self.n_steps = choose_replay_buffer(
@@ -207,8 +207,8 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
     def _find_prior_model(self, env: VecEnv) -> PriorModel:
         """
         :param env: the environment
-        :return: the prior model; an empty one when the only horizon is 0
-        :raises ValueError: when the environment offers no model or simulator that is needed, or the model cannot be used
+        :return: the prior model; a plain ``PriorModel`` when the only horizon is 0
+        :raises ValueError: when the environment lacks a model or simulator that is needed, or the model cannot be used
         """
         is_needed, target = self.trust.longest_horizon > 0, self.value_target
         model = self.model_settings.make_prior(env, self.device) if is_needed else PriorModel()
@@ -219,13 +219,13 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
 
     def _setup_update(self, prior: PriorModel | None) -> None:
         """
-        Make the learner side.
+        Create the update, and the objects that depend on the model.
 
         :param prior: the prior model, ``None`` without an environment
         """
         model = PriorModel() if prior is None else prior
         is_stepped = prior is not None and self.trust.longest_horizon > 0
-        # Without a correction that is used, measured errors still need one to compare the prior model with
+        # Measured weights need a correction even when it is not used: the prior model is compared with it
         if is_stepped and (self.residual or self.trust.rule.needs_errors):
             model = self.model_settings.make_trainable(model, self.observation_space, self.action_space, self.device)
         state, trust = self.training_state, self.trust
@@ -245,8 +245,8 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
     def _make_update(self, model: PriorModel, seed: int) -> Update:
         """
         :param model: the model of the rollouts
-        :param seed: what the random numbers of updates follow from
-        :return: what computes the gradients
+        :param seed: seed of the random numbers of all updates
+        :return: the update, which computes the gradients
         """
 
     def _check_replay_buffer(self) -> None:
@@ -258,7 +258,7 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         self._check_replay_buffer()
 
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
-        # The model and the simulator are those of the environment, and so are the targets of batches kept for reuse
+        # The model, the simulator and the targets of reused batches depend on the environment
         super().set_env(env, force_reset)
         if self.model_fitting is not None:
             self.training_state.fitting = self.model_fitting.state()
@@ -271,7 +271,7 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
 
     @property
     def weighting_rule(self) -> WeightingRule:
-        """Gives the weights of the horizons."""
+        """The rule that gives the weights of the horizons."""
         return self.trust.rule
 
     @weighting_rule.setter
@@ -281,7 +281,7 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
     def update_settings(self, n_updates: int) -> UpdateSettings:
         """
         :param n_updates: number of the update
-        :return: the settings of the update, as they are now
+        :return: the current settings, for this update
         """
         return UpdateSettings(
             gamma=self.gamma,
@@ -295,7 +295,7 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
     def training_inputs(self, batch_size: int) -> TrainingInputs:
         """
         :param batch_size: number of transitions
-        :return: what gradients depend on besides the tensors of the update, as it is now; among it the statistics of
+        :return: the present inputs of a gradient other than the tensors of the update; they include the statistics of
             ``VecNormalize``
         """
         env, simulator = self.env, self.update.simulator
@@ -333,14 +333,14 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         logs: dict[str, list[float]] = {}
         for _ in range(gradient_steps):
             self._n_updates += 1
-            # Fit the model, and measure how far its gradients can be trusted
+            # Fit the model, and measure the errors of its gradients
             model_logs = self._improve_model(inputs, recorded)
             is_model_trusted = self.trust.prefers_model(self._n_updates)
             for scaler in self.update.observation_scalers:
                 scaler.fade(is_model_trusted)
-            # Compute gradients, in this process or in others
+            # Compute gradients, in this process or in learner processes
             result = self.learners.next_result(self._n_updates, inputs)
-            # Optimize the networks, move the targets
+            # Optimize the networks, update the target networks
             if not self.optimizer_steps.apply(result, networks, targets, self.tau) and self.optimizer_steps.is_hopeless:
                 settings = inputs.settings_of(self._n_updates)
                 raise FloatingPointError(
@@ -362,7 +362,7 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
             self.logger.record(key, float(np.mean(values)))
 
     def _improve_model(self, inputs: TrainingInputs, recorded: RecordedSteps) -> dict[str, float]:
-        """Fit a trainable model, and measure the errors of its gradients when that is due. Returns values for the log."""
+        """Fit a trainable model, and measure the errors of its gradients if a measurement is due. Returns values to log."""
         fitting = self.model_fitting
         if fitting is None:
             return {}
@@ -375,11 +375,11 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
 
     def trust_report(self) -> TrustReport:
         """
-        How far the model can be trusted: the measured errors of the gradients and the weights that followed, and how far
-        rollouts of the model along recorded actions are from what happened. Print it, or ``plot("trust.png")``.
+        How far the model can be trusted: the measured errors of the gradients, the weights that follow from them, and the
+        prediction errors of rollouts along recorded actions. Print it, or ``plot("trust.png")``.
 
         :return: the report
-        :raises ValueError: when there is no model, or nothing is recorded to compare it with
+        :raises ValueError: when there is no model, or too few steps are recorded to compare it with
         """
         if self.trust.longest_horizon == 0 or self.env is None:
             raise ValueError(
@@ -402,7 +402,7 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         if reset_num_timesteps:
             state.n_updates_at_start = self._n_updates
         if isinstance(self.action_noise, VectorizedActionNoise) and self.action_noise.n_envs != self.n_envs:
-            # Loaded with another number of environments
+            # The algorithm was loaded with another number of environments
             self.action_noise = VectorizedActionNoise(self.action_noise.base_noise, self.n_envs)
         setup = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
         if not reset_num_timesteps and state.rng is not None:
@@ -434,11 +434,11 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
             with matmul_precision(choose_matmul_precision(self.policy, self.batch_size)):
                 return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
         finally:
-            # However training ends, no process is left
+            # End all processes, also after an exception
             learners, self.learners = self.learners, InProcessLearner(self.update)
             try:
                 learners.close()
-                # The last gradients may be views of memory that learners shared
+                # The last gradients may be views of memory that is shared with learners
                 self.policy.zero_grad()
             finally:
                 close_evaluators(callback)
@@ -458,9 +458,9 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         include: Iterable[str] | None = None,
     ) -> None:
         """
-        Save as SB3 does, with the states of the random number generators: ``learn(reset_num_timesteps=False)`` after
-        loading goes on as if training had not been interrupted (with the replay buffer loaded, and the environment in
-        the state in which it was). See SB3's ``save`` for the parameters.
+        Save as SB3 does, with the states of the random number generators and of the model's fitting. After loading,
+        ``learn(reset_num_timesteps=False)`` continues as if training had not been interrupted, if the replay buffer is loaded
+        as well and the environment is in its earlier state. See SB3's ``save`` for the parameters.
         """
         state, model_settings = self.training_state, self.model_settings
         self.training_state = replace(
@@ -476,5 +476,5 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
             self.training_state, self.model_settings = state, model_settings
 
     def _excluded_save_params(self) -> list[str]:
-        # Made again by `_setup_model`
+        # Created by `_setup_model`
         return [*super()._excluded_save_params(), "update", "learners", "model_fitting"]

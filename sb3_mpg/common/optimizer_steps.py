@@ -1,4 +1,4 @@
-"""Steps of the optimizers."""
+"""Applies gradients: clipping, optimizer steps and target networks."""
 
 import warnings
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from sb3_mpg.common.utils import clip_norm, copy_running_stats, optimizer_of, po
 
 class OptimizerSteps:
     """
-    Clips gradients, steps the optimizers and moves the target networks. An update with a non-finite gradient is skipped and
+    Clips gradients, steps the optimizers and updates the target networks. An update with a non-finite gradient is skipped and
     counted.
 
     :param max_grad_norm: largest norm of the gradient of each network, ``None`` for no limit
@@ -29,7 +29,7 @@ class OptimizerSteps:
 
     def check(self) -> None:
         """
-        :raises ValueError: for values that make no sense
+        :raises ValueError: for impossible values
         """
         check_count("max_skipped_updates", self.max_skipped_updates, 0)
         if self.max_grad_norm is not None:
@@ -50,8 +50,8 @@ class OptimizerSteps:
         """
         :param result: the gradients; their norms are added to its logs
         :param networks: the networks by name, each with its ``optimizer``
-        :param target_networks: the target networks, by the name of the network that they follow; they move when the gradients
-            are those of all networks
+        :param target_networks: the target networks, by the name of the network that they follow; they are updated only when
+            there are gradients of all networks
         :param tau: the soft update coefficient ("Polyak update", between 0 and 1)
         :return: whether the gradients were applied
         """
@@ -76,7 +76,7 @@ class OptimizerSteps:
             optimizer_of(networks[name]).step()
         # Delayed policy updates
         if result.gradients.keys() == networks.keys():
-            # Updates without the policy say nothing about the model and do not end a row of failures
+            # Only updates of all networks end a row of failures: the others do not step the model
             self.n_skipped_in_a_row = 0
             for name, target in target_networks.items():
                 polyak_update_all(networks[name].parameters(), target.parameters(), tau)
@@ -86,14 +86,14 @@ class OptimizerSteps:
 
     def warn_of_masked_states(self, result: GradientResult, model_name: str) -> None:
         """
-        Say that rollouts overflow, the first time that they do.
+        Warn once that rollouts overflow.
 
-        :param result: of an update
-        :param model_name: what the user calls the model
+        :param result: result of an update
+        :param model_name: the user's name of the model
         """
         if not self._has_masked_states and result.share_masked > 0:
             self._has_masked_states = True
             warnings.warn(
-                f"Rollouts of {model_name} overflow at some states, which are left out of the policy gradient; "
+                f"Rollouts of {model_name} overflow at some states, which are masked in the policy gradient; "
                 "`train/masked_states` is their share. Look for what overflows with `check_prior_model`."
             )

@@ -1,9 +1,9 @@
 """
-Products in single precision on the fastest kernels that torch has for a CPU.
+Chooses the fastest kernels of torch for matrix products in single precision on a CPU.
 
-By default a CPU's float32 products are those of MKL, which runs at half of the speed of oneDNN on some processors that are not
-Intel's. torch hands products to oneDNN when ``th.backends.mkldnn.matmul.fp32_precision`` allows for less precision. On
-processors with matrix units (AMX) they are of bfloat16 then, with errors of 1 %; on all others they are as exact as MKL's.
+By default, torch computes float32 products on a CPU by MKL, which has half of the speed of oneDNN on some processors that are
+not made by Intel. torch uses oneDNN when ``th.backends.mkldnn.matmul.fp32_precision`` allows a lower precision. On processors
+with matrix units (AMX), oneDNN then computes in bfloat16, with errors of 1 %. On all others it is as exact as MKL.
 """
 
 import time
@@ -13,30 +13,30 @@ from typing import Any
 
 import torch as th
 
-# Values of torch's setting: nothing said, and what brings oneDNN
+# Values of torch's setting: the default kernels, and those of oneDNN
 DEFAULT, ONEDNN = "none", "bf16"
-# The rounding error may be so many times that of the default kernels, which differ by as much with the order of a sum
+# Largest rounding error, as a multiple of that of the default kernels. The order of a sum alone can change it by this factor
 MAX_ERROR_RATIO = 4.0
-# Far from what the noise of a timing makes of equal kernels: every run on a machine is to choose the same
+# Larger than the noise of timings of equal kernels, so that every run on a machine makes the same choice
 MIN_SPEED_UP = 1.25
-# Trials take no longer than that, in seconds, but there are a few
+# Largest total time of the trials in seconds, after the minimum number of trials
 MAX_TRIAL_TIME = 0.1
 MIN_TRIALS, MAX_TRIALS = 3, 20
-# More rows say nothing more
+# Larger batches would not change the result
 MAX_ROWS, MAX_CHECKED_ROWS = 256, 32
 
 Factors = Sequence[tuple[th.Tensor, th.Tensor]]
 
 
 def _setting() -> Any:
-    # Not in old versions of torch, in which the default kernels are used
+    # Old versions of torch do not have the setting, and use the default kernels
     matmul = getattr(th.backends.mkldnn, "matmul", None)
     return matmul if hasattr(matmul, "fp32_precision") else None
 
 
 def get_matmul_precision() -> str:
     """
-    :return: the value of ``th.backends.mkldnn.matmul.fp32_precision`` now, ``DEFAULT`` where torch has no such setting
+    :return: the current value of ``th.backends.mkldnn.matmul.fp32_precision``, ``DEFAULT`` if torch has no such setting
     """
     setting = _setting()
     return DEFAULT if setting is None else setting.fp32_precision
@@ -44,8 +44,7 @@ def get_matmul_precision() -> str:
 
 def set_matmul_precision(precision: str) -> None:
     """
-    :param precision: the value of ``th.backends.mkldnn.matmul.fp32_precision`` from now on; nothing else is touched, and for
-        the default nothing at all
+    :param precision: new value of ``th.backends.mkldnn.matmul.fp32_precision``; ``DEFAULT`` leaves the setting as it is
     """
     if precision != DEFAULT:
         _setting().fp32_precision = precision
@@ -54,7 +53,9 @@ def set_matmul_precision(precision: str) -> None:
 @contextmanager
 def matmul_precision(precision: str) -> Iterator[None]:
     """
-    :param precision: as for :func:`set_matmul_precision`, within the context
+    Context in which :func:`set_matmul_precision` applies.
+
+    :param precision: value of the setting
     """
     before = None if precision == DEFAULT else _setting().fp32_precision
     set_matmul_precision(precision)
@@ -67,9 +68,9 @@ def matmul_precision(precision: str) -> Iterator[None]:
 
 def is_as_exact(factors: Factors, precision: str) -> bool:
     """
-    :param factors: of the products, float32
+    :param factors: factors of the products, float32
     :param precision: value of the setting
-    :return: whether the products have the rounding errors of single precision with it
+    :return: whether the products have the rounding errors of single precision with this setting
     """
     checked = [(left[:MAX_CHECKED_ROWS], right) for left, right in factors]
 
@@ -82,10 +83,10 @@ def is_as_exact(factors: Factors, precision: str) -> bool:
 
 def factors_of_layers(weights: Sequence[th.Tensor], n_rows: int) -> list[tuple[th.Tensor, th.Tensor]]:
     """
-    :param weights: of linear layers, each ``(outputs, inputs)``
+    :param weights: weights of linear layers, each ``(outputs, inputs)``
     :param n_rows: number of rows, B
-    :return: the factors of their products forwards, ``(B, inputs)`` and ``(inputs, outputs)``, and backwards,
-        ``(B, outputs)`` and ``(outputs, inputs)``; without the random numbers of others
+    :return: random factors of the shapes of the forward pass, ``(B, inputs)`` and ``(inputs, outputs)``, and of the backward
+        pass, ``(B, outputs)`` and ``(outputs, inputs)``; drawn from a generator of their own
     """
     generator = th.Generator().manual_seed(0)
 
@@ -97,12 +98,13 @@ def factors_of_layers(weights: Sequence[th.Tensor], n_rows: int) -> list[tuple[t
 
 def choose_matmul_precision(network: th.nn.Module, batch_size: int) -> str:
     """
-    Takes a tenth of a second, for networks of thousands of units a few.
+    Compare the kernels on the products of a network. This takes a tenth of a second, and longer for layers with thousands of
+    units.
 
-    :param network: its linear layers count, those of one shape once
-    :param batch_size: number of rows that pass through it
-    :return: for :func:`matmul_precision`: the default, unless oneDNN is as exact and clearly faster on the CPU, and the user
-        said nothing
+    :param network: the network; layers other than linear ones, and repeated shapes, are ignored
+    :param batch_size: number of rows of its inputs
+    :return: argument of :func:`matmul_precision`: ``ONEDNN`` if it is as exact and clearly faster on the CPU, and the user has
+        not changed the setting; otherwise ``DEFAULT``
     """
     layers = [module for module in network.modules() if isinstance(module, th.nn.Linear)]
     weights = list({layer.weight.shape: layer.weight.detach() for layer in layers}.values())
@@ -122,9 +124,9 @@ def choose_matmul_precision(network: th.nn.Module, batch_size: int) -> str:
                 left @ right
             return time.perf_counter() - start
 
-    # By turns, and the least of all: other programs only ever add to it
+    # Alternate the trials and take the minimum: other programs can only add time
     times: list[tuple[float, float]] = []
     while len(times) < MIN_TRIALS or (len(times) < MAX_TRIALS and sum(map(sum, times)) < MAX_TRIAL_TIME):
         times.append((seconds(DEFAULT), seconds(ONEDNN)))
-    usual, other = (min(column) for column in zip(*times, strict=True))
-    return ONEDNN if usual > MIN_SPEED_UP * other else DEFAULT
+    default_time, onednn_time = (min(column) for column in zip(*times, strict=True))
+    return ONEDNN if default_time > MIN_SPEED_UP * onednn_time else DEFAULT

@@ -1,4 +1,4 @@
-"""Worker processes that leave nothing behind."""
+"""Worker processes that always end with the main process."""
 
 import multiprocessing as mp
 import os
@@ -15,14 +15,14 @@ from typing import Any, NamedTuple, NoReturn
 import cloudpickle
 import torch as th
 
-# Exit code of a process that imported the main script and found itself asked to start processes
+# Exit code of a child process that would start processes while it imports the main script
 NO_MAIN_GUARD = 78
-# Exit code of a process whose memory was not enough
+# Exit code of a process that ran out of memory
 OUT_OF_MEMORY = 79
 NO_MAIN_GUARD_MESSAGE = (
     "Processes start by importing the main script again: put what trains under `if __name__ == '__main__':`."
 )
-# How long a process that was told to end may take
+# Seconds that a process may take to end before it is killed
 GRACE_SECONDS = 1.0
 START_METHODS = ("forkserver", "spawn")
 
@@ -30,8 +30,8 @@ START_METHODS = ("forkserver", "spawn")
 def check_start_method(start_method: str | None) -> str:
     """
     :param start_method: ``"forkserver"``, ``"spawn"``, or ``None`` for the first of them that the system has
-    :return: the name
-    :raises ValueError: when there is no such method; ``"fork"`` copies locks and threads in whatever state they are
+    :return: name of the start method
+    :raises ValueError: for other methods. ``"fork"`` is unsafe: it copies locks that other threads hold
     """
     available = [method for method in START_METHODS if method in mp.get_all_start_methods()]
     if start_method is None:
@@ -43,8 +43,8 @@ def check_start_method(start_method: str | None) -> str:
 
 def exit_without_main_guard() -> None:
     """
-    To be called before the work that processes are started for. A child process that imports a main script without a guard
-    would do that work again: it exits instead, with a code that tells the parent why.
+    Call this before starting processes. A child process that imports a main script without a guard would start processes
+    as well. It exits here, with a code that tells the parent why.
     """
     if getattr(mp.current_process(), "_inheriting", False):
         os._exit(NO_MAIN_GUARD)
@@ -53,18 +53,18 @@ def exit_without_main_guard() -> None:
 def process_context(start_method: str | None = None) -> BaseContext:
     """
     :param start_method: see :func:`check_start_method`
-    :return: what processes are started with
+    :return: context that processes are started with
     """
     context = mp.get_context(check_start_method(start_method))
     if context.get_start_method() == "forkserver":
-        # The server imports torch once, so that further processes start in a moment. No effect once the server runs.
+        # The server imports torch once, so that processes start quickly. It has no effect once the server runs.
         context.set_forkserver_preload([__name__])
     return context
 
 
 class RemoteTraceback(Exception):
     """
-    The traceback of another process, as the cause of the exception that it ended in.
+    The traceback of an exception in another process; it is the cause of that exception when it is raised here.
 
     :param text: the traceback
     """
@@ -78,12 +78,12 @@ class RemoteTraceback(Exception):
 
 
 class Ready(NamedTuple):
-    """Message of a worker that it has started."""
+    """Message of a worker: it has started."""
 
 
 class Failure(NamedTuple):
     """
-    Message of a worker that it ended in an exception.
+    Message of a worker: it ended with an exception.
 
     :param packed: the exception, pickled; ``None`` if it cannot be pickled
     :param traceback_text: its traceback
@@ -101,7 +101,7 @@ class Failure(NamedTuple):
         """
         try:
             packed = cloudpickle.dumps(error)
-            # Some exceptions can be pickled, but not put together again
+            # Some exceptions can be pickled, but not unpickled
             cloudpickle.loads(packed)
         except Exception:
             return cls(None, traceback_text)
@@ -120,13 +120,13 @@ class Failure(NamedTuple):
 def is_out_of_memory(error: BaseException) -> bool:
     """
     :param error: an exception
-    :return: whether it says that there is no memory left; torch has no type of its own for that of the CPU
+    :return: whether memory ran out; torch raises a ``RuntimeError`` for memory of the CPU
     """
     return isinstance(error, (MemoryError, th.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 def _exit_with_parent() -> None:
-    """Also when the main process was killed, and while this one is busy."""
+    """End this process when the main process ends or is killed, even while this process computes."""
     parent = mp.parent_process()
     assert parent is not None
     wait([parent.sentinel])
@@ -135,14 +135,14 @@ def _exit_with_parent() -> None:
 
 def _run(target: Callable[..., None], connection: Connection, args: tuple[Any, ...]) -> None:
     """
-    What a worker process runs. An exception is sent to the main process as a :class:`Failure`. A process that ran out of
-    memory ends, as if the system had killed it.
+    Main function of a worker process. An exception is sent to the main process as a :class:`Failure`. A process that runs out
+    of memory exits, as if the system had killed it.
 
     :param target: takes the connection and the arguments
-    :param connection: to the main process
+    :param connection: connection to the main process
     :param args: the arguments
     """
-    # Ctrl-C reaches every process of the terminal; the main process ends the others
+    # Ignore Ctrl-C, which every process of the terminal receives: the main process ends its workers
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     th.set_num_threads(1)
@@ -158,16 +158,16 @@ def _run(target: Callable[..., None], connection: Connection, args: tuple[Any, .
                 sys.exit(OUT_OF_MEMORY)
             connection.send(Failure.of(error, traceback.format_exc()))
     except hung_up:
-        # The main process did
+        # The main process closed the connection
         sys.exit(1)
 
 
 class SharedBytes:
     """
-    Bytes in shared memory, for what is too large for the pipe that a process is started through: the interpreter would wait
-    for ever for a process that died before it read all.
+    Bytes in shared memory, for arguments that are too large for the pipe through which a process is started. If the process
+    died before it read all, the interpreter would wait forever.
 
-    :param data: the bytes
+    :param data: a pickle
     """
 
     def __init__(self, data: bytes):
@@ -177,7 +177,7 @@ class SharedBytes:
 
     def load(self) -> Any:
         """
-        :return: what the bytes are the pickle of
+        :return: the unpickled object
         """
         return cloudpickle.loads(self.arena.buffer[: self.size])
 
@@ -186,9 +186,9 @@ class Worker:
     """
     A process and a connection to it.
 
-    :param context: of :func:`process_context`
-    :param target: a function of a module, which takes the connection and the arguments
-    :param args: what it takes; small things and shared memory
+    :param context: what :func:`process_context` returned
+    :param target: function of a module, which takes the connection and the arguments
+    :param args: the arguments: small objects and shared memory
     :param name: name of the process
     :raises RuntimeError: when the process cannot be started
     """
@@ -196,7 +196,7 @@ class Worker:
     def __init__(self, context: BaseContext, target: Callable[..., None], args: tuple[Any, ...], name: str):
         exit_without_main_guard()
         self.connection, child_connection = context.Pipe()
-        # Daemons: the interpreter ends them when it ends without having closed them
+        # Daemon: the interpreter ends the process at exit, even if it was not closed
         self.process = context.Process(  # type: ignore[attr-defined]
             target=_run, args=(target, child_connection, args), name=name, daemon=True
         )
@@ -213,16 +213,16 @@ class Worker:
 
     def exit_code(self) -> int | None:
         """
-        :return: of a process that is about to end or ended; negative after a signal, ``None`` if it goes on
+        :return: exit code of a process that has ended or is about to end; negative after a signal, ``None`` if it still runs
         """
         self.process.join(GRACE_SECONDS)
         return self.process.exitcode
 
     def close(self, grace_seconds: float = 0.0) -> None:
         """
-        End the process, and wait for that. Calling it again does nothing.
+        End the process, and wait until it has ended. Calling it again does nothing.
 
-        :param grace_seconds: how long it may take to end by itself
+        :param grace_seconds: how long to wait before the process is killed
         """
         if self.connection.closed:
             return

@@ -10,12 +10,12 @@ import torch as th
 @contextmanager
 def randomness_of_update(seed: int, n_updates: int, device: th.device) -> Iterator[None]:
     """
-    Within this context the global random numbers of NumPy and torch are a function of the update alone, and no others are
-    used up: whoever computes an update, and whenever, draws the same ones.
+    Context in which the global random numbers of NumPy and torch depend only on ``seed`` and the number of the update. Every
+    process draws the same numbers for an update, at any time. The states of the generators are restored afterwards.
 
-    :param seed: seed of the algorithm
+    :param seed: seed of the random numbers of all updates
     :param n_updates: number of the update
-    :param device: where the networks are; the generator of a GPU is seeded, too
+    :param device: device of the networks; the generator of a GPU is seeded as well
     """
     seeds = np.random.SeedSequence([seed, n_updates]).generate_state(2)
     numpy_state = np.random.get_state()

@@ -1,12 +1,12 @@
-"""Settings that parts of an algorithm own."""
+"""Constructor arguments that are stored in a part of the algorithm."""
 
 from typing import Any
 
 
 class SettingOf:
     """
-    A constructor argument that a part of the algorithm owns, as an attribute of the algorithm: ``model.n_learners`` reads and
-    sets ``model.learner_settings.n_learners``.
+    Descriptor for a constructor argument that is stored in a part of the algorithm: ``model.n_learners`` reads and sets
+    ``model.learner_settings.n_learners``.
 
     :param part: name of the attribute that holds the part
     """

@@ -1,4 +1,4 @@
-"""Network pieces."""
+"""Layers and features of networks."""
 
 import math
 from collections.abc import Sequence
@@ -9,11 +9,12 @@ from gymnasium import spaces
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
 
-# Of Fourier features, for inputs that are scaled to about one unit
+# Frequencies of the Fourier features, for inputs that are scaled to about one unit
 FREQUENCIES = (1.0, 2.0, 3.0)
 LOG2_E = math.log2(math.e)
-# Scale of the Fourier features while no model is trusted; from 0 to 1 takes so many updates
+# Scale of the Fourier features while no model is trusted
 UNTRUSTED_FOURIER_SCALE = 0.3
+# Number of updates in which the scale would rise from 0 to 1
 N_FADING_UPDATES = 500
 
 
@@ -124,7 +125,7 @@ class ObservationScaler(BaseFeaturesExtractor):
 
     def fit(self, observations: th.Tensor) -> None:
         """
-        Choose shift and scale. Does nothing if they are given or chosen already.
+        Compute shift and scale. Does nothing if they are given or computed already.
 
         :param observations: observations as the networks see them, ``(N, *obs_shape)``
         """
@@ -146,11 +147,11 @@ class ObservationScaler(BaseFeaturesExtractor):
 
     def fade(self, is_model_trusted: bool) -> None:
         """
-        With Fourier features, critics extrapolate freely at the border of the visited region. Where only recorded steps are
-        known, a policy comes to take that border for a way out, and never sees what comes of it. So the features fade unless
-        rollouts of a trusted model keep critics from extrapolating. Called once in each update.
+        Adapt the scale of the Fourier features, once in each update. With these features, critics extrapolate freely at the
+        border of the visited region. If critics learn from recorded steps only, a policy exploits that. Rollouts of a trusted
+        model prevent it, and without such a model the scale is reduced.
 
-        :param is_model_trusted: whether the scale of the features rises to 1 or falls to ``UNTRUSTED_FOURIER_SCALE``
+        :param is_model_trusted: whether the scale rises towards 1 or falls towards ``UNTRUSTED_FOURIER_SCALE``
         """
         if self.frequencies:
             step = (1 if is_model_trusted else -1) / N_FADING_UPDATES

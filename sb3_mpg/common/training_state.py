@@ -1,4 +1,4 @@
-"""What a continued training needs in order to equal an uninterrupted one."""
+"""State that makes a continued training equal to an uninterrupted one."""
 
 import random
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ import torch as th
 
 def rng_state(device: th.device) -> dict[str, Any]:
     """
-    :param device: where the networks are
+    :param device: device of the networks
     :return: states of the global random number generators
     """
     return {
@@ -23,8 +23,8 @@ def rng_state(device: th.device) -> dict[str, Any]:
 
 def restore_rng_state(state: dict[str, Any], device: th.device) -> None:
     """
-    :param state: of :func:`rng_state`
-    :param device: where the networks are
+    :param state: what :func:`rng_state` returned
+    :param device: device of the networks
     """
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
@@ -36,17 +36,17 @@ def restore_rng_state(state: dict[str, Any], device: th.device) -> None:
 @dataclass
 class TrainingState:
     """
-    Saved with an algorithm, beside what SB3 saves.
+    State that is saved with an algorithm in addition to SB3's attributes.
 
-    :param update_seed: what the random numbers of updates follow from; ``None`` until the algorithm is set up
-    :param n_updates_at_start: number of updates when the log began to count
-    :param is_compiled: whether rollouts are compiled; ``None`` until ``learn`` decides. A continued training does as it did
-        before, since compiled gradients differ in the last bits.
-    :param own_noise: standard deviation of the action noise if the algorithm made it; ``None`` if it is the user's
+    :param update_seed: seed of the random numbers of all updates; ``None`` until the algorithm is set up
+    :param n_updates_at_start: number of updates when ``num_timesteps`` was last reset
+    :param is_compiled: whether rollouts are compiled; ``None`` until ``learn`` decides. A continued training keeps the choice,
+        because compiled gradients differ in the last bits.
+    :param own_noise: standard deviation of the action noise if the algorithm created it; ``None`` for the user's noise
     :param has_warned_of_records: whether a non-finite observation or reward was reported
-    :param rng: states of the random number generators, from loading until training goes on
-    :param fitting: state of the model's fitting, for the model that is made when there is an environment
-    :param batches: state of the batches that are used more than once, likewise
+    :param rng: states of the random number generators, kept from loading until training continues
+    :param fitting: state of the model's fitting, kept from loading until the model is created
+    :param batches: state of the reused batches, kept from loading until the update is created
     """
 
     update_seed: int | None = None
@@ -60,8 +60,8 @@ class TrainingState:
 
     def seed_of_updates(self, seed: int | None) -> int:
         """
-        :param seed: of the algorithm
-        :return: what the random numbers of updates follow from, chosen at the first call
+        :param seed: seed of the algorithm
+        :return: seed of the random numbers of all updates, chosen at the first call
         """
         if self.update_seed is None:
             self.update_seed = int(np.random.randint(2**31 - 1)) if seed is None else seed

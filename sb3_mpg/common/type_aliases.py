@@ -13,9 +13,9 @@ Differentiate = Literal["first_action", "all_actions"]
 
 class TrainingBatch(NamedTuple):
     """
-    What a gradient is computed from.
+    A batch of transitions with value targets.
 
-    :param observations: raw observations, in the environment's units, float32, ``(B, *obs_shape)``
+    :param observations: raw observations, in the units of the environment, float32, ``(B, *obs_shape)``
     :param actions: recorded actions, scaled to [-1, 1], ``(B, A)``
     :param target_q_values: what the critics regress on, ``(B, 1)``
     """
@@ -27,11 +27,11 @@ class TrainingBatch(NamedTuple):
 
 class GradientResult(NamedTuple):
     """
-    The gradients of one update: what the learner side hands to the optimizers.
+    The gradients of one update, which the learners return to the optimizers.
 
-    :param gradients: for each network that is due, by its name in ``Update.networks()``, one tensor for each trainable
-        parameter. A network that is not due (delayed update) is missing.
-    :param logs: scalars about this update, named as in the logger
+    :param gradients: for each network that is updated, by its name in ``Update.networks()``, one tensor for each trainable
+        parameter. A network whose update is delayed is missing.
+    :param logs: scalars about this update, by their keys in the logger
     :param share_masked: share of the states that were masked because their rollouts overflow
     """
 
@@ -45,7 +45,7 @@ Policy = Callable[[th.Tensor], th.Tensor]
 
 
 class ReplaySampler(Protocol):
-    """Where updates sample transitions: a replay buffer, or a learner's view of it."""
+    """What updates sample transitions from: a replay buffer, or a learner's view of it."""
 
     def sample(self, batch_size: int) -> ReplayBufferSamples:
         """
@@ -56,11 +56,11 @@ class ReplaySampler(Protocol):
 
 class Simulator(Protocol):
     """
-    A batch of environments that can be put into the states that observations describe.
-    Environments offer one with a method ``make_simulator(num_agents) -> Simulator``.
+    A batch of environments whose states can be set from observations.
+    An environment provides it by a method ``make_simulator(num_agents) -> Simulator``.
 
-    It may have a method ``exact_model()``: a new ``PriorModel`` that does the same, to the rounding error of the double
-    precision that it is then run in, or ``None``.
+    It may have a method ``exact_model()``, which returns a new ``PriorModel`` or ``None``. In double precision, that model
+    gives the same results up to rounding errors.
     """
 
     num_agents: int
@@ -74,7 +74,7 @@ class Simulator(Protocol):
     def step(self, actions: np.ndarray, indices: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """
         :param actions: in the units of the environment, ``(n, A)``
-        :param indices: which agents to step, ``(n,)``; the others stay where they are; ``None`` steps all of them
+        :param indices: which agents to step, ``(n,)``; the states of the others do not change; ``None`` steps all of them
         :return: of the agents that were stepped: observations ``(n, O)``, rewards, terminated and truncated flags ``(n,)``;
             nothing is reset
         """

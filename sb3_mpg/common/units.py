@@ -1,5 +1,5 @@
 """
-Conversions between the units of the environment, where models and replay buffers live, and those of the networks.
+Conversions between the units of the environment, which models and replay buffers use, and those of the networks.
 """
 
 from dataclasses import dataclass, replace
@@ -14,19 +14,19 @@ from stable_baselines3.common.vec_env import VecNormalize
 @dataclass(frozen=True)
 class Units:
     """
-    What lies between the environment and the networks, as differentiable functions.
+    Differentiable conversions between the environment and the networks.
 
-    The networks take normalised observations when the environment is a ``VecNormalize``, and speak actions in [-1, 1].
-    The value functions count rewards that were divided by the standard deviation of ``VecNormalize`` and multiplied by
-    ``reward_scale``. The statistics are those of the moment when the object was built.
+    The networks take observations that are normalised if the environment is a ``VecNormalize``, and actions in [-1, 1].
+    The value functions sum rewards that are divided by the standard deviation of ``VecNormalize`` and multiplied by
+    ``reward_scale``. The statistics of ``VecNormalize`` are those at the creation of the object.
 
-    :param action_centre: middle of the environment's range of actions, ``(A,)``, or ``None`` when that is [-1, 1] already
-    :param action_half_range: half of its width, ``(A,)``
+    :param action_centre: centre of the action range of the environment, ``(A,)``; ``None`` if the range is [-1, 1] already
+    :param action_half_range: half of the width of that range, ``(A,)``
     :param reward_scale: factor of all rewards
     :param observation_mean: mean of the observations, ``obs_shape``, or ``None`` without normalisation
     :param observation_std: standard deviation of the observations, ``obs_shape``
     :param clip_observation: largest absolute value of a normalised observation
-    :param reward_std: what rewards are divided by, a scalar tensor, or ``None`` without normalisation
+    :param reward_std: divisor of the rewards, a scalar tensor, or ``None`` without normalisation
     :param clip_reward: largest absolute value of a normalised reward
     """
 
@@ -45,10 +45,10 @@ class Units:
     ) -> "Units":
         """
         :param action_space: the action space of the environment
-        :param device: where the networks are
+        :param device: device of the networks
         :param reward_scale: factor of all rewards
         :param env: the ``VecNormalize`` around the environment, if any
-        :return: the conversions, with the present statistics of ``env``
+        :return: the conversions, with the current statistics of ``env``
         """
 
         def to_tensor(array: np.ndarray) -> th.Tensor:
@@ -75,28 +75,28 @@ class Units:
 
     def statistics(self) -> list[th.Tensor]:
         """
-        :return: the tensors that change while training: the statistics of ``VecNormalize``, as far as they are used
+        :return: the tensors that change during training: the statistics of ``VecNormalize`` that are used
         """
         statistics = (self.observation_mean, self.observation_std, self.reward_std)
         return [tensor for tensor in statistics if tensor is not None]
 
     def scalars(self) -> dict[str, float]:
         """
-        :return: the settings that are no tensors, which a callback may change
+        :return: the settings that are numbers; a callback may change them
         """
         return {name: getattr(self, name) for name in ("reward_scale", "clip_observation", "clip_reward")}
 
     def with_scalars(self, scalars: dict[str, float]) -> "Units":
         """
-        :param scalars: of :meth:`scalars`
-        :return: the same conversions with these settings; tensors are shared
+        :param scalars: what :meth:`scalars` returned
+        :return: the same conversions with these settings; the tensors are shared
         """
         return replace(self, **scalars)  # type: ignore[arg-type]  # floats by name
 
     def normalize_observations(self, observations: th.Tensor) -> th.Tensor:
         """
         :param observations: raw observations, ``(B, *obs_shape)``
-        :return: what the networks take, ``(B, *obs_shape)``
+        :return: normalised and clipped observations, the inputs of the networks, ``(B, *obs_shape)``
         """
         if self.observation_mean is None or self.observation_std is None:
             return observations

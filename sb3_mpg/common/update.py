@@ -1,4 +1,4 @@
-"""The learner side of an algorithm: from the replay buffer to gradients."""
+"""Updates: from a batch of the replay buffer to gradients."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -27,12 +27,12 @@ from sb3_mpg.common.value_targets import TargetNetworks, ValueTarget
 @dataclass(frozen=True, kw_only=True)
 class UpdateSettings:
     """
-    What an update depends on besides tensors and units. It is made for every update, in process and for learners alike, so
-    that whatever a callback changes takes effect in both.
+    Settings of an update. They are created for every update, both in process and for learner processes, so that changes by a
+    callback take effect in both.
 
     :param gamma: discount factor
     :param weights: weight of each horizon
-    :param trust: in the model, from 0 to 1
+    :param trust: trust in the model, from 0 to 1
     :param value_target: what the critics regress on
     :param batch_reuse: in how many updates a batch is used
     :param exploration: how start states of rollouts are perturbed
@@ -51,15 +51,15 @@ Settings = TypeVar("Settings", bound=UpdateSettings)
 
 class Update(ABC, Generic[Settings]):
     """
-    Turns a batch of the replay buffer into gradients. It runs in the main process or in learner processes, and can be
-    pickled: it knows no environment, no replay buffer and no logger.
+    Computes gradients from a batch of the replay buffer, in the main process or in learner processes. It can be pickled: it
+    holds no environment, no replay buffer and no logger.
 
     The gradients of an update are a function of its number, of the tensors (:meth:`tensors`), of the replay buffer, of the
-    units and of the settings. They change nothing.
+    units and of the settings. Computing them changes none of these.
 
     :param policy: networks and target networks
     :param model: the model that the gradient is back-propagated through
-    :param seed: what the random numbers of all updates follow from
+    :param seed: seed of the random numbers of all updates
     """
 
     def __init__(self, policy: BasePolicy, model: PriorModel, seed: int):
@@ -68,25 +68,25 @@ class Update(ABC, Generic[Settings]):
         self.seed = seed
         #: Takes the steps of rollouts
         self.steps: Steps = EagerSteps()
-        #: For value targets that need one: of as many agents as a batch has rows
+        #: Simulator of value targets that need one, with one agent for each row of a batch
         self.simulator: Simulator | None = None
         self.batches = ReusedBatches()
-        # Collected once: walking through the modules takes longer than what is done with them
+        # Collected once, because searching the modules at each update is slow
         self.observation_scalers = [module for module in policy.modules() if isinstance(module, ObservationScaler)]
 
     def __getstate__(self) -> dict[str, Any]:
-        # Each learner draws batches of its own
+        # Each learner draws its own batches
         return {**vars(self), "batches": ReusedBatches()}
 
     @property
     def device(self) -> th.device:
-        """Where the networks are."""
+        """Device of the networks."""
         return self.policy.device
 
     @abstractmethod
     def networks(self) -> Mapping[str, th.nn.Module]:
         """
-        :return: the networks that gradients are computed for, by name, each with its ``optimizer``; always in the same order
+        :return: the networks that gradients are computed for, by name, each with an ``optimizer``; always in the same order
         """
 
     @abstractmethod
@@ -105,8 +105,8 @@ class Update(ABC, Generic[Settings]):
     @abstractmethod
     def targets(self, settings: Settings) -> TargetNetworks:
         """
-        :param settings: of the update
-        :return: target policy and values, for value targets
+        :param settings: settings of the update
+        :return: target policy and target values, for value targets
         """
 
     @abstractmethod
@@ -115,8 +115,8 @@ class Update(ABC, Generic[Settings]):
         :param batch: transitions with their value targets
         :param n_updates: number of the update
         :param units: conversions between environment and networks
-        :param settings: of the update
-        :return: the gradients; nothing is changed
+        :param settings: settings of the update
+        :return: the gradients; the networks are not changed
         """
 
     @property
@@ -127,14 +127,14 @@ class Update(ABC, Generic[Settings]):
     @abstractmethod
     def n_model_steps(self, settings: Settings) -> float:
         """
-        :param settings: of an update
-        :return: number of model steps of the policy's rollout in an update, on average
+        :param settings: settings of an update
+        :return: mean number of model steps of the policy's rollout in an update
         """
 
     def q_functions(self, n_functions: int) -> Sequence[QFunction]:
         """
-        :param n_functions: number of critics that are asked for
-        :return: as many; the last critic stands in for those that do not exist
+        :param n_functions: requested number of critics
+        :return: this number of critics; the last one is repeated if there are fewer
         """
         return [self.q_function(min(index, self.n_critics - 1)) for index in range(n_functions)]
 
@@ -142,7 +142,7 @@ class Update(ABC, Generic[Settings]):
         """
         :param units: conversions between environment and networks
         :param gamma: discount factor
-        :return: what rollouts of this update have in common
+        :return: context of all rollouts of an update
         """
         actor = self.networks()["actor"]
         return RolloutContext(actor, self.q_function(0), self.model, units, gamma, self.steps)
@@ -153,11 +153,11 @@ class Update(ABC, Generic[Settings]):
         """
         Sample a batch and compute the gradients.
 
-        :param n_updates: number of the update, which its random numbers follow from
+        :param n_updates: number of the update, which determines its random numbers
         :param batch_size: number of transitions
-        :param replay_buffer: where transitions are sampled
+        :param replay_buffer: what transitions are sampled from
         :param units: conversions between environment and networks
-        :param settings: of the update
+        :param settings: settings of the update
         :return: the gradients
         """
         with randomness_of_update(self.seed, n_updates, self.device), members_of(self.model, "dealt"):
@@ -170,12 +170,12 @@ class Update(ABC, Generic[Settings]):
     def draw_batch(self, batch_size: int, replay_buffer: ReplaySampler, units: Units, settings: Settings) -> TrainingBatch:
         """
         :param batch_size: number of transitions
-        :param replay_buffer: where transitions are sampled
+        :param replay_buffer: what transitions are sampled from
         :param units: conversions between environment and networks
-        :param settings: of the update
+        :param settings: settings of the update
         :return: transitions with their value targets
         """
-        # Raw samples: the model needs them, and the networks get them through `units`
+        # Without `VecNormalize`: the model takes raw observations, and `units` normalises those of the networks
         replay_data: ReplayBufferSamples = replay_buffer.sample(batch_size)
         replay_data = replay_data._replace(
             observations=replay_data.observations.float(), next_observations=replay_data.next_observations.float()
@@ -189,7 +189,7 @@ class Update(ABC, Generic[Settings]):
         """
         :param batch: transitions
         :param context: policy, model, units and steps
-        :param settings: of the update
+        :param settings: settings of the update
         :return: raw observations of the start states of rollouts, ``(B, *obs_shape)``
         """
         return settings.exploration.perturb(batch.observations, context, settings.trust)
@@ -198,14 +198,14 @@ class Update(ABC, Generic[Settings]):
         self, n_updates: int, batch_size: int, replay_buffer: ReplaySampler, units: Units, settings: Settings
     ) -> str:
         """
-        Repeat an update whose gradient was not finite, step by step. The batch is the same one, unless batches are reused or a
-        learner drew it from another state of the replay buffer; then it is one like it.
+        Repeat an update whose gradient was not finite, step by step. The batch is the same, unless batches are reused or a
+        learner sampled from an earlier state of the replay buffer; it is then a similar one.
 
         :param n_updates: number of the update
         :param batch_size: number of transitions
-        :param replay_buffer: where transitions are sampled
+        :param replay_buffer: what transitions are sampled from
         :param units: conversions between environment and networks
-        :param settings: of the update
+        :param settings: settings of the update
         :return: what is not finite, and what to do
         """
         context = self.context(units, settings.gamma)._replace(steps=EagerSteps())
@@ -222,19 +222,19 @@ class Update(ABC, Generic[Settings]):
                 reason = first_non_finite_step(observations, context, horizon) if weight >= NEGLIGIBLE_WEIGHT else None
                 if reason is not None:
                     reasons.append(f"horizon {horizon} (weight {weight:.2g}): {reason}")
-        found = "; ".join(reasons) or "The model is sound at this batch: its noise may be the cause"
+        found = "; ".join(reasons) or "The model is finite at this batch: its noise may be the cause"
         return f"{found}. Check the model with `check_prior_model`, bound what overflows in it, or use shorter horizons."
 
     def tensors(self) -> list[th.Tensor]:
         """
-        :return: tensors that gradients depend on and that change while training: the networks, their targets, and the model;
-            in the same order in every copy
+        :return: tensors that gradients depend on and that change during training: those of the networks, of the target
+            networks and of the model, in the same order in every copy
         """
         modules: tuple[th.nn.Module, ...] = (self.policy, self.model)
         return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
 
     def parameters(self) -> dict[str, list[th.Tensor]]:
         """
-        :return: what gradients have the shapes of, by the name of the network
+        :return: the trainable parameters, by the name of the network; gradients have the same shapes
         """
         return {name: [*trainable_parameters(network)] for name, network in self.networks().items()}

@@ -8,22 +8,23 @@ from stable_baselines3.common.type_aliases import TrainFreq, TrainFrequencyUnit
 
 def keep_freed_memory() -> None:
     """
-    Let this process keep the memory that a gradient frees, until the next one. By default the C library of Linux gives it
-    back to the system at once, and thousands of pages have to be asked for again at each update. It keeps up to twice the size
-    of the largest block, of those up to 32 MiB, that was ever freed; that holds for the rest of the process.
+    Let this process keep the memory of a gradient for the next one. By default, the C library of Linux returns freed memory to
+    the system at once, and each update must request thousands of pages again. The library keeps up to twice the size of the
+    largest block that was ever freed, of those up to 32 MiB. So one large block is allocated and freed; the effect lasts until
+    the process ends.
     """
-    # Never written to, so that it takes up no memory; freed at once
+    # Never written to, so that it occupies no memory
     th.empty(32 * 2**20 - 2**16, dtype=th.uint8, device="cpu")
 
 
 @th.no_grad()
 def polyak_update_all(parameters: Iterable[th.Tensor], target_parameters: Iterable[th.Tensor], tau: float) -> None:
     """
-    SB3's ``polyak_update`` in one call for all tensors, which for small networks costs a tenth.
+    SB3's ``polyak_update`` in one call for all tensors, which takes a tenth of the time for small networks.
 
-    :param parameters: what the targets follow
-    :param target_parameters: what is moved, in place
-    :param tau: by which share, between 0 and 1
+    :param parameters: parameters of the network
+    :param target_parameters: parameters of the target network, updated in place
+    :param tau: the soft update coefficient ("Polyak update", between 0 and 1)
     """
     th._foreach_lerp_(list(target_parameters), list(parameters), tau)
 
@@ -43,26 +44,26 @@ def copy_running_stats(network: th.nn.Module, target: th.nn.Module) -> None:
 
 def optimizer_of(network: th.nn.Module) -> th.optim.Optimizer:
     """
-    :param network: a network of a policy of SB3
+    :param network: a network of an SB3 policy
     :return: its optimizer
     """
-    return network.optimizer  # type: ignore[return-value]  # an attribute that torch does not know
+    return network.optimizer  # type: ignore[return-value]  # an attribute that SB3 adds to the module
 
 
 def trainable_parameters(network: th.nn.Module) -> list[th.nn.Parameter]:
     """
-    :param network: a network, parts of which may be frozen
-    :return: the parameters that are not
+    :param network: a network
+    :return: its parameters that are not frozen
     """
     return [parameter for parameter in network.parameters() if parameter.requires_grad]
 
 
 def gradient_of(output: th.Tensor, network: th.nn.Module, output_gradient: th.Tensor | None = None) -> list[th.Tensor]:
     """
-    :param output: a loss, or what a loss is computed from
-    :param network: what it depends on
-    :param output_gradient: the gradient of the loss with respect to ``output``, in its shape; not for the loss itself
-    :return: the gradient of the loss, one tensor for each trainable parameter, 0 for those that it does not depend on
+    :param output: a loss, or an output of the network that a loss is computed from
+    :param network: the network
+    :param output_gradient: the gradient of the loss with respect to ``output``, in its shape; ``None`` if that is the loss
+    :return: the gradient of the loss, one tensor for each trainable parameter; zeros where the loss does not depend on it
     """
     parameters = trainable_parameters(network)
     return list(th.autograd.grad(output, parameters, output_gradient, allow_unused=True, materialize_grads=True))
@@ -71,11 +72,11 @@ def gradient_of(output: th.Tensor, network: th.nn.Module, output_gradient: th.Te
 @th.no_grad()
 def clip_norm(tensors: list[th.Tensor], max_norm: float) -> float:
     """
-    torch's ``clip_grad_norm_`` for less: what is small enough is left alone instead of multiplied by 1.
+    A faster ``clip_grad_norm_``: it does not multiply by 1 when the norm is small enough.
 
-    :param tensors: all that the norm is of; scaled in place where it is larger than allowed, or not finite
+    :param tensors: the tensors, scaled in place if their common norm exceeds ``max_norm`` or is not finite
     :param max_norm: largest norm
-    :return: the norm before
+    :return: the norm before clipping
     """
     norm = th.linalg.vector_norm(th.stack(th._foreach_norm(tensors))).item()
     if not norm <= max_norm:
@@ -86,7 +87,7 @@ def clip_norm(tensors: list[th.Tensor], max_norm: float) -> float:
 def finite_mean(values: th.Tensor) -> th.Tensor:
     """
     :param values: any shape
-    :return: the mean of those that are finite, a scalar; not a number if none is
+    :return: the mean of the finite values, a scalar; NaN if there are none
     """
     is_finite = th.isfinite(values)
     return th.where(is_finite, values, 0.0).sum() / is_finite.sum()
@@ -96,9 +97,9 @@ def expected_updates(n_steps: int, n_envs: int, train_freq: TrainFreq, gradient_
     """
     :param n_steps: number of environment steps
     :param n_envs: number of environments
-    :param train_freq: of the algorithm
-    :param gradient_steps: of the algorithm
-    :return: number of updates in so many steps; 0 when it depends on the length of episodes, which is unknown
+    :param train_freq: training frequency of the algorithm
+    :param gradient_steps: gradient steps of the algorithm, negative for as many as environment steps
+    :return: number of updates in these steps; 0 when it depends on the length of episodes, which is unknown
     """
     if gradient_steps < 0:
         return n_steps

@@ -20,7 +20,7 @@ from sb3_mpg.common.checks import check_keywords, check_number, is_whole
 
 def target_values_of(critic_target: ContinuousCritic, pessimism: float = 1.0) -> QFunction:
     r"""
-    Several critics as one: :math:`\kappa \min_i Q_i + (1 - \kappa) \, \mathrm{mean}_i \, Q_i`.
+    The value of several critics, :math:`\kappa \min_i Q_i + (1 - \kappa) \, \mathrm{mean}_i \, Q_i`.
 
     The minimum (clipped double Q) keeps a policy from exploiting overestimated values. It also biases values towards regions
     where the critics agree, which distorts their gradient. A policy that follows a model does not exploit the critics and
@@ -28,7 +28,7 @@ def target_values_of(critic_target: ContinuousCritic, pessimism: float = 1.0) ->
 
     :param critic_target: the target critics
     :param pessimism: :math:`\kappa`, from 0 to 1
-    :return: their values, of normalised observations and actions in [-1, 1]
+    :return: maps normalised observations and actions in [-1, 1] to values
     """
 
     def target_values(network_inputs: th.Tensor, actions: th.Tensor) -> th.Tensor:
@@ -41,8 +41,10 @@ def target_values_of(critic_target: ContinuousCritic, pessimism: float = 1.0) ->
 
 class TargetNetworks(NamedTuple):
     """
+    The target networks, for value targets.
+
     :param actor: the target policy
-    :param values: of the target critics, see :func:`target_values_of`
+    :param values: value of the target critics, see :func:`target_values_of`
     """
 
     actor: Policy
@@ -53,7 +55,7 @@ def bootstrap_values(
     network_inputs: th.Tensor, targets: TargetNetworks, noise_std: float = 0.0, noise_clip: float = 0.5
 ) -> th.Tensor:
     r"""
-    The target critics' values of the target policy's actions,
+    The values of the target policy's actions,
     :math:`Q_{\omega'}(s, \mathrm{clip}(\pi_{\theta'}(s) + \epsilon))`.
 
     :param network_inputs: normalised observations, ``(B, *obs_shape)``
@@ -74,7 +76,7 @@ class ValueTarget(ABC):
     A rule for the values that the critics regress on. It is sent to learner processes with each update, so it must be small
     and picklable.
 
-    :cvar needs_simulator: whether it needs a batched simulator
+    :cvar needs_simulator: whether the target needs a batched simulator
     """
 
     needs_simulator: bool = False
@@ -87,7 +89,7 @@ class ValueTarget(ABC):
     def check_env(self, env: VecEnv) -> None:
         """
         :param env: the environment
-        :raises ValueError: when it offers no simulator and the target needs one
+        :raises ValueError: when the target needs a simulator and the environment offers none
         """
         if self.needs_simulator and not env.has_attr("make_simulator"):
             raise ValueError(
@@ -108,7 +110,7 @@ class ValueTarget(ABC):
         :param replay_data: raw observations and rewards, actions in [-1, 1]
         :param context: the current policy and critic, the model, units, discount factor and steps
         :param targets: the target networks
-        :param simulator: of as many agents as there are samples, if the target needs one
+        :param simulator: simulator with one agent for each sample, if the target needs one
         :return: target values, ``(B, 1)``
         """
 
@@ -117,9 +119,9 @@ class ReplayTarget(ValueTarget):
     r"""
     Clipped double Q on recorded transitions (MPG-v2 and TD3),
     :math:`r_t + \gamma \min_i Q_{\omega'_i}(s_{t+1}, \pi_{\theta'}(s_{t+1}))`, or its form over the next
-    ``n_steps`` recorded transitions, which SB3's ``NStepReplayBuffer`` adds up. A termination is followed by no value.
+    ``n_steps`` recorded transitions, whose rewards SB3's ``NStepReplayBuffer`` sums. Terminal states have no value.
 
-    :param n_steps: number of recorded steps; more than one follows the policies that gathered the data
+    :param n_steps: number of recorded steps; with more than one, the target is off-policy: it contains recorded actions
     :param noise_std: standard deviation of the noise that smooths the target policy; the papers' MPG has none
     :param noise_clip: largest absolute value of that noise
     """
@@ -153,16 +155,17 @@ class ReplayTarget(ValueTarget):
 
 class SimulatorTarget(ValueTarget):
     r"""
-    n-step TD with the current policy (MPG-v1): from each sampled state the simulator takes the recorded action and then
-    follows :math:`\pi_\theta`,
+    n-step TD with the current policy (MPG-v1). From each sampled state, the simulator takes the recorded action and then
+    follows :math:`\pi_\theta`:
     :math:`\sum_{l=t}^{t+n-1} \gamma^{l-t} r_l + \gamma^n \min_i Q_{\omega'_i}(s_{t+n}, \pi_{\theta'}(s_{t+n}))`. The
-    paper has one critic. The minimum of two makes training steadier; ``policy_kwargs={"n_critics": 1}`` is the paper's.
+    paper has one critic, ``policy_kwargs={"n_critics": 1}``; the minimum of two makes training steadier.
 
-    A termination is followed by nothing. A truncation ends a recorded episode, not the system: the rollout goes on, so that
-    leaving the useful region has its true cost. (If the rollout stopped there, the critic would have to know states outside,
-    which it never learns from.)
+    Terminal states are followed by neither reward nor value. The rollout continues after a truncation, so that leaving the
+    useful region has its true cost. (If the rollout stopped there, the target would bootstrap from states outside the region,
+    which are never in the data.)
 
-    A simulator with a method ``exact_model()`` offers the same task in torch. Compiled training rolls out that model instead.
+    A simulator may provide the same task in torch by a method ``exact_model()``. With compilation, that model is rolled out
+    instead.
 
     :param n_steps: number of simulator steps
     """
@@ -191,8 +194,8 @@ class SimulatorTarget(ValueTarget):
 
     def _roll_out(self, replay_data: ReplayBufferSamples, context: RolloutContext) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         """
-        :return: discounted rewards, ``(B, 1)``, the last normalised observations, and whether the episode goes on, bool
-            ``(B, 1)``
+        :return: sums of discounted rewards, ``(B, 1)``; last normalised observations, ``(B, *obs_shape)``; whether the row has
+            not terminated, bool ``(B, 1)``
         """
         rollout = start_rollout(replay_data.observations, context, replay_data.actions)
         actor_parameters: dict[str, th.Tensor] = dict(context.actor.named_parameters())
@@ -213,13 +216,13 @@ class SimulatorTarget(ValueTarget):
             return th.as_tensor(array, dtype=th.float32, device=device)
 
         policy = context.steps.policy(context.actor, n_agents)
-        # The simulator speaks NumPy, and so does the bookkeeping: a small operation of torch costs several times as much
+        # NumPy, as in the simulator: a small operation in torch takes several times as long
         last_obs = observations.cpu().numpy().copy()
         simulator.set_state(last_obs)
         actions = replay_data.actions
         all_rewards = np.zeros((self.n_steps, n_agents, 1))
         is_terminated = np.zeros(n_agents, dtype=bool)
-        # Which agents are stepped. A slice, as long as all of them are, makes no copies.
+        # Agents that have not terminated: a slice while there are all of them, which avoids copies
         running: slice | np.ndarray = slice(None)
         for step in range(self.n_steps):
             if step > 0:
@@ -260,7 +263,7 @@ def make_value_target(value_target: str | ValueTarget, value_target_kwargs: dict
     :param value_target: name of a value target, or a value target
     :param value_target_kwargs: arguments of the named value target
     :return: the value target
-    :raises ValueError: for an unknown name
+    :raises ValueError: for an unknown name, or arguments that the value target does not have
     """
     if isinstance(value_target, ValueTarget):
         if value_target_kwargs:

@@ -33,8 +33,8 @@ CRITIC_LEARNING_RATE = LinearSchedule(8e-4, 8e-6, 1.0)
 
 def check_differentiate(differentiate: Differentiate) -> None:
     """
-    :param differentiate: which actions carry the gradient
-    :raises ValueError: when it is no such thing
+    :param differentiate: which actions carry the gradient, ``"first_action"`` or ``"all_actions"``
+    :raises ValueError: for any other value
     """
     if differentiate not in ("first_action", "all_actions"):
         raise ValueError(f"`differentiate` must be 'first_action' or 'all_actions', got {differentiate!r}.")
@@ -42,24 +42,39 @@ def check_differentiate(differentiate: Differentiate) -> None:
 
 class MPG(OffPolicyModelAlgorithm):
     """
-    Mixed Policy Gradient (MPG): the gradient of the learned Q function and the gradient that is back-propagated through
-    a differentiable model, mixed.
+    Mixed Policy Gradient (MPG): a weighted mean of the policy gradient of the learned Q functions (the data-driven gradient)
+    and of policy gradients that are back-propagated through rollouts of a differentiable model.
 
     Paper: https://arxiv.org/abs/2102.11513 (the first version and its revision)
     Original implementation: https://github.com/idthanm/mpg
 
-    Beyond the papers, and by default, the model is corrected by what is recorded (``residual``), and the gradients are
-    weighted by their measured errors (``weighting="measured"``) instead of by the clock. As far as these weights trust the
-    corrected model, states count alike in the losses of policy and critics, whatever the size of their gradients and values
-    (see ``sb3_mpg.common.balance``), the critics regress on the returns of the policy's rollouts, too, and up to half of the
-    states of a policy update are explored in the model (``model_exploration``); without trust an update is that of the
-    data-driven gradient. A model that does not know where episodes terminate is left out, unless the replay buffer does not
-    tell terminations from time limits (``handle_timeout_termination=False``). MPG-v2 of the papers is
-    ``residual=False, weighting="rule_based", learning_starts=3000``, and MPG-v1 the same with
-    ``value_target="n_step_simulator", batch_reuse=10``; the other defaults are those of Table VI. Networks see sines and
-    cosines of the observations unless ``policy_kwargs`` leaves them out (see ``ObservationScaler``). Differences from the
-    papers: both gradients of an update are computed at the same parameters (as the papers' learners do, and unlike TD3,
-    whose actor sees the critic just updated); recorded targets bootstrap behind truncations and not behind terminations.
+    Beyond the papers, and by default:
+
+    - The model is corrected by recorded transitions (``residual``).
+    - The gradients are weighted by their measured errors (``weighting="measured"``); the papers' weights are a function of
+      the number of updates. A model that does not know where episodes terminate is excluded, unless the replay buffer does
+      not tell terminations from time limits (``handle_timeout_termination=False``).
+    - The weight of the corrected model is the trust in it. In proportion to the trust, the losses of policy and critics are
+      normalised per state (see ``sb3_mpg.common.balance``), the critics regress on the returns of the policy's rollouts as
+      well, and up to half of the start states of rollouts are perturbed in the model (``model_exploration``). Without trust,
+      an update is that of the data-driven gradient.
+    - The networks take Fourier features of the observations (see ``ObservationScaler``);
+      ``policy_kwargs=dict(features_extractor_kwargs=dict(frequencies=[]))`` removes them.
+
+    MPG-v2 of the papers is ``residual=False, weighting="rule_based", learning_starts=3000`` without Fourier features. MPG-v1
+    is the same with ``value_target="n_step_simulator", batch_reuse=10``. The other defaults are those of Table VI of the
+    first version.
+
+    Differences from the papers:
+
+    - Recorded targets bootstrap after truncations, but not after terminations. The simulator of MPG-v1 continues after a
+      truncation.
+    - The value target of MPG-v1 takes the minimum of two critics; the paper has one critic (see ``SimulatorTarget``).
+    - Batches that are reused take turns (see ``ReusedBatches``).
+    - ``differentiate="all_actions"`` is the full derivative of eq. 5, which includes the critic's own action.
+
+    As in the papers, and unlike in TD3, both gradients of an update are computed at the same parameters: the actor does not
+    follow the critic that was just updated.
 
     :param policy: The policy model to use (MlpPolicy)
     :param env: The environment to learn from (if registered in Gym, can be str)
@@ -78,41 +93,41 @@ class MPG(OffPolicyModelAlgorithm):
     :param replay_buffer_kwargs: Keyword arguments to pass to the replay buffer on creation.
     :param optimize_memory_usage: Enable a memory efficient variant of the replay buffer
     :param critic_learning_rate: learning rate of the critics
-    :param prior_model: what is known about the system: a ``PriorModel``, a class or factory of one, a dotted path
+    :param prior_model: model of the system: a ``PriorModel``, a class or factory of one, a dotted path
         ``"package.module:Class"``, or ``"auto"``, the model that the environment offers with a method ``prior_model()``
     :param prior_model_kwargs: arguments of the class or factory of the prior model
-    :param residual: whether the model is corrected by what is recorded, see ``ResidualModel``
+    :param residual: whether the model is corrected by recorded transitions, see ``ResidualModel``
     :param residual_kwargs: arguments of ``ResidualModel``
-    :param horizons: numbers of model steps that are mixed; 0 is the data-driven gradient
+    :param horizons: numbers of model steps of the gradients that are mixed; 0 is the data-driven gradient
     :param weighting: how the horizons are weighted: by the ``"measured"`` errors of their gradients, ``"rule_based"`` (the
         papers'), ``"constant"``, ``"geometric"``, or a ``WeightingRule``
     :param weighting_kwargs: arguments of the named weighting rule
     :param differentiate: which actions of the model rollout carry the gradient: ``"first_action"`` is the unified policy
-        gradient (eq. 6), ``"all_actions"`` the model policy gradient (eq. 5 of the first version), in which states are not
-        balanced
+        gradient (eq. 6), ``"all_actions"`` the model policy gradient (eq. 5 of the first version), which is not normalised
+        per state
     :param value_target: what the critics regress on: ``"clipped_double_q"`` (MPG-v2), ``"n_step_simulator"`` (MPG-v1),
-        ``"n_step_replay"``, or a ``ValueTarget``. With a corrected model and measured weights, the least of the critics counts
-        as much as horizon 0 does, and otherwise their mean (see ``target_values_of``)
+        ``"n_step_replay"``, or a ``ValueTarget``. With a corrected model and measured weights, the target mixes the minimum
+        of the critics and their mean; the weight of the minimum is that of horizon 0 (see ``target_values_of``)
     :param value_target_kwargs: arguments of the named value target
     :param batch_reuse: in how many updates a batch and its targets are used; as many batches take turns
     :param policy_delay: Policy and target networks will only be updated once every policy_delay updates
     :param max_grad_norm: largest norm of the gradient of each network, ``None`` for no limit
-    :param reward_scale: factor of all rewards, recorded and predicted ones alike
+    :param reward_scale: factor of all rewards, both recorded and predicted
     :param exploration_noise: standard deviation of the Gaussian noise on actions in [-1, 1] when ``action_noise`` is None
-    :param model_exploration: share of the states of a policy update that are explored in the corrected model, as far as
-        measured weights trust it: up to ``MAX_EXPLORED_STEPS`` model steps away from replayed ones, with a noisy action held.
-        0 for none
+    :param model_exploration: share of the start states of rollouts that may be perturbed in the corrected model, 0 for none.
+        Each of them is perturbed with a probability that equals the trust in the model: up to 10 model steps with one noisy
+        action, which is repeated (see ``ModelExploration``)
     :param max_skipped_updates: how many updates in a row may be skipped for a non-finite gradient before training stops
     :param n_learners: number of processes that compute the gradients while the main process steps the environments and
-        applies them; 0 computes them in the main process. The number of updates is the same, they come sooner.
+        applies them; 0 computes them in the main process. The number of updates does not depend on it.
     :param max_staleness: largest number of updates between the parameters that a gradient was computed at and those that
-        it is applied to; older ones are computed again. 0 gives the very updates of ``n_learners=0`` (without
-        ``batch_reuse``), one at a time; ``None`` is twice the number of learners
+        it is applied to; older gradients are computed again. 0 computes one gradient at a time and gives exactly the updates
+        of ``n_learners=0`` (without ``batch_reuse``). ``None`` is twice the number of learners
     :param learner_kwargs: rarely needed settings of the learners: ``timeout`` (300 seconds), ``max_restarts`` (10),
         ``start_method`` (``"forkserver"`` or ``"spawn"``)
-    :param compile: whether model and policy are compiled for the rollout (``torch.compile``): the same gradients, sooner.
-        ``"auto"`` compiles when the training that ``learn`` is asked for is long enough to repay the time that compiling
-        takes. What cannot be compiled runs as it is, with a warning.
+    :param compile: whether model and policy are compiled for the rollout (``torch.compile``). Compiled gradients differ in
+        the last bits only. ``"auto"`` compiles when the call of ``learn`` is long enough to repay the compile time. What
+        cannot be compiled runs eagerly, with a warning.
     :param stats_window_size: Window size for the rollout logging, specifying the number of episodes to average
         the reported success rate, mean episode length, and mean reward over
     :param tensorboard_log: the log location for tensorboard (if None, no logging)
@@ -123,6 +138,8 @@ class MPG(OffPolicyModelAlgorithm):
     :param device: Device (cpu, cuda, ...) on which the code should be run.
         Setting it to auto, the code will be run on the GPU if possible.
     :param _init_setup_model: Whether or not to build the network at the creation of the instance
+
+    :raises ValueError: before the first environment step, for spaces, models or settings that cannot work
     """
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"MlpPolicy": MlpPolicy}
@@ -218,8 +235,8 @@ class MPG(OffPolicyModelAlgorithm):
         super()._check_settings()
         if not issubclass(self.policy_class, MPGPolicy):
             raise TypeError(
-                f"{type(self).__name__} needs an MPGPolicy, got {self.policy_class.__name__}, which is another algorithm's, "
-                "as may be the file it is from."
+                f"{type(self).__name__} needs an MPGPolicy, got {self.policy_class.__name__}, which belongs to another "
+                "algorithm. Pass 'MlpPolicy', or load the file with the algorithm that saved it."
             )
         check_count("policy_delay", self.policy_delay, 1)
         check_differentiate(self.differentiate)
@@ -255,14 +272,15 @@ class MPG(OffPolicyModelAlgorithm):
         self, observations: np.ndarray | th.Tensor, horizon: int, differentiate: Differentiate = "first_action"
     ) -> th.Tensor:
         r"""
-        The policy gradient of one horizon at some states, for analysis: :math:`\nabla_\theta J_n` (eq. 6), or
-        the model policy gradient (eq. 5 of the first version). A random model is taken at the mean of its noise, an ensemble
-        at the mean of its members.
+        The policy gradient of one horizon at the given states, for analysis: :math:`\nabla_\theta J_n` (eq. 6), or
+        the model policy gradient (eq. 5 of the first version). The model is in evaluation mode: without noise, and an
+        ensemble predicts the mean of its members.
 
         :param observations: raw observations, ``(B, *obs_shape)``
         :param horizon: number of model steps, 0 for the data-driven gradient
         :param differentiate: ``"first_action"`` or ``"all_actions"``
-        :return: the gradient of the mean return (which ascends), flat, ``(n_actor_parameters,)``
+        :return: the gradient of the mean return (the direction of ascent), flat, ``(n_actor_parameters,)``
+        :raises ValueError: for an impossible horizon, or when the algorithm has no model
         """
         check_horizons([horizon])
         check_differentiate(differentiate)

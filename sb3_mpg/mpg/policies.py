@@ -13,7 +13,7 @@ from sb3_mpg.common.torch_layers import ELU, ObservationScaler
 class MPGPolicy(TD3Policy):
     """
     Policy class (with both actor and critic) for MPG: that of TD3 with the papers' networks, two hidden layers of
-    256 ELU units. ELU rather than ReLU also because the rollout needs dQ/ds and dπ/ds, which should be continuous.
+    256 ELU units. The rollout needs dQ/ds and dπ/ds, which are continuous with ELU and not with ReLU.
 
     :param observation_space: Observation space
     :param action_space: Action space

@@ -20,7 +20,9 @@ from sb3_mpg.mpg.policies import MPGPolicy
 @dataclass(frozen=True, kw_only=True)
 class MPGUpdateSettings(UpdateSettings):
     """
-    :param policy_delay: the policy is updated once in so many updates
+    Settings of an update of MPG, in addition to those of ``UpdateSettings``.
+
+    :param policy_delay: the policy is updated once in this number of updates
     :param differentiate: which actions of the model rollout carry the gradient
     """
 
@@ -30,12 +32,13 @@ class MPGUpdateSettings(UpdateSettings):
 
 class MPGUpdate(Update[MPGUpdateSettings]):
     """
-    The gradients of MPG: critics regress on the value target, the policy follows the mixed policy gradient. Both are computed
-    at the same parameters, as the papers' learners do; TD3's actor follows the critic just updated.
+    The gradients of MPG: the critics regress on the value target, and the policy follows the mixed policy gradient (eq. 9).
+    Both gradients are computed at the same parameters, as in the papers; in TD3 the actor follows the critic that was just
+    updated.
 
     :param policy: networks and target networks
     :param model: the model that the gradient is back-propagated through
-    :param seed: what the random numbers of all updates follow from
+    :param seed: seed of the random numbers of all updates
     """
 
     policy: MPGPolicy
@@ -66,7 +69,7 @@ class MPGUpdate(Update[MPGUpdateSettings]):
         return q_function
 
     def targets(self, settings: MPGUpdateSettings) -> TargetNetworks:
-        # With measured errors, the minimum of the critics counts as much as horizon 0, and their mean as much as the model
+        # With measured errors, the minimum of the critics is weighted as horizon 0, and their mean as the model
         values = target_values_of(self.policy.critic_target, pessimism=1 - settings.trust)
         return TargetNetworks(self.policy.actor_target, values)
 
@@ -76,7 +79,7 @@ class MPGUpdate(Update[MPGUpdateSettings]):
     def compute_gradients(
         self, batch: TrainingBatch, n_updates: int, units: Units, settings: MPGUpdateSettings
     ) -> GradientResult:
-        # Get current Q-values estimates for each critic network
+        # Get current Q-value estimates for each critic network
         current_q_values = self.critic(units.normalize_observations(batch.observations), batch.actions)
 
         # Compute critic loss
@@ -88,10 +91,10 @@ class MPGUpdate(Update[MPGUpdateSettings]):
         if n_updates % settings.policy_delay != 0:
             return GradientResult({"critic": gradient_of(critic_loss, self.critic)}, logs)
 
-        # Compute actor loss: the returns of all horizons, from replayed states and from states explored in the model
+        # Compute actor loss: the returns of all horizons, from replayed and from perturbed start states
         context = self.context(units, settings.gamma)
         observations = self.start_observations(batch, context, settings)
-        # Only the gradient through the first action is known for each state
+        # Only "first_action" gives a gradient for each state, which can be normalised
         balance = settings.trust if settings.differentiate == "first_action" else 0.0
         policy_gradient = mixed_policy_gradient(observations, context, settings.weights, settings.differentiate, balance)
         logs["train/actor_loss"] = policy_gradient.loss.item()
@@ -99,7 +102,7 @@ class MPGUpdate(Update[MPGUpdateSettings]):
         logs.update({f"horizons/return_{horizon}": mean.item() for horizon, mean in policy_gradient.mean_returns.items()})
         share_masked = logs["train/masked_states"] = policy_gradient.share_masked.item()
 
-        # As far as the model is trusted, the critics regress on the returns of the policy's rollouts, too
+        # To the extent that the model is trusted, the critics also regress on the returns of the policy's rollouts
         total_critic_loss = critic_loss
         if settings.trust > 0:
             policy_values = self.critic(units.normalize_observations(observations), policy_gradient.actions)

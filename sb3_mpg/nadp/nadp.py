@@ -12,8 +12,10 @@ from sb3_mpg.mpg.policies import MPGPolicy
 
 class NStepADP(MPG):
     """
-    n-step adaptive dynamic programming (the papers' n-step ADP): the model policy gradient alone, through all actions of
+    n-step adaptive dynamic programming (the papers' n-step ADP): only the model policy gradient, through all actions of
     the rollout (eq. 5 of the first version), with the value target of MPG-v1.
+
+    Paper: https://arxiv.org/abs/2102.11513 (the first version)
 
     :param policy: The policy model to use (MlpPolicy)
     :param env: The environment to learn from (if registered in Gym, can be str);
@@ -21,7 +23,7 @@ class NStepADP(MPG):
     :param n_steps: number of model steps of the policy gradient, and of simulator steps of the value target
     :param batch_reuse: in how many updates a batch and its targets are used; as many batches take turns
 
-    The other parameters are those of :class:`~sb3_mpg.mpg.mpg.MPG`.
+    The other parameters are those of :class:`~sb3_mpg.mpg.mpg.MPG`. ``policy_delay`` is 1, and the model is not corrected.
     """
 
     def __init__(

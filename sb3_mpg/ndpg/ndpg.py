@@ -11,8 +11,10 @@ from sb3_mpg.mpg.policies import MPGPolicy
 
 class NStepDPG(MPG):
     """
-    n-step deterministic policy gradient (the papers' n-step DPG): the data-driven gradient of MPG alone, with the value
-    target of MPG-v1. It needs no prior model.
+    n-step deterministic policy gradient (the papers' n-step DPG): only the data-driven gradient of MPG, with the value
+    target of MPG-v1. It needs a simulator and no prior model.
+
+    Paper: https://arxiv.org/abs/2102.11513 (the first version)
 
     :param policy: The policy model to use (MlpPolicy)
     :param env: The environment to learn from (if registered in Gym, can be str);
@@ -20,7 +22,7 @@ class NStepDPG(MPG):
     :param n_steps: number of simulator steps of the value target
     :param batch_reuse: in how many updates a batch and its targets are used; as many batches take turns
 
-    The other parameters are those of :class:`~sb3_mpg.mpg.mpg.MPG`.
+    The other parameters are those of :class:`~sb3_mpg.mpg.mpg.MPG`. ``policy_delay`` is 1.
     """
 
     def __init__(

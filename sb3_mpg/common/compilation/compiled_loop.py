@@ -1,4 +1,9 @@
-"""One compiled step, taken many times in a row without what torch does around each call of what it compiled."""
+"""
+Repeats one compiled step without the per-call overhead of ``torch.compile``.
+
+Terms: a *graph* is what torch traces of a step. A *plain function* is its compiled forward or backward pass, called without
+autograd. A *carried* tensor is an output of a step that is an input of the next one.
+"""
 
 import logging
 import weakref
@@ -14,22 +19,22 @@ from torch.autograd.function import once_differentiable
 logger = logging.getLogger(__name__)
 
 Carried = TypeVar("Carried", bound=tuple[th.Tensor, ...])
-#: Takes a list of inputs, which it may empty, and gives outputs
+#: A plain function: list of inputs, which it may empty -> outputs
 ListFunction = Callable[[list[Any]], Sequence[Any]]
-#: (what became of a direction, whether it is the backward pass) -> nothing
+#: Callback for each compiled direction: (direction, whether it is the backward pass) -> None
 Record = Callable[["Direction", bool], None]
-#: (graph, tensors like its inputs, who is told of each direction) -> a function of the inputs that autograd knows
+#: (graph, example inputs, callback for each direction) -> differentiable function of the inputs
 CompileGraph = Callable[[th.fx.GraphModule, Sequence[Any], Record], Callable[..., Sequence[Any]]]
 
 
 @dataclass
 class Direction:
     """
-    What became of a graph for one direction.
+    The compiled forward or backward pass of a graph.
 
-    :param function: from inputs to outputs
+    :param function: the plain function
     :param inputs: names of the inputs
-    :param outputs: names of the outputs, ``None`` for what is none
+    :param outputs: names of the outputs, ``None`` for an output that has no name
     """
 
     function: ListFunction
@@ -39,8 +44,8 @@ class Direction:
     @classmethod
     def of(cls, graph: th.fx.GraphModule, compile_direction: Callable[[], ListFunction]) -> "Direction":
         """
-        :param graph: of the direction
-        :param compile_direction: compiles it, which may change it
+        :param graph: graph of the direction
+        :param compile_direction: compiles the graph, which may change it
         :return: the direction
         """
         inputs = [node.name for node in graph.graph.nodes if node.op == "placeholder"]
@@ -52,17 +57,17 @@ class Direction:
 def places_of(tensor: th.Tensor, tensors: Sequence[Any]) -> list[int]:
     """
     :param tensor: a tensor
-    :param tensors: several
-    :return: where the very same one is among them
+    :param tensors: several tensors
+    :return: indices at which they are the same object
     """
     return [place for place, other in enumerate(tensors) if other is tensor]
 
 
 def is_same(one: Any, other: Any) -> bool:
     """
-    :param one: a tensor, or anything
-    :param other: the same
-    :return: whether they are the same, tensors but for rounding errors
+    :param one: a tensor or another object
+    :param other: a tensor or another object
+    :return: whether they are the same object, or tensors that are equal up to rounding errors
     """
     if one is other or not (isinstance(one, th.Tensor) and isinstance(other, th.Tensor)):
         return one is other
@@ -75,7 +80,7 @@ def is_same(one: Any, other: Any) -> bool:
 def copy_of(tensor: th.Tensor) -> th.Tensor:
     """
     :param tensor: a tensor
-    :return: the same without a past, in memory of its own and with gaps where it has some, as what is compiled for it expects
+    :return: a detached copy with the same strides, which the compiled functions require
     """
     if tensor.numel() == 0:
         return tensor.detach().clone()
@@ -86,9 +91,9 @@ def copy_of(tensor: th.Tensor) -> th.Tensor:
 
 def require(condition: bool, reason: str) -> None:
     """
-    :param condition: what steps in a row need
-    :param reason: why they are not possible without
-    :raises ValueError: when it does not hold
+    :param condition: condition of repeating a step
+    :param reason: why the step cannot be repeated without it
+    :raises ValueError: when the condition is false
     """
     if not condition:
         raise ValueError(reason)
@@ -96,27 +101,28 @@ def require(condition: bool, reason: str) -> None:
 
 class Trial(NamedTuple):
     """
-    A step that the compiler's function took.
+    A step with the differentiable function, and its backward pass.
 
-    :param inputs: of the step, without a past
-    :param outputs: of the same
-    :param gradients: of the outputs, ``None`` where there is none
-    :param of_inputs: gradients that followed, of the inputs that have one
+    :param inputs: detached inputs of the step
+    :param outputs: outputs of the step
+    :param gradients: gradients of the outputs, ``None`` for outputs without one
+    :param input_gradients: resulting gradients of the inputs that require one
     """
 
     inputs: Sequence[Any]
     outputs: Sequence[th.Tensor]
     gradients: Sequence[th.Tensor | None]
-    of_inputs: Sequence[th.Tensor | None]
+    input_gradients: Sequence[th.Tensor | None]
 
 
 class StepGraph:
     """
-    The graph of a step, compiled.
+    The compiled graph of a step.
 
-    The compiler gives a function that autograd knows. Within it are two plain functions, one for each direction: what steps in
-    a row are made of. How these are called torch says nowhere. It is read off their names, and they are compared with the
-    function that was given: if anything is not as expected, steps are taken by that one.
+    The compiler returns a differentiable function, which contains two plain functions, one for each direction. A repeated step
+    calls the plain functions. Their calling convention is not documented: it is derived from the names of their inputs, and
+    their results are compared with those of the differentiable function. If anything differs, the differentiable function is
+    used for each step.
 
     :param graph: the graph
     :param example_inputs: tensors like its inputs
@@ -124,20 +130,23 @@ class StepGraph:
     """
 
     def __init__(self, graph: th.fx.GraphModule, example_inputs: Sequence[Any], compile_graph: CompileGraph):
-        # By whether it is the backward pass
+        # The compiled directions: False for forward, True for backward
         self._directions: dict[bool, Direction] = {}
+        #: The differentiable function
         self.step = compile_graph(graph, example_inputs, self._record)
+        #: Whether both passes of the differentiable function have run once
         self.was_tried = False
-        #: Whether steps can be taken in a row; ``None`` before that was looked into
+        #: Whether the plain functions can repeat the step; ``None`` before this is known
         self.loops: bool | None = None
-        #: (place of an input, place of the output that takes it in the next step)
+        #: (index of an input, index of the output that replaces it in the next step)
         self.carried: list[tuple[int, int]] = []
-        #: Place of the output that is collected from all steps, and of those that count behind the last one
+        #: Index of the output that is collected from all steps
         self.collected = 0
+        #: Indices of the outputs that are returned from the last step only
         self.last: list[int] = []
-        #: Of each output, whether it has a gradient
+        #: Whether each output has a gradient
         self.has_gradient: list[bool] = []
-        # Where the inputs of the backward function are: (whether among what was kept, place there or among the gradients)
+        # For each input of the backward pass: whether it is an activation (or a gradient), and its index among these
         self._backward_inputs: list[tuple[bool, int]] = []
 
     def _record(self, direction: Direction, is_backward: bool) -> None:
@@ -150,30 +159,30 @@ class StepGraph:
 
     def forward(self, inputs: Sequence[Any]) -> tuple[Sequence[th.Tensor], Sequence[Any]]:
         """
-        :param inputs: of a step
-        :return: its outputs, and what its backward pass needs
+        :param inputs: inputs of a step
+        :return: its outputs, and the activations that its backward pass needs
         """
         results = self._directions[False].function(list(inputs))
         return results[: self.n_outputs], results[self.n_outputs :]
 
     def backward(self, kept: Sequence[Any], gradients: Sequence[th.Tensor | None]) -> Sequence[th.Tensor | None]:
         """
-        :param kept: of the forward pass
-        :param gradients: of the outputs, contiguous
+        :param kept: activations that :meth:`forward` returned
+        :param gradients: gradients of the outputs, contiguous
         :return: gradients of the inputs
         """
         sources = gradients, kept
         return self._directions[True].function([sources[is_kept][place] for is_kept, place in self._backward_inputs])
 
-    def try_out(self, inputs: Sequence[Any]) -> Trial:
+    def try_step(self, inputs: Sequence[Any]) -> Trial:
         """
-        A step and its backward pass, for nothing but to see what comes of it: nothing is changed.
+        Take a step with the differentiable function, and its backward pass, without side effects.
 
-        :param inputs: of a step
+        :param inputs: inputs of a step
         :return: the trial
         :raises RuntimeError: when the step changes its inputs in place
         """
-        # Inputs that follow from one another count for themselves here
+        # Detach the inputs, so that each has a gradient of its own
         leaves = [copy_of(x).requires_grad_(x.requires_grad) if isinstance(x, th.Tensor) else x for x in inputs]
         versions = [x._version for x in leaves if isinstance(x, th.Tensor)]
         with self._same_randomness(inputs):
@@ -181,12 +190,12 @@ class StepGraph:
         if versions != [x._version for x in leaves if isinstance(x, th.Tensor)]:
             raise RuntimeError("a step changes tensors of the model or the policy in place, as batch normalisation does")
         differentiable = [output for output in outputs if output.requires_grad]
-        # Any will do
+        # Arbitrary gradients
         gradients = [th.cos(output.detach()).contiguous() if output.requires_grad else None for output in outputs]
-        of_inputs: Sequence[th.Tensor | None] = []
+        input_gradients: Sequence[th.Tensor | None] = []
         if differentiable:
-            # The backward pass is compiled when it is first asked for; and to be asked again for, if it was so at first
-            of_inputs = th.autograd.grad(
+            # The first call compiles the backward pass. It is compiled for a retained graph if the first call retains it
+            input_gradients = th.autograd.grad(
                 differentiable,
                 [leaf for leaf in leaves if isinstance(leaf, th.Tensor) and leaf.requires_grad],
                 [gradient for gradient in gradients if gradient is not None],
@@ -194,7 +203,7 @@ class StepGraph:
                 allow_unused=True,
             )
         self.was_tried = True
-        return Trial(leaves, outputs, gradients, of_inputs)
+        return Trial(leaves, outputs, gradients, input_gradients)
 
     @staticmethod
     @contextmanager
@@ -207,7 +216,7 @@ class StepGraph:
                     th.cuda.manual_seed(0)
             yield
 
-    def look_into(
+    def analyse(
         self,
         earlier_inputs: Sequence[Any],
         inputs: Sequence[Any],
@@ -217,40 +226,40 @@ class StepGraph:
         collected: th.Tensor,
     ) -> None:
         """
-        Find out whether and how steps can be taken in a row.
+        Find out whether the plain functions can repeat the step, and how outputs map to inputs of the next step.
 
-        :param earlier_inputs: of the step before
-        :param inputs: of a step that was taken
-        :param outputs: of the same
-        :param before: what the step began with
-        :param after: what the next one begins with
-        :param collected: what is collected from all steps
+        :param earlier_inputs: inputs of the previous step
+        :param inputs: inputs of a step
+        :param outputs: outputs of that step
+        :param before: tensors that the step took from the previous one
+        :param after: tensors that the next step takes from it
+        :param collected: output that is collected from all steps
         """
         self.loops = False
-        trial = self.try_out(inputs)
+        trial = self.try_step(inputs)
         try:
             self._find_places(inputs, outputs, before, after, collected)
-            self._check_the_rest(inputs, earlier_inputs)
-            require(self._agrees(trial), "the plain functions do something else")
+            self._check_shared_inputs(inputs, earlier_inputs)
+            require(self._agrees(trial), "the plain functions give other results")
             self.loops = True
         except Exception as error:
-            # Whatever torch makes of it in other versions, there is another way
+            # Other versions of torch may fail here in any way. The differentiable function still works
             logger.debug("Compiled steps are taken one by one: %s: %s", type(error).__name__, error)
 
-    def _check_the_rest(self, inputs: Sequence[Any], earlier_inputs: Sequence[Any]) -> None:
+    def _check_shared_inputs(self, inputs: Sequence[Any], earlier_inputs: Sequence[Any]) -> None:
         """
-        What is not carried on must stay the same; unlike numbers that Python draws for each step, and what a model replaces.
+        Inputs that are not carried must not change, unlike random numbers of Python or tensors that a model replaces.
         """
         carried = {place for place, _ in self.carried}
         for place, (one, other) in enumerate(zip(inputs, earlier_inputs, strict=True)):
             require(isinstance(one, th.Tensor) and isinstance(other, th.Tensor), "an input is no tensor")
-            # Arrays of NumPy come as new tensors each time
+            # NumPy arrays become new tensors at each step, which share their memory
             is_shared = one is other or (one.data_ptr(), one.stride()) == (other.data_ptr(), other.stride())
             require(place in carried or is_shared, "something else changes with each step")
 
     def _agrees(self, trial: Trial) -> bool:
         """
-        :return: whether the plain functions do what the compiler's function did
+        :return: whether the plain functions give the results of the trial
         """
         self.has_gradient = [gradient is not None for gradient in trial.gradients]
         with self._same_randomness(trial.inputs), th.no_grad():
@@ -258,9 +267,9 @@ class StepGraph:
             pairs: list[tuple[Any, Any]] = [*zip(outputs, trial.outputs, strict=True)]
             if any(self.has_gradient):
                 self._find_backward_inputs(trial)
-                of_inputs = self.backward(kept, trial.gradients)
+                input_gradients = self.backward(kept, trial.gradients)
                 wanted = [isinstance(leaf, th.Tensor) and leaf.requires_grad for leaf in trial.inputs]
-                pairs += zip(compress(of_inputs, wanted), trial.of_inputs, strict=True)
+                pairs += zip(compress(input_gradients, wanted), trial.input_gradients, strict=True)
         return all(is_same(*pair) for pair in pairs)
 
     def _find_places(
@@ -270,37 +279,37 @@ class StepGraph:
         self.last = [place for place in range(len(outputs)) if place != self.collected]
         require(all(places_of(outputs[place], after) for place in self.last), "a step stores something")
         for old, new in zip(before, after, strict=True):
-            # What a step does not look at is no input, and what it leaves alone no output
+            # A tensor that the step does not use is not an input, and one that it does not change is not an output
             for place in places_of(old, inputs) if new is not old else []:
-                # Outputs that are the same count in each of their places; one of them is enough
+                # A tensor may be several outputs: use the first
                 source = places_of(new, outputs)[0]
                 is_alike = (new.shape, new.dtype, new.stride()) == (old.shape, old.dtype, old.stride())
-                require(is_alike, "it is compiled for other tensors than it gives")
-                # Where observations are the states, both are the same tensor
+                require(is_alike, "a carried tensor changes its shape, type or strides")
+                # States and observations may be the same tensor
                 if (place, source) not in self.carried:
                     self.carried.append((place, source))
 
     def _find_backward_inputs(self, trial: Trial) -> None:
         differentiable = [place for place, has_gradient in enumerate(self.has_gradient) if has_gradient]
         require(all(trial.outputs[place].is_contiguous() for place in differentiable), "an output is not contiguous")
-        names_kept = self._directions[False].outputs[self.n_outputs :]
+        kept_names = self._directions[False].outputs[self.n_outputs :]
         places = iter(differentiable)
         for name in self._directions[True].inputs:
             is_kept = not name.startswith("tangents_")
-            self._backward_inputs.append((is_kept, names_kept.index(name) if is_kept else next(places)))
+            self._backward_inputs.append((is_kept, kept_names.index(name) if is_kept else next(places)))
         require(next(places, None) is None, "there are gradients that the backward pass does not ask for")
 
 
 class Loop(th.autograd.Function):
-    """Steps in a row, of a :class:`StepGraph` that ``loops``."""
+    """Differentiable repetition of the step of a :class:`StepGraph` that ``loops``."""
 
     @staticmethod
     def forward(ctx: Any, graph: StepGraph, n_steps: int, *inputs: Any) -> tuple[th.Tensor, ...]:
         """
-        :param graph: of the step
+        :param graph: graph of the step
         :param n_steps: number of steps
-        :param inputs: of the first step
-        :return: outputs of the last step (``graph.last``), and ``graph.collected`` of all, one behind the other
+        :param inputs: inputs of the first step
+        :return: outputs of the last step (``graph.last``), and the concatenated ``graph.collected`` of all steps
         """
         now = list(inputs)
         ctx.graph, ctx.kept = graph, []
@@ -311,7 +320,7 @@ class Loop(th.autograd.Function):
             collected.append(outputs[graph.collected])
             for place, source in graph.carried:
                 now[place] = outputs[source]
-        # Aliases: what was kept, too, would hold itself in memory if it came to know where it is from
+        # Return aliases: outputs are also in `ctx.kept`, and with a `grad_fn` they would refer to themselves
         results = {place: outputs[place].detach() for place in graph.last} | {graph.collected: th.cat(collected)}
         ctx.mark_non_differentiable(*(result for place, result in results.items() if not graph.has_gradient[place]))
         return tuple(results.values())
@@ -320,55 +329,56 @@ class Loop(th.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: th.Tensor | None) -> tuple[th.Tensor | None, ...]:
         """
-        :param gradients: of what :meth:`forward` returned
-        :return: of what it was given
+        :param gradients: gradients of the results of :meth:`forward`
+        :return: gradients of its arguments
         """
         graph: StepGraph = ctx.graph
-        # As the backward pass was compiled for
-        *of_last, of_collected = (None if gradient is None else gradient.contiguous() for gradient in gradients)
-        of_outputs: list[th.Tensor | None] = [*of_last]
-        of_outputs.insert(graph.collected, None)
-        # Behind the other steps, outputs count for what is carried on of them
-        nothing = [None if gradient is None else th.zeros_like(gradient) for gradient in of_outputs]
-        # All steps share the inputs that are not carried on
+        # The backward pass is compiled for contiguous gradients
+        *last_gradients, collected_gradient = (None if gradient is None else gradient.contiguous() for gradient in gradients)
+        output_gradients: list[th.Tensor | None] = [*last_gradients]
+        output_gradients.insert(graph.collected, None)
+        # In all steps but the last, only the carried outputs have a gradient: that of the next step's inputs
+        zeros = [None if gradient is None else th.zeros_like(gradient) for gradient in output_gradients]
+        # Inputs that are not carried are shared by all steps: sum their gradients
         carried, needed = {place for place, _ in graph.carried}, ctx.needs_input_grad[2:]
         totals: dict[int, th.Tensor] = {}
         for step in reversed(range(len(ctx.kept))):
-            of_outputs[graph.collected] = None if of_collected is None else of_collected[step : step + 1]
-            of_inputs = graph.backward(ctx.kept[step], of_outputs)
-            for place, gradient in enumerate(of_inputs):
+            output_gradients[graph.collected] = None if collected_gradient is None else collected_gradient[step : step + 1]
+            input_gradients = graph.backward(ctx.kept[step], output_gradients)
+            for place, gradient in enumerate(input_gradients):
                 if gradient is not None and needed[place] and place not in carried:
                     totals[place] = totals[place] + gradient if place in totals else gradient
-            of_outputs = list(nothing)
+            output_gradients = list(zeros)
             for place, source in graph.carried:
-                gradient, so_far = of_inputs[place], of_outputs[source]
+                gradient, so_far = input_gradients[place], output_gradients[source]
                 if gradient is not None:
-                    is_sum = so_far is not None and so_far is not nothing[source]
-                    of_outputs[source] = so_far + gradient if is_sum else gradient.contiguous()  # type: ignore[operator]
-        return None, None, *(of_inputs[place] if place in carried else totals.get(place) for place in range(len(needed)))
+                    is_sum = so_far is not None and so_far is not zeros[source]
+                    output_gradients[source] = so_far + gradient if is_sum else gradient.contiguous()  # type: ignore[operator]
+        return None, None, *(input_gradients[place] if place in carried else totals.get(place) for place in range(len(needed)))
 
 
 class CompiledLoop:
     """
-    A step that is compiled, taken many times in a row.
+    A compiled step that is repeated.
 
-    What torch does around each call of a compiled function (checks of all that it depends on, autograd's bookkeeping) takes a
-    fifth of a millisecond: for the 25 steps of a gradient, an eighth of its time. Several steps in one graph save that, and
-    take so many times longer to compile. Here it is done once for all steps in a row.
+    The overhead of a call of a compiled function (guards, autograd's bookkeeping) is a fifth of a millisecond: for the 25
+    steps of a gradient, an eighth of its time. A graph of several steps would avoid the overhead, but its compile time is
+    proportional to their number. Here the overhead occurs once for all steps.
 
-    :param step: ``(carried, *args) -> (carried, output)``, with a named tuple of tensors that each step takes from the one
-        before, and an output ``(1, ...)`` that is collected, both in new tensors
+    :param step: ``(carried, *args) -> (carried, output)``, with a named tuple of tensors that each step takes from the
+        previous one, and an output ``(1, ...)`` that is collected; both are new tensors
     :param compile_graph: the compiler
     """
 
     def __init__(self, step: Callable[..., tuple[Any, th.Tensor]], compile_graph: CompileGraph):
         #: All graphs so far
         self.graphs: list[StepGraph] = []
-        # For the graph that is called, how many steps to take; and from it, how many were taken, and what of if it is new
+        # Arguments and results of `_run`, which torch calls: steps to take, steps taken, and (graph, inputs, outputs) of a
+        # step whose graph was not analysed yet
         self._n_steps = 0
         self._n_taken = 0
         self._new: tuple[StepGraph, Sequence[Any], Sequence[Any]] | None = None
-        # torch keeps the backend, and what it gave, for longer than this lives
+        # A weak reference, because torch keeps the backend and its results in memory
         this = weakref.ref(self)
 
         def backend(graph: th.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Sequence[Any]]:
@@ -384,14 +394,14 @@ class CompiledLoop:
 
             return call
 
-        # fullgraph: what breaks the graph would run slower than without compilation
+        # fullgraph: with graph breaks, compiled code would be slower than eager code
         self._step = th.compile(step, fullgraph=True, dynamic=False, backend=backend)
 
     def _run(self, graph: StepGraph, inputs: Sequence[Any]) -> Sequence[Any]:
         """
         :param graph: the graph
-        :param inputs: of the first step
-        :return: outputs of the last of as many steps as were asked for, or of the first one
+        :param inputs: inputs of the first step
+        :return: outputs of the last step, if the step can be repeated; otherwise outputs of the first step
         """
         if graph.loops:
             *last, collected = Loop.apply(graph, self._n_steps, *inputs)
@@ -399,7 +409,7 @@ class CompiledLoop:
             last.insert(graph.collected, collected)
             return last
         if not graph.was_tried:
-            graph.try_out(inputs)
+            graph.try_step(inputs)
         outputs = tuple(graph.step(*inputs))
         self._n_taken = 1
         if graph.loops is None:
@@ -408,16 +418,16 @@ class CompiledLoop:
 
     def __call__(self, carried: Carried, n_steps: int, *args: Any) -> tuple[Carried, th.Tensor]:
         """
-        :param carried: what the first step begins with
+        :param carried: tensors that the first step starts from
         :param n_steps: number of steps, at least 1
         :param args: other arguments of all steps
-        :return: what the next step would begin with, and the outputs of the steps, ``(n_steps, ...)``
+        :return: tensors that the next step would start from, and the outputs of the steps, ``(n_steps, ...)``
         """
         parts: list[th.Tensor] = []
         earlier: tuple[StepGraph, Sequence[Any]] | None = None
         while n_steps > 0:
             self._n_steps, self._new = n_steps, None
-            # What was checked in the middle holds for the other steps
+            # Skip the guards after they have passed in the middle of a rollout: they hold for the other steps too
             is_checked = len(parts) > 1
             with th.compiler.set_stance(skip_guard_eval_unsafe=True) if is_checked else nullcontext():
                 after, output = self._step(carried, *args)
@@ -425,10 +435,10 @@ class CompiledLoop:
             if self._new is not None:
                 graph, inputs, outputs = self._new
                 if earlier is not None and earlier[0] is graph:
-                    graph.look_into(earlier[1], inputs, outputs, carried, after, output)
+                    graph.analyse(earlier[1], inputs, outputs, carried, after, output)
                 earlier = graph, inputs
             carried = after
             n_steps -= self._n_taken
-        # Nothing of it stays in memory
+        # Free the memory of the last step
         self._new = None
         return carried, parts[0] if len(parts) == 1 else th.cat(parts)

@@ -1,4 +1,4 @@
-"""Model and policy compiled for rollouts: the same numbers, sooner."""
+"""Compiles model and policy for rollouts. The results are the same up to rounding errors."""
 
 import gc
 import warnings
@@ -24,20 +24,21 @@ from sb3_mpg.common.units import Units
 
 Result = TypeVar("Result")
 
-# How steps are differentiated. The backward pass computes the small quantities of a model once more, as it takes longer to
-# hand over hundreds of small tensors; not by `aggressive_recomputation`, which also draws random numbers a second time. It
-# overwrites nothing, as each horizon passes back through the steps that it shares with longer ones. And what comes from
-# torch's cache of both directions was not compiled here, where they are told apart
+# How the steps are differentiated
 OF_STEPS: dict[str, Any] = {
+    # Cached graphs are not compiled here, so that their two directions could not be recorded
     "enable_autograd_cache": False,
+    # Horizons share steps, so several backward passes use the same activations
     "donated_buffer": False,
+    # Recompute small quantities of the model in the backward pass, which is faster than keeping hundreds of small tensors. Not
+    # by `aggressive_recomputation`, which also draws random numbers a second time
     "ban_recompute_used_far_apart": False,
     "ban_recompute_long_fusible_chains": False,
     "ban_recompute_materialized_backward": False,
 }
 
 
-# A product of fewer columns than this takes a library for products up to four times as long as its transpose
+# With fewer columns than this, the libraries take up to four times as long for a product as for its transpose
 NARROW = 16
 
 
@@ -48,16 +49,16 @@ def product_of(inputs: th.Tensor, weight: th.Tensor) -> th.Tensor:
     :return: ``inputs @ weight.T``
     """
     if inputs.dim() == 2 and inputs.shape[1] < NARROW:
-        # The gradient of what lies in columns is computed in columns. Narrow outputs are left as they are: behind a transposed
-        # view, the compiler would compute activations once more in the backward pass instead of keeping them
+        # For column-major inputs, the gradient is computed in columns as well. Narrow outputs do not get this treatment: after
+        # a transposed view, the compiler would recompute activations in the backward pass
         inputs = inputs.t().contiguous().t()
     return inputs @ weight.t()
 
 
 class BiasBehindProduct(TorchFunctionMode):
     """
-    Linear layers as a product and, apart from it, the bias. The products of the CPU's libraries begin with a copy of the bias
-    to each row; a compiler adds it for nothing where it computes the activation.
+    Splits linear layers into a product and the addition of the bias. The libraries of the CPU copy the bias to each row before
+    the product, while the compiler adds it at no cost when it computes the activation.
     """
 
     def __torch_function__(
@@ -71,14 +72,14 @@ class BiasBehindProduct(TorchFunctionMode):
             bias, product = args[0], th.bmm(args[1], args[2])
         if bias is None or product is None:
             return func(*args, **(kwargs or {}))
-        # Not a sum, which the compiler would put together with the product again
+        # A difference, because the compiler would fuse a sum with the product again
         return product - (-bias)
 
 
 class PartsOneByOne(TorchFunctionMode):
     """
-    Tensors that are taken apart, part by part. The backward pass of what is compiled may take a part once more from the whole;
-    of what came out of one ``unbind`` or ``split`` into given sizes it is handed over each part, and all that follows from it.
+    Replaces ``unbind`` and ``split`` into given sizes by one view for each part. The backward pass can then recompute a part
+    from the whole tensor. Otherwise every part, and all that is computed from it, is kept for the backward pass.
     """
 
     def __torch_function__(
@@ -105,25 +106,29 @@ class PartsOneByOne(TorchFunctionMode):
 
 def in_a_line(error: Exception) -> str:
     """
-    :param error: of the compiler, which can be of many lines
-    :return: its beginning, for a warning
+    :param error: an error of the compiler, whose message may have many lines
+    :return: the beginning of the message in one line, for a warning
     """
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def inductor_options(device: th.device) -> dict[str, Any]:
     """
-    :param device: where what is compiled runs
-    :return: options of torch's compiler; random numbers are drawn as without compilation
+    :param device: device of the compiled code
+    :return: options of torch's compiler
     """
-    # One C++ file for each direction: with one for each kernel, the compiler spends most of its time on the headers,
-    # and the kernels are called from Python. Not on a GPU, where the kernels are not C++
-    # The guards have checked the sizes already; and to build and load a library for each set of vector instructions,
-    # only to see that the C++ compiler knows those of this processor, takes as long as all the rest. To compile the
-    # headers beforehand takes longer than it saves in two or three files
-    options: dict[str, Any] = {"fallback_random": True, "size_asserts": False, "cpp.vec_isa_ok": True}
-    options["cpp_wrapper"] = device.type == "cpu"
-    # Not in old versions of torch
+    options: dict[str, Any] = {
+        # Draw the same random numbers as without compilation
+        "fallback_random": True,
+        # The guards check the sizes already
+        "size_asserts": False,
+        # Skip the test of vector instructions, which builds a library for each set and takes as long as all the rest
+        "cpp.vec_isa_ok": True,
+        # One C++ file for each direction. With one for each kernel, most of the compile time is spent on headers, and the
+        # kernels are called from Python. On a GPU the kernels are not C++
+        "cpp_wrapper": device.type == "cpu",
+    }
+    # Precompiled headers take longer than they save in two or three files. Old versions of torch do not have the option
     if hasattr(inductor_config, "cpp_cache_precompile_headers"):
         options["cpp_cache_precompile_headers"] = False
     return options
@@ -132,8 +137,8 @@ def inductor_options(device: th.device) -> dict[str, Any]:
 def rewritten(function: Callable[..., Any], device: th.device) -> Callable[..., Any]:
     """
     :param function: a function of tensors, modules and numbers
-    :param device: where it runs
-    :return: the same, as it compiles best
+    :param device: device of the tensors
+    :return: the same function with the operations of this module, which compile to faster code
     """
     bias_behind_product = BiasBehindProduct() if device.type == "cpu" else nullcontext()
 
@@ -141,39 +146,39 @@ def rewritten(function: Callable[..., Any], device: th.device) -> Callable[..., 
         with PartsOneByOne(), bias_behind_product:
             return function(*args)
 
-    # A code object of its own: torch counts recompilations for each, and gives up after a few. Several algorithms in
-    # one process, as in a search for hyperparameters, must not use up each other's.
+    # Copy the code object. torch limits the number of recompilations of each one, and several algorithms in one process, as
+    # in a hyperparameter search, must not share this limit
     code = rewritten.__code__.replace()
     return FunctionType(code, rewritten.__globals__, rewritten.__name__, None, rewritten.__closure__)
 
 
 def compile_function(function: Callable[..., Any], device: th.device, backend: str) -> Callable[..., Any]:
     """
-    A call is checked by ``torch.compile``'s guards against everything that the graph depends on, the attributes of
-    the user's model included.
+    Compile a function. The guards of ``torch.compile`` check everything that the graph depends on at each call, including
+    the attributes of the user's model.
 
     :param function: a function of tensors, modules and numbers
-    :param device: where it runs
-    :param backend: of ``torch.compile``
-    :return: the function, to be compiled by its first call
+    :param device: device of the tensors
+    :param backend: backend of ``torch.compile``
+    :return: the function, which its first call compiles
     """
     options = inductor_options(device) if backend == "inductor" else None
-    # fullgraph: a model that breaks the graph would run slower than without compilation
+    # fullgraph: with graph breaks, compiled code would be slower than eager code
     return th.compile(rewritten(function, device), fullgraph=True, dynamic=False, backend=backend, options=options)
 
 
 def compile_loop(step: Callable[..., Any], device: th.device, backend: str) -> CompiledLoop:
     """
-    As :func:`compile_function`, for many steps in a row.
+    Compile a step that is repeated.
 
     :param step: see :class:`CompiledLoop`
-    :param device: where it runs
-    :param backend: of ``torch.compile``
-    :return: takes the steps
+    :param device: device of the tensors
+    :param backend: backend of ``torch.compile``
+    :return: function that takes several steps
     """
 
     def compile_graph(graph: th.fx.GraphModule, example_inputs: Sequence[Any], record: Record) -> Any:
-        # The compiler takes seconds to import
+        # Imported late, because the import takes seconds
         from torch._dynamo import lookup_backend
         from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
@@ -193,9 +198,9 @@ def compile_loop(step: Callable[..., Any], device: th.device, backend: str) -> C
 
 def like_a_middle(rollout: RolloutState) -> RolloutState:
     """
-    :param rollout: where a rollout stands
-    :return: the same, with a gradient in all that has one in the middle of a rollout: steps from a start without would be
-        compiled a second time
+    :param rollout: state of a rollout
+    :return: the same, where states and network inputs require a gradient. They do so in the middle of a rollout; without this,
+        its first step would be compiled separately
     """
     states, network_inputs = (tensor if tensor.requires_grad else tensor.detach().requires_grad_() for tensor in rollout[:2])
     return rollout._replace(states=states, network_inputs=network_inputs)
@@ -203,12 +208,12 @@ def like_a_middle(rollout: RolloutState) -> RolloutState:
 
 def even_rows(tensors: Iterable[th.Tensor], model: PriorModel) -> list[th.Tensor]:
     """
-    An ensemble deals out the rows of a batch in equal parts. When they do not come out even, torch's compiler (2.13, on a CPU)
-    takes a loop over the batch for one over the whole parts in it, and leaves the rest unwritten.
+    Pad a batch for an ensemble, which deals the rows to its members in equal parts. If the number of rows is not divisible by
+    the number of members, torch's compiler (2.13, on a CPU) does not write the last rows.
 
     :param tensors: each ``(B, ...)``
     :param model: the model
-    :return: the same, contiguous, as steps are compiled for, and if need be with more rows, so that they come out even
+    :return: the same tensors, contiguous, padded to a divisible number of rows, ``(B', ...)``
     """
     return [(model.even_rows(tensor) if isinstance(model, TrainableModel) else tensor).contiguous() for tensor in tensors]
 
@@ -226,10 +231,10 @@ def step(
     rollout: RolloutState, actor: th.nn.Module, actor_parameters: dict[str, th.Tensor], model: PriorModel, units: Units
 ) -> tuple[RolloutState, th.Tensor]:
     """
-    :return: the rollout after a step of :func:`advance`, and the reward of this step, ``(1, B, 1)``
+    :return: the rollout after one step of :func:`advance`, and the reward of this step, ``(1, B, 1)``
     """
     rollout, rewards = advance(rollout, 1, actor, actor_parameters, model, units, gamma=1.0)
-    # In memory as the next step takes them, and no views of one another
+    # The next step needs contiguous tensors that are not views of each other
     states, actions, network_inputs = rollout.states.contiguous(), rollout.actions.contiguous(), rollout.network_inputs
     network_inputs = states if network_inputs is rollout.states else network_inputs.clone(memory_format=th.contiguous_format)
     return rollout._replace(states=states, network_inputs=network_inputs, actions=actions), th.stack([rewards])
@@ -239,10 +244,10 @@ def held_step(
     held: HeldState, env_actions: th.Tensor, model: PriorModel, low: th.Tensor, high: th.Tensor
 ) -> tuple[HeldState, th.Tensor]:
     """
-    :return: held and whether it was taken, behind one step of :func:`hold`
+    :return: state after one step of :func:`hold`, and whether each row took it, bool ``(1, B, 1)``
     """
     held, is_taken = hold(held, 1, env_actions, model, low, high)
-    # In memory as the next step takes them
+    # The next step needs contiguous tensors
     return HeldState(*(tensor.contiguous() for tensor in held)), is_taken
 
 
@@ -251,32 +256,32 @@ def discounts_of(gamma: float, n_steps: int, device: th.device) -> th.Tensor:
     """
     :param gamma: discount factor
     :param n_steps: number of steps
-    :param device: where they are needed
-    :return: the discounts of these steps, ``(n_steps, 1, 1)``, always the same tensor
+    :param device: device of the result
+    :return: the discounts of these steps, ``(n_steps, 1, 1)``; a cached tensor, which must not be changed
     """
     return th.tensor([gamma**index for index in range(n_steps)], device=device).reshape(-1, 1, 1)
 
 
 class StepCompiler(Steps):
     """
-    Compiles the steps of rollouts, the steps of exploration and the policy. What cannot be compiled runs eagerly, with one
-    warning. Copies and pickles compile again for themselves.
+    Compiles the steps of rollouts, the steps that perturb start states, and the policy. If something cannot be compiled, all
+    steps are eager from then on, with one warning. Copies and pickles compile again.
 
-    :param backend: of ``torch.compile``
+    :param backend: backend of ``torch.compile``
     """
 
     def __init__(self, backend: str = "inductor"):
         self.backend = backend
-        #: Whether something could not be compiled; then nothing more is
+        #: Whether something could not be compiled; all steps are eager from then on
         self.has_failed = False
         self._eager = EagerSteps()
-        # Compiled at the first call, where failures are dealt with; steps by whether they have a gradient
+        # Compiled at the first call, where failures are handled; one for steps with and one for steps without gradient
         self._steps: dict[bool, CompiledLoop] = {}
         self._hold_loop: CompiledLoop | None = None
         self._act: Callable[..., th.Tensor] | None = None
 
     def __reduce__(self) -> tuple[type["StepCompiler"], tuple[str]]:
-        # Compiled functions belong to this process and to this object
+        # Compiled functions cannot be pickled or shared
         return StepCompiler, (self.backend,)
 
     @property
@@ -287,9 +292,11 @@ class StepCompiler(Steps):
         self, what: str, compiled: Callable[..., Result], eager: Callable[..., Result], args: tuple[Any, ...]
     ) -> Result:
         """
-        :param what: what runs, for a warning
-        :param compiled: compiles it, and runs it
-        :param eager: the same without compilation
+        Run a function compiled, or eagerly after a failure of the compiler.
+
+        :param what: name of the function, for a warning
+        :param compiled: compiles and runs the function
+        :param eager: runs the function without compilation
         :param args: arguments of both
         :return: the result
         """
@@ -299,7 +306,7 @@ class StepCompiler(Steps):
             with compiling():
                 return compiled(*args)
         except Exception as error:
-            # Whatever the compiler trips over, training goes on; an error of the model itself is raised again here
+            # Continue training after any failure of the compiler. An error of the model itself is raised again here
             self.has_failed = True
             result = eager(*args)
             warnings.warn(
@@ -350,8 +357,8 @@ class StepCompiler(Steps):
     def policy(self, actor: th.nn.Module, n_rows: int) -> Policy:
         """
         :param actor: the policy
-        :param n_rows: number of rows that it is compiled for; other numbers run eagerly
-        :return: the same policy, valid for one rollout: as long as its parameters do not change
+        :param n_rows: number of rows that it is compiled for; other batches run eagerly
+        :return: the same policy, for use without gradient and only in one rollout: its parameters must not change
         """
         is_checked = False
 
@@ -376,9 +383,9 @@ class StepCompiler(Steps):
 @contextmanager
 def compiling() -> Iterator[None]:
     """
-    What may compile is called in here. Keeps torch's remarks about its own compiler from the user, who can do nothing about
-    them. No garbage is collected meanwhile: the compiler makes millions of objects, and to look for garbage among them takes a
-    twentieth of its time.
+    Context for calls that may compile. It suppresses warnings of torch about its own compiler, which users cannot act on. It
+    also suspends garbage collection: the compiler creates millions of objects, and searching them takes a twentieth of its
+    time.
     """
     collects_garbage = gc.isenabled()
     try:

@@ -1,4 +1,4 @@
-"""Where the optimizers get their gradients from: the interface and its settings."""
+"""Interface and settings of learners, which compute the gradients that the optimizers apply."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -21,9 +21,10 @@ class PoolSettings:
     """
     Rarely needed settings of a pool of learner processes.
 
-    :param timeout: seconds that a gradient may take, compiling included, before its learner is replaced
+    :param timeout: seconds that a gradient may take, including compilation, before its learner is replaced
     :param max_restarts: how many learners may be replaced within one call of ``learn()``
-    :param start_method: of the processes, ``"forkserver"`` or ``"spawn"``; ``None`` for the first that the system has
+    :param start_method: start method of the processes, ``"forkserver"`` or ``"spawn"``; ``None`` for the first that the system
+        has
     """
 
     timeout: float = 300.0
@@ -34,10 +35,12 @@ class PoolSettings:
 @dataclass
 class LearnerSettings:
     """
+    Settings of the learners.
+
     :param n_learners: number of learner processes; 0 computes the gradients in the main process
     :param max_staleness: largest number of updates between the parameters that a gradient was computed at and those that it is
-        applied to. 0 computes one gradient at a time, and only when it is asked for; ``None`` is twice the number of learners
-    :param learner_kwargs: of :class:`PoolSettings`
+        applied to. 0 computes one gradient at a time, when it is needed; ``None`` is twice the number of learners
+    :param learner_kwargs: arguments of :class:`PoolSettings`
     """
 
     n_learners: int = 0
@@ -46,7 +49,7 @@ class LearnerSettings:
 
     def check(self) -> None:
         """
-        :raises ValueError: for values that make no sense
+        :raises ValueError: for impossible values
         """
         check_count("n_learners", self.n_learners, 0)
         if self.max_staleness is not None:
@@ -58,7 +61,7 @@ class LearnerSettings:
 
     @property
     def pool(self) -> PoolSettings:
-        """``learner_kwargs``, with defaults for what is not given."""
+        """``learner_kwargs`` with defaults."""
         return PoolSettings(**(self.learner_kwargs or {}))
 
     @property
@@ -69,12 +72,12 @@ class LearnerSettings:
 
 class TrainingInputs(NamedTuple):
     """
-    What gradients depend on besides the tensors of the update, as it is now.
+    The present inputs of a gradient, other than the tensors of the update.
 
-    :param replay_buffer: where transitions are sampled
+    :param replay_buffer: what transitions are sampled from
     :param batch_size: number of transitions of a batch
     :param units: conversions between environment and networks
-    :param settings_of: gives the settings of an update, by its number
+    :param settings_of: maps the number of an update to its settings
     """
 
     replay_buffer: ReplayBuffer
@@ -84,34 +87,36 @@ class TrainingInputs(NamedTuple):
 
 
 class Learners(ABC):
-    """Where ``train()`` gets its gradients from."""
+    """Compute the gradients that ``train()`` applies."""
 
     @abstractmethod
     def next_result(self, n_updates: int, inputs: TrainingInputs) -> GradientResult:
         """
         :param n_updates: number of the update
-        :param inputs: what gradients depend on now
+        :param inputs: present inputs of gradients
         :return: gradients to apply now. Their memory may be overwritten after :meth:`applied`.
         """
 
     def applied(self, n_updates: int, inputs: TrainingInputs) -> None:  # noqa: B027  # nothing to do without processes
         """
-        The result was applied, or skipped: the parameters are those of now.
+        Called after the result was applied or skipped, with the new parameters.
 
         :param n_updates: number of updates so far
-        :param inputs: what further gradients depend on
+        :param inputs: present inputs of gradients
         """
 
     def writing(self, replay_buffer: ReplayBuffer) -> AbstractContextManager[None]:
         """
         :param replay_buffer: the replay buffer
-        :return: the context in which it is written to
+        :return: context in which a transition is added to the buffer
         """
         return nullcontext()
 
-    def record(self, logger: Logger) -> None:  # noqa: B027  # nothing to say without processes
+    def record(self, logger: Logger) -> None:  # noqa: B027  # nothing to log without processes
         """
-        :param logger: where staleness, throughput and failures are logged
+        Log staleness, throughput and failures.
+
+        :param logger: the logger
         """
 
     def close(self) -> None:  # noqa: B027  # nothing to do without processes

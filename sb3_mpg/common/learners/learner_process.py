@@ -1,4 +1,4 @@
-"""What a learner process does, and the messages between it and the main process."""
+"""Main loop of a learner process, and the messages between it and the main process."""
 
 import threading
 import time
@@ -19,11 +19,13 @@ from sb3_mpg.common.utils import keep_freed_memory
 
 class Task(NamedTuple):
     """
-    :param n_updates: number of the update that is to be computed
+    Message to a learner: compute the gradients of an update.
+
+    :param n_updates: number of the update
     :param batch_size: number of transitions
-    :param slot: where the gradients go
-    :param settings: of the update, pickled: they may hold objects of classes that only cloudpickle can send
-    :param scalars: of the units
+    :param slot: index of the slot that the gradients are written to
+    :param settings: settings of the update, pickled, because only cloudpickle can pickle some objects in them
+    :param scalars: what ``Units.scalars`` returned
     """
 
     n_updates: int
@@ -35,13 +37,15 @@ class Task(NamedTuple):
 
 class Outcome(NamedTuple):
     """
-    :param n_updates: number of the update that was computed
-    :param version: number of updates that the parameters had seen
+    Message of a learner: the gradients of an update are in their slot.
+
+    :param n_updates: number of the update
+    :param version: number of updates that were applied to the parameters that the gradients were computed at
     :param networks: names of the networks whose gradients are in the slot
     :param logs: scalars about the update
     :param share_masked: as in ``GradientResult``
-    :param idle_seconds: how long the learner had waited for the task
-    :param busy_seconds: how long it took
+    :param idle_seconds: how long the learner waited for the task
+    :param busy_seconds: how long the task took
     """
 
     n_updates: int
@@ -55,13 +59,13 @@ class Outcome(NamedTuple):
 
 def _avoid_semaphores() -> None:
     """
-    torch's compiler shows its progress by tqdm, whose lock is a semaphore of the operating system unless it is given
-    another lock. If this process were killed, nobody would remove the semaphore.
+    torch's compiler uses tqdm, whose default lock is a semaphore of the operating system. If this process were killed, the
+    semaphore would remain.
     """
     try:
         from tqdm import tqdm
     except ImportError:
-        return  # torch does without it, too
+        return  # torch does not need it
     tqdm.set_lock(threading.RLock())
 
 
@@ -88,13 +92,13 @@ def run_learner(
     connection: Connection, payload: SharedBytes, replay: tuple, parameters: SharedParameters, slots: list[Slot]
 ) -> None:
     """
-    What a learner does: read the newest parameters, compute, write the gradients; until it is told to end.
+    Main loop of a learner: fetch the newest parameters, compute the gradients and write them, until ``None`` is received.
 
-    :param connection: to the main process
+    :param connection: connection to the main process
     :param payload: the update, its units, the replay buffer without its arrays and the precision of products, pickled
-    :param replay: of ``SharedReplayBuffer.shared_parts``
-    :param parameters: what the main process publishes
-    :param slots: where the gradients go
+    :param replay: what ``SharedReplayBuffer.shared_parts`` returned
+    :param parameters: the parameters that the main process publishes
+    :param slots: slots that the gradients are written to
     """
     _avoid_semaphores()
     keep_freed_memory()
@@ -106,15 +110,18 @@ def run_learner(
     tensors = update.tensors() + units.statistics()
     slot_views = [slot.views() for slot in slots]
     connection.send(Ready())
+
     while True:
         start = time.perf_counter()
         task: Task | None = connection.recv()
         if task is None:
             return
         started = time.perf_counter()
+        # Fetch the newest parameters
         version = parameters.fetch(tensors)
         if isinstance(update.model, TrainableModel):
             update.model.refresh()
+        # Compute the gradients, and write them to the slot
         settings, scaled = cloudpickle.loads(task.settings), units.with_scalars(task.scalars)
         result: GradientResult = update.gradients_of_update(task.n_updates, task.batch_size, reader, scaled, settings)
         with th.no_grad():

@@ -1,4 +1,4 @@
-"""Learners that are processes on the same machine."""
+"""Learners in processes on the same machine."""
 
 import time
 import warnings
@@ -38,46 +38,46 @@ from sb3_mpg.common.processes import (
 from sb3_mpg.common.type_aliases import GradientResult
 from sb3_mpg.common.update import Update
 
-# One gradient is computed while another waits to be applied
+# Two, so that one gradient is computed while another waits to be applied
 SLOTS_PER_LEARNER = 2
-# How long a learner may take to start, at least
+# Seconds that a learner may always take to start, even if the timeout is shorter
 START_SECONDS = 120.0
-# How often learners are looked after while the environment is stepped, in seconds
+# Seconds between two checks for results and dead learners
 LOOK_EVERY = 0.5
-# The throughput is measured over that many updates
+# Number of updates over which the throughput is measured
 THROUGHPUT_WINDOW = 100
 
 
 class _Learner:
     """
-    The main process's side of a learner.
+    A learner, as the main process sees it.
 
     :param worker: its process
-    :param slots: where its gradients go
+    :param slots: slots for its gradients
     """
 
     def __init__(self, worker: Worker, slots: list[Slot]):
         self.worker = worker
         self.slots = slots
         self.views = [slot.views() for slot in slots]
-        # Since when it owes an answer
+        # Time of its last message, or of its first open task since then
         self.since = time.monotonic()
 
 
 class _Pool:
     """
-    Learner processes and what they share with the main process.
+    Learner processes and their shared memory.
 
     :param update: computes gradients
-    :param inputs: what gradients depend on
-    :param settings: of the learners
+    :param inputs: present inputs of gradients
+    :param settings: settings of the learners
     :param first_update: number of the first update
     """
 
     def __init__(self, update: Update, inputs: TrainingInputs, settings: LearnerSettings, first_update: int):
         self.scheduler = Scheduler(settings.n_learners, SLOTS_PER_LEARNER, settings.staleness_bound, first_update)
         self.context = process_context(settings.pool.start_method)
-        # Collected once: walking through the modules at each update costs more than all else here
+        # Collected once, because searching the modules at each update is slow
         self.networks = update.tensors()
         self.layout = _layout(update, inputs)
         self.parameters = SharedParameters(self.networks + inputs.units.statistics())
@@ -90,7 +90,7 @@ class _Pool:
                 slots = [Slot(update.parameters()) for _ in range(SLOTS_PER_LEARNER)]
                 self.learners.append(_Learner(self._start(index, slots), slots))
         except BaseException:
-            # Nobody else knows of those that were started
+            # End those that were started: the caller gets no reference to them
             self.close()
             raise
 
@@ -100,7 +100,9 @@ class _Pool:
 
     def restart(self, index: int) -> None:
         """
-        :param index: number of a learner whose process is replaced
+        Replace the process of a learner.
+
+        :param index: index of the learner
         """
         learner = self.learners[index]
         learner.worker.close()
@@ -110,20 +112,22 @@ class _Pool:
 
     def publish(self, version: int, inputs: TrainingInputs) -> None:
         """
-        :param version: number of updates that the parameters have seen
-        :param inputs: what gradients depend on
+        Make the present tensors and transitions visible to the learners.
+
+        :param version: number of updates that were applied to the parameters
+        :param inputs: present inputs of gradients
         """
         self.parameters.publish(self.networks + inputs.units.statistics(), version)
         self.replay.publish()
 
     def close(self) -> None:
-        """End the processes, and give the replay buffer its memory back."""
+        """End the processes, and move the replay buffer back to private memory."""
         workers = [learner.worker for learner in self.learners]
         for worker in workers:
             try:
                 worker.connection.send(None)
             except OSError:
-                pass  # it is gone
+                pass  # it has ended
         deadline = time.monotonic() + GRACE_SECONDS
         for worker in workers:
             worker.close(max(deadline - time.monotonic(), 0.0))
@@ -133,19 +137,19 @@ class _Pool:
 def _layout(update: Update, inputs: TrainingInputs) -> tuple[Any, ...]:
     """
     :param update: computes gradients
-    :param inputs: what gradients depend on
-    :return: what learners are started with and cannot be told later; when it changes, they are started again
+    :param inputs: present inputs of gradients
+    :return: properties that running learners cannot change; when they change, the learners are started again
     """
     n_agents = None if update.simulator is None else update.simulator.num_agents
-    # A replay buffer by identity, as it has no other equality
+    # Replay buffers are compared by identity
     return id(inputs.replay_buffer), n_agents, [tensor.shape for tensor in inputs.units.statistics()]
 
 
 def pickled(content: Any) -> bytes:
     """
-    :param content: what learners get
-    :return: its pickle
-    :raises ValueError: when there is none
+    :param content: objects for learners
+    :return: their pickle
+    :raises ValueError: when they cannot be pickled
     """
     try:
         return cloudpickle.dumps(content)
@@ -160,17 +164,16 @@ class MultiprocessLearners(Learners):
     """
     A pool of learner processes, each with its own copy of the networks and of the model.
 
-    Parameters, transitions and gradients are in shared memory; only orders, settings, scalars and exceptions are sent.
-    Learners always compute at the newest parameters, and while the main process steps the environment. A
-    :class:`~sb3_mpg.common.learners.scheduler.Scheduler` decides who computes what.
+    Parameters, transitions and gradients are in shared memory. Only tasks, settings, scalars and exceptions are sent.
+    Learners compute at the newest parameters, while the main process steps the environment. A
+    :class:`~sb3_mpg.common.learners.scheduler.Scheduler` assigns updates to learners.
 
-    The processes are started by the first update; what cannot be sent to them is refused before the first step. A learner
-    that dies or hangs is replaced, and its work is handed out again.
+    The first update starts the processes. A learner that dies or hangs is replaced, and its updates are assigned again.
 
     :param update: computes gradients
-    :param inputs: what gradients depend on
-    :param settings: see there
-    :raises ValueError: when something cannot be sent to processes, or would not be computed in them as in this one
+    :param inputs: present inputs of gradients
+    :param settings: number and staleness of the learners, and settings of the pool
+    :raises ValueError: when something cannot be sent to processes, or learners would compute other gradients than in process
     """
 
     def __init__(self, update: Update, inputs: TrainingInputs, settings: LearnerSettings):
@@ -178,7 +181,7 @@ class MultiprocessLearners(Learners):
         check_shareable(inputs.replay_buffer)
         if any(isinstance(module, th.nn.modules.batchnorm._NormBase) for module in update.policy.modules()):
             raise ValueError("Batch normalisation gathers statistics with each gradient, which needs n_learners=0.")
-        # Refuses what cannot be sent, before the first step
+        # Fail before the first step
         pickled((update, inputs.settings_of(1)))
         self.update = update
         self.settings = settings
@@ -193,7 +196,7 @@ class MultiprocessLearners(Learners):
 
     def next_result(self, n_updates: int, inputs: TrainingInputs) -> GradientResult:
         if self._pool is not None and self._pool.layout != _layout(self.update, inputs):
-            # A callback brought another replay buffer, or changed what learners cannot be told
+            # A callback changed the replay buffer, or another property that running learners cannot change
             self.close()
         is_first = self._pool is None
         pool = self._pool = self._pool or _Pool(self.update, inputs, self.settings, n_updates)
@@ -205,6 +208,7 @@ class MultiprocessLearners(Learners):
         while True:
             self._hand_out(pool, inputs)
             while pool.scheduler.has_arrived:
+                # Drop results that are too old
                 arrival = pool.scheduler.take(version)
                 if arrival is None:
                     self.n_dropped += 1
@@ -233,13 +237,13 @@ class MultiprocessLearners(Learners):
 
     def _hand_out(self, pool: _Pool, inputs: TrainingInputs) -> None:
         """
-        Hand out updates as far as the scheduler allows.
+        Send all tasks that the scheduler allows.
 
         :param pool: the learners
-        :param inputs: what gradients depend on
+        :param inputs: present inputs of gradients
         """
         while True:
-            # Before its work counts
+            # Computed before the assignment, which makes its learner busy
             idle = [not pool.scheduler.owes_answer(index) for index in range(len(pool.learners))]
             assignment = pool.scheduler.assign()
             if assignment is None:
@@ -256,11 +260,12 @@ class MultiprocessLearners(Learners):
 
     def _receive(self, pool: _Pool, timeout: float) -> None:
         """
-        Take what learners sent, and replace those that died or hang.
+        Receive messages, and replace learners that died or hang.
 
         :param pool: the learners
-        :param timeout: how long to wait for anything, in seconds
+        :param timeout: how long to wait for a message, in seconds
         """
+        # Wait for messages and for the end of processes
         self._last_look = time.monotonic()
         by_handle: dict[Any, int] = {}
         for index, learner in enumerate(pool.learners):
@@ -275,6 +280,7 @@ class MultiprocessLearners(Learners):
                 died = True
             if died:
                 self._replace(pool, index)
+        # Replace learners that hang
         now = time.monotonic()
         for index, learner in enumerate(pool.learners):
             seconds = self.settings.pool.timeout
@@ -285,9 +291,9 @@ class MultiprocessLearners(Learners):
     def _take(self, pool: _Pool, index: int, message: Ready | Outcome | Failure) -> None:
         """
         :param pool: the learners
-        :param index: number of the learner that sent the message
+        :param index: index of the learner that sent the message
         :param message: the message
-        :raises Exception: that of the learner
+        :raises Exception: the exception of the learner, if it failed
         """
         pool.learners[index].since = time.monotonic()
         if isinstance(message, Failure):
@@ -301,9 +307,9 @@ class MultiprocessLearners(Learners):
     def _replace(self, pool: _Pool, index: int, reason: str | None = None) -> None:
         """
         :param pool: the learners
-        :param index: number of a learner whose process died, or is to be ended
-        :param reason: why it is to be ended
-        :raises RuntimeError: when it could not start, or when too many were replaced
+        :param index: index of the learner that is replaced
+        :param reason: why it is ended; ``None`` if its process died
+        :raises RuntimeError: when it could not start, or when too many learners were replaced
         """
         if reason is None:
             code = pool.learners[index].worker.exit_code()
@@ -311,11 +317,12 @@ class MultiprocessLearners(Learners):
                 raise RuntimeError(NO_MAIN_GUARD_MESSAGE)
             reason = "ran out of memory" if code == OUT_OF_MEMORY else f"died with exit code {code}"
             if not pool.scheduler.is_ready(index) and code is not None and code > 0:
-                raise RuntimeError(f"A learner {reason} while it was starting; what it says is above.")
+                raise RuntimeError(f"A learner {reason} while it was starting; see its output above.")
         if self.n_restarts >= self.settings.pool.max_restarts:
             raise RuntimeError(
                 f"A learner {reason}, after {self.n_restarts} others were replaced: training stops. The model is intact and "
-                "can be saved. Learners are often killed for want of memory; `max_restarts` in `learner_kwargs` allows more."
+                "can be saved. Learners are often killed because memory is short; `max_restarts` in `learner_kwargs` allows "
+                "more."
             )
         self.n_restarts += 1
         warnings.warn(f"A learner {reason} and is replaced; `learners/restarts` counts them.")
@@ -345,7 +352,7 @@ class MultiprocessLearners(Learners):
         for name, values in self._values.items():
             if name == "staleness":
                 largest = f"learners/{name}_max"
-                # Since the log was last written
+                # The maximum since the last dump of the logger
                 logger.record(largest, max(logger.name_to_value[largest], *values))
                 name = f"{name}_mean"
             for value in values:

@@ -1,8 +1,8 @@
 """
-Which learner computes which update. It is plain data without processes, so every backend of learners can use it.
+Assigns updates to learners. The scheduler knows no processes, so every backend of learners can use it.
 
-Updates are handed out ahead, as far as the bound on staleness allows. Results are taken in the order in which they arrive,
-each once. A result that is too old is dropped, and its update is handed out again.
+Updates are assigned in advance, as far as the bound on staleness allows. Results are applied in the order of their arrival.
+A result that is too old is dropped, and its update is assigned again.
 """
 
 from collections import deque
@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 class Assignment(NamedTuple):
     """
-    Work for a learner.
+    A task for a learner.
 
-    :param learner: number of the learner
+    :param learner: index of the learner
     :param n_updates: number of the update that it computes
-    :param slot: where its gradients go, one of the learner's own
+    :param slot: index of the learner's slot that the gradients are written to
     """
 
     learner: int
@@ -28,8 +28,8 @@ class Arrival(NamedTuple):
     """
     A result that waits to be applied.
 
-    :param assignment: what was computed
-    :param version: number of updates that the parameters had seen
+    :param assignment: the task
+    :param version: number of updates that were applied to the parameters that the gradients were computed at
     """
 
     assignment: Assignment
@@ -39,8 +39,10 @@ class Arrival(NamedTuple):
 @dataclass
 class _Workload:
     """
+    Slots and tasks of a learner.
+
     :param free_slots: slots without a task or a result
-    :param tasks: slot of each update that is being computed, by the number of the update
+    :param tasks: maps the number of each update that is being computed to its slot
     :param is_ready: whether the learner has started
     """
 
@@ -51,8 +53,10 @@ class _Workload:
 
 class Scheduler:
     """
+    Assigns updates to learners, and orders their results.
+
     :param n_learners: number of learners
-    :param n_slots: number of results that each learner may have under way or waiting
+    :param n_slots: number of slots of each learner; each holds a task or a result that waits
     :param max_staleness: largest number of updates between the parameters that a gradient was computed at and those that it is
         applied to
     :param first_update: number of the first update
@@ -69,31 +73,31 @@ class Scheduler:
 
     def set_ready(self, learner: int) -> None:
         """
-        :param learner: number of a learner that has started
+        :param learner: index of a learner that has started
         """
         self._loads[learner].is_ready = True
 
     def is_ready(self, learner: int) -> bool:
         """
-        :param learner: number of a learner
+        :param learner: index of a learner
         :return: whether it has started
         """
         return self._loads[learner].is_ready
 
     def owes_answer(self, learner: int) -> bool:
         """
-        :param learner: number of a learner
+        :param learner: index of a learner
         :return: whether it is starting or computing
         """
         return not self._loads[learner].is_ready or bool(self._loads[learner].tasks)
 
     def assign(self) -> Assignment | None:
         """
-        :return: the next work to hand out; ``None`` when all learners are busy or further results would be too old, if they
-            were applied in this order
+        :return: the next task to send; ``None`` when no learner has a free slot, or when the result would be too old after all
+            earlier ones have been applied
         """
         n_outstanding = len(self._arrived) + sum(len(load.tasks) for load in self._loads)
-        # No work waits for a learner that is still starting
+        # Learners that are still starting get no tasks
         able = [index for index, load in enumerate(self._loads) if load.is_ready and load.free_slots]
         if n_outstanding > self.max_staleness or not able:
             return None
@@ -106,11 +110,11 @@ class Scheduler:
 
     def arrive(self, learner: int, n_updates: int, version: int) -> None:
         """
-        A learner has computed an update.
+        A result has arrived.
 
-        :param learner: number of the learner
+        :param learner: index of the learner
         :param n_updates: number of the update
-        :param version: number of updates that the parameters had seen
+        :param version: number of updates that were applied to the parameters that the gradients were computed at
         """
         slot = self._loads[learner].tasks.pop(n_updates)
         self._arrived.append(Arrival(Assignment(learner, n_updates, slot), version))
@@ -122,9 +126,9 @@ class Scheduler:
 
     def take(self, version: int) -> Arrival | None:
         """
-        :param version: number of updates that the parameters have seen now
-        :return: the oldest result that waits; ``None`` when it was too old and was dropped. The caller must :meth:`release`
-            its slot.
+        :param version: number of updates that were applied to the present parameters
+        :return: the result that arrived first; ``None`` if it was too old and was dropped. The caller must :meth:`release` its
+            slot.
         """
         arrival = self._arrived.popleft()
         if version - arrival.version <= self.max_staleness:
@@ -136,15 +140,15 @@ class Scheduler:
 
     def release(self, assignment: Assignment) -> None:
         """
-        :param assignment: whose gradients are no longer needed
+        :param assignment: task whose gradients are no longer needed
         """
         self._loads[assignment.learner].free_slots.append(assignment.slot)
 
     def restart(self, learner: int) -> None:
         """
-        A learner died: what it was computing is handed out again, first updates first.
+        A learner died: its tasks are assigned again, in the order of the updates.
 
-        :param learner: number of the learner
+        :param learner: index of the learner
         """
         load = self._loads[learner]
         load.free_slots.extend(load.tasks.values())

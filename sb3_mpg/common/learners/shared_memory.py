@@ -1,9 +1,9 @@
 """
-Memory that processes share without a name: when the last of them is gone, so is the memory, even if it was killed.
+Shared memory without names: the system frees it when the last process ends, even if that is killed.
 
-Nothing here is locked, since a process that is killed must not keep a lock. There is one writer; readers look at a
-counter before and after, and read again if it moved (a *seqlock*). That relies on stores becoming visible in their
-order, as they do on x86.
+There are no locks, because a killed process would keep its lock. Instead there is one writer and a counter (a *seqlock*):
+readers compare the counter before and after, and read again if it has changed. This relies on stores becoming visible in
+their order, as they do on x86.
 """
 
 import copy
@@ -20,7 +20,7 @@ from gymnasium import spaces
 from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
-# Tensors and arrays begin at multiples of it, as torch allocates them
+# Alignment of tensors and arrays in bytes, as in torch
 ALIGNMENT = 64
 # How long a reader sleeps while the writer writes
 READ_AGAIN_SECONDS = 2e-5
@@ -28,10 +28,10 @@ READ_AGAIN_SECONDS = 2e-5
 
 class SharedArrays:
     """
-    NumPy arrays in shared memory. Pages that nobody writes to take no memory.
+    NumPy arrays in shared memory. Pages that are never written to take no memory.
 
-    :param shapes: their shapes
-    :param dtypes: their types
+    :param shapes: shapes of the arrays
+    :param dtypes: types of the arrays
     """
 
     def __init__(self, shapes: Sequence[tuple[int, ...]], dtypes: Sequence[Any]):
@@ -39,7 +39,7 @@ class SharedArrays:
         self.dtypes = [np.dtype(dtype) for dtype in dtypes]
         sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in zip(self.shapes, self.dtypes, strict=True)]
         self.offsets = np.cumsum([0] + [-(-size // ALIGNMENT) * ALIGNMENT for size in sizes]).tolist()
-        # What is behind `RawArray`, which would write zeros to all of it
+        # `RawArray` without its initialisation, which would write zeros to all pages
         self.arena = Arena(max(self.offsets[-1], 1))
 
     def views(self) -> list[np.ndarray]:
@@ -73,7 +73,7 @@ class SharedTensors:
 
 class SeqlockHeader:
     """
-    A counter, odd while the writer writes, and a few integers that are written with what it guards.
+    A counter, odd while the writer writes, and a few integers that are written together with the guarded data.
 
     :param n_values: number of integers
     """
@@ -92,6 +92,8 @@ class SeqlockHeader:
     @contextmanager
     def writing(self) -> Iterator[np.ndarray]:
         """
+        Context of the writer.
+
         :return: the integers, to be written to
         """
         self.numbers[0] += 1
@@ -102,7 +104,7 @@ class SeqlockHeader:
 
     def attempts(self) -> Iterator[int]:
         """
-        :return: numbers to show to :meth:`is_intact` after reading, one for each attempt
+        :return: a counter for each attempt to read; pass it to :meth:`is_intact` after reading
         """
         while True:
             sequence = int(self.numbers[0])
@@ -113,7 +115,7 @@ class SeqlockHeader:
 
     def is_intact(self, sequence: int) -> bool:
         """
-        :param sequence: of :meth:`attempts`
+        :param sequence: counter of :meth:`attempts`
         :return: whether nothing was written since
         """
         return int(self.numbers[0]) == sequence
@@ -141,8 +143,8 @@ class SharedParameters:
     @th.no_grad()
     def publish(self, tensors: Sequence[th.Tensor], version: int) -> None:
         """
-        :param tensors: what is published
-        :param version: its version
+        :param tensors: tensors to publish
+        :param version: their version number
         """
         with self.header.writing() as numbers:
             th._foreach_copy_(self.views, list(tensors))
@@ -151,8 +153,8 @@ class SharedParameters:
     @th.no_grad()
     def fetch(self, tensors: Sequence[th.Tensor]) -> int:
         """
-        :param tensors: where the tensors go, in place
-        :return: the version
+        :param tensors: tensors to overwrite in place
+        :return: version number of their new contents
         """
         for sequence in self.header.attempts():
             th._foreach_copy_(list(tensors), self.views)
@@ -165,7 +167,7 @@ class SharedParameters:
 def check_shareable(buffer: ReplayBuffer) -> None:
     """
     :param buffer: a replay buffer
-    :raises ValueError: when it keeps more than SB3's buffers do, which would not be shared
+    :raises ValueError: when it has other attributes than SB3's buffers, which would not be shared
     """
     reference = ReplayBuffer(1, spaces.Box(-1, 1, (1,)), spaces.Box(-1, 1, (1,)))
     additional = sorted(vars(buffer).keys() - vars(reference).keys() - {"n_steps", "gamma"})
@@ -178,8 +180,7 @@ def check_shareable(buffer: ReplayBuffer) -> None:
 
 class SharedReplayBuffer:
     """
-    Puts the arrays of a replay buffer into shared memory. The buffer stays what it is to everybody else; its arrays become
-    private again with :meth:`restore`.
+    Moves the arrays of a replay buffer into shared memory, in place. :meth:`restore` moves them back.
 
     :param buffer: the replay buffer
     """
@@ -195,12 +196,12 @@ class SharedReplayBuffer:
         self.publish()
 
     def _n_rows(self) -> int:
-        # Where memory is saved, the observation after the last step is in the next row
+        # With `optimize_memory_usage`, the observation after the last step is in the next row
         return min(self.buffer.size() + 1, self.buffer.buffer_size)
 
     def _replace_arrays(self, arrays: list[np.ndarray]) -> None:
         """
-        :param arrays: what the arrays of the buffer become, with as much of their contents as is filled
+        :param arrays: new arrays of the buffer, which the filled rows are copied to
         """
         n_rows = self._n_rows()
         for name, array in zip(self.names, arrays, strict=True):
@@ -209,19 +210,19 @@ class SharedReplayBuffer:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Learners do not read within this context; afterwards they see what was added."""
+        """Context in which the buffer is written to. Learners do not read meanwhile."""
         with self.header.writing() as numbers:
             yield
             numbers[:] = self.buffer.pos, self.buffer.full
 
     def publish(self) -> None:
-        """Tell the learners how much there is in the buffer, which others than :meth:`writing` may have changed."""
+        """Publish the fill level of the buffer, which may have changed outside of :meth:`writing`."""
         if tuple(self.header.numbers[1:]) != (self.buffer.pos, self.buffer.full):
             with self.writing():
                 pass
 
     def restore(self) -> None:
-        """Give the buffer arrays of its own."""
+        """Move the arrays of the buffer back to private memory."""
         layout = zip(self.shared.shapes, self.shared.dtypes, strict=True)
         self._replace_arrays([np.zeros(shape, dtype) for shape, dtype in layout])
 
@@ -236,17 +237,17 @@ class SharedReplayBuffer:
 
     def shared_parts(self) -> tuple[list[str], SharedArrays, SeqlockHeader]:
         """
-        :return: the other arguments of a :class:`SharedReplayReader`; they can be passed to a process that is being started
+        :return: the other arguments of a :class:`SharedReplayReader`; they can be passed to a process when it is started
         """
         return self.names, self.shared, self.header
 
 
 class SharedReplayReader:
     """
-    What a learner samples from.
+    A learner's view of the replay buffer.
 
     :param buffer: the replay buffer without its arrays
-    :param names: of the arrays
+    :param names: names of the arrays
     :param shared: the arrays
     :param header: position in the buffer, and whether it is full
     """
@@ -260,7 +261,7 @@ class SharedReplayReader:
 
     def sample(self, batch_size: int) -> ReplayBufferSamples:
         """
-        As ``ReplayBuffer.sample``; transitions that were overwritten meanwhile are not returned, but drawn again.
+        As ``ReplayBuffer.sample``. The batch is read again if the buffer was written to meanwhile.
 
         :param batch_size: number of transitions
         :return: the transitions
@@ -271,7 +272,7 @@ class SharedReplayReader:
             np.random.set_state(random_state)
             self.buffer.pos, self.buffer.full = int(self.header.numbers[1]), bool(self.header.numbers[2])
             if isinstance(self.buffer, NStepReplayBuffer):
-                # It marks the newest step as an end while it samples, which others must not see
+                # While it samples, it marks the newest step as a timeout: in a copy, which is not shared
                 self.buffer.timeouts = shared_timeouts.copy()
             try:
                 samples = self.buffer.sample(batch_size)

@@ -81,7 +81,7 @@ class NetworkEnsemble(nn.Module):
     :param n_inputs: number of inputs, which should be scaled to about one unit
     :param n_outputs: number of outputs
     :param net_arch: sizes of the hidden layers of each network, with ELU
-    :param learning_rate: of Adam
+    :param learning_rate: learning rate of Adam
     """
 
     n_fits: th.Tensor
@@ -122,7 +122,7 @@ class NetworkEnsemble(nn.Module):
         """
         One step of the optimizer, followed by the running average.
 
-        :param loss: a scalar, computed from what is fitted
+        :param loss: a scalar, computed with ``is_fitting=True``
         """
         self.optimizer.zero_grad()
         loss.backward()

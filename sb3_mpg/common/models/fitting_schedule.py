@@ -8,7 +8,7 @@ Fit = Callable[[], float | None]
 
 
 class FittingSchedule(ABC):
-    """Decides what is fitted before an update of the policy."""
+    """Decides whether the model is fitted before an update, and how."""
 
     @abstractmethod
     def fit(self, n_updates: int, fit_once: Fit, fit_until_converged: Fit) -> float | None:

@@ -43,7 +43,7 @@ def import_from_path(path: str) -> Callable[..., PriorModel]:
     try:
         return getattr(importlib.import_module(module_name), name)
     except ModuleNotFoundError as error:
-        # A missing import inside the user's module must be seen as it is
+        # A missing import inside the user's module keeps its own error
         if error.name is not None and not (module_name + ".").startswith(error.name + "."):
             raise
         raise ValueError(f"The prior model {path!r} was not found: there is no module {error.name!r}.") from error

@@ -50,7 +50,7 @@ class ResidualModel(CorrectedModel):
     :param n_actions: number of dimensions of the actions
     :param n_members: number of networks; the difference of two shows where the data do not determine the correction
     :param net_arch: sizes of the hidden layers of each network, with ELU
-    :param learning_rate: of Adam
+    :param learning_rate: learning rate of Adam
     """
 
     target_scale: th.Tensor
@@ -201,7 +201,7 @@ class ResidualModel(CorrectedModel):
         :param scaled: of :meth:`_missed_by_prior`, ``(B, S + A)``
         :param next_states: of :meth:`_missed_by_prior`, ``(B, S)``
         :param missed: of :meth:`_missed_by_prior`, ``(B, S + 1)``
-        :return: what least squares leave over of ``missed``, ``(B, S + 1)``
+        :return: residuals of least squares, ``(B, S + 1)``
         """
         solved = [self.linear(scaled), self.quadratic_reward(*self._reward_inputs(scaled, next_states))]
         return missed - th.cat(solved, dim=1)

@@ -32,7 +32,7 @@ class ModelSettings:
 
     def check(self) -> None:
         """
-        :raises ValueError: for values that make no sense
+        :raises ValueError: for impossible values
         """
         if not isinstance(self.residual, bool):
             raise ValueError(f"`residual` says whether the model is corrected, True or False, got {self.residual!r}.")
@@ -40,12 +40,12 @@ class ModelSettings:
 
     def make_prior(self, env: VecEnv, device: th.device) -> PriorModel:
         """
-        Find the prior model and check, before anything is stepped, that it can be learned with.
+        Find the prior model, and check it before the first environment step.
 
         :param env: the environment
-        :param device: where the model goes
+        :param device: device of the model
         :return: the prior model
-        :raises ValueError: when there is none, or it breaks the rules of the interface
+        :raises ValueError: when there is none, or it violates the interface
         """
         model = make_prior_model(self.prior_model, env, self.prior_model_kwargs).to(device)
         try:
@@ -54,8 +54,8 @@ class ModelSettings:
             if self.prior_model != "auto":
                 raise
             raise ValueError(
-                f"{error}\nThe model is the environment's own (prior_model='auto') and knows nothing of wrappers around "
-                "it: if there are any, pass a model of what they make of it."
+                f"{error}\nThe model is the environment's own (prior_model='auto') and ignores wrappers around "
+                "the environment: if there are any, pass a model of the wrapped environment."
             ) from error
         return model
 
@@ -64,10 +64,11 @@ class ModelSettings:
     ) -> TrainableModel:
         """
         :param model: the prior model
-        :param observation_space: of the environment
-        :param action_space: of the environment
-        :param device: where the model goes
-        :return: the model if it is trainable itself, otherwise the model with a correction, which is used as ``residual`` says
+        :param observation_space: observation space of the environment
+        :param action_space: action space of the environment
+        :param device: device of the model
+        :return: the model itself if it is trainable, otherwise a ``ResidualModel`` of it, whose correction is used if
+            ``residual`` is true
         """
         if isinstance(model, TrainableModel):
             return model

@@ -37,7 +37,7 @@ class Windows(NamedTuple):
     :param next_observations: ``(horizon, B, *obs_shape)``
     :param rewards: ``(horizon, B, 1)``
     :param terminated: whether the first step terminated the episode, ``(B, 1)``
-    :param lengths: number of recorded steps, ``(B,)``; the steps behind them are padding
+    :param lengths: number of recorded steps, ``(B,)``; the steps after them are padding
     """
 
     observations: th.Tensor
@@ -66,7 +66,7 @@ class Windows(NamedTuple):
 def cut_windows(records: dict[str, np.ndarray], horizon: int, device: th.device) -> Windows:
     """
     :param records: the fields of :class:`Transitions`, ``terminated`` and ``ends`` as arrays ``(n_steps, n_envs, ...)``;
-        ``ends`` is true at each step behind which the next row does not continue the episode, and at the last step
+        ``ends`` is true at each step that the next row does not continue, and at the last step
     :param horizon: largest number of steps of a window
     :param device: device of the windows
     :return: one window for each step, ``B = n_steps * n_envs``
@@ -102,14 +102,14 @@ def cut_windows(records: dict[str, np.ndarray], horizon: int, device: th.device)
 
 class RolloutStep(NamedTuple):
     """
-    One step of open-loop rollouts along recorded actions, beside what was recorded.
+    One step of open-loop rollouts along recorded actions, together with the recorded step.
 
     :param states: predicted states, ``(B, S)``
     :param rewards: predicted rewards, ``(B, 1)``
-    :param actual_states: the states that were recorded, as observations show them, ``(B, S)``
+    :param actual_states: recorded states, encoded from the observations, ``(B, S)``
     :param actual_rewards: the recorded rewards, ``(B, 1)``
     :param errors: difference of predicted and actual states, ``(B, S)``
-    :param is_recorded: whether the window is that long, bool ``(B,)``; other rows are padding
+    :param is_recorded: whether the window has this step, bool ``(B,)``; other rows are padding
     """
 
     states: th.Tensor
@@ -146,7 +146,7 @@ def rollout_errors(model: PriorModel, windows: Windows) -> Iterator[RolloutStep]
 def rounding_errors(values: np.ndarray) -> np.ndarray:
     """
     :param values: numbers that were computed in single precision, ``(B, ...)``
-    :return: how large errors of numbers of this size may be through rounding alone, ``(...)``
+    :return: upper bounds of the rounding errors of numbers of this size, ``(...)``
     """
     return 1e-5 * np.abs(values).max(axis=0) + 1e-7
 

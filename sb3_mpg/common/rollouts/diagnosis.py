@@ -1,4 +1,4 @@
-"""Finds out what went wrong in a rollout, for error messages."""
+"""Finds the first non-finite value or gradient of a rollout, for error messages."""
 
 import torch as th
 
@@ -8,13 +8,13 @@ from sb3_mpg.common.rollouts.steps import EagerSteps, RolloutContext
 
 def first_non_finite_step(observations: th.Tensor, context: RolloutContext, horizon: int) -> str | None:
     """
-    Slow: steps are taken one by one.
+    Find where a rollout or its gradient becomes non-finite. This is slow: each step is checked.
 
     :param observations: raw observations, ``(B, *obs_shape)``
     :param context: policy, critic, model, units and discount factor
     :param horizon: number of model steps
-    :return: a clause that names the first model step with a non-finite value, or the last one that a non-finite gradient
-        enters at; ``None`` if the horizon is sound
+    :return: a clause that names the first model step with a non-finite value, or the step at which back-propagation first
+        gives a non-finite gradient; ``None`` if everything is finite
     """
     gamma, steps = context.gamma, EagerSteps()
     parameters = {name: parameter.detach() for name, parameter in context.actor.named_parameters()}
@@ -36,10 +36,10 @@ def first_non_finite_step(observations: th.Tensor, context: RolloutContext, hori
     total = total + gamma**horizon * values.mean()
     if not th.isfinite(total):
         return "the critic's value " + (f"after model step {horizon - 1} " if horizon > 0 else "") + "is not finite"
-    # Backpropagation goes from the end to the start: the first state, from the end, with a non-finite gradient is the culprit
-    of_actions, *of_states = th.autograd.grad(total, [first_actions, *trail], allow_unused=True)
-    # Later actions follow from states
-    for step, gradient in reversed([(0, of_actions), *enumerate(of_states)]):
+    # Back-propagation runs from the end to the start: find the last state with a non-finite gradient
+    action_gradient, *state_gradients = th.autograd.grad(total, [first_actions, *trail], allow_unused=True)
+    # Only the first actions are checked, because later ones are functions of the states
+    for step, gradient in reversed([(0, action_gradient), *enumerate(state_gradients)]):
         if gradient is not None and not th.isfinite(gradient).all():
             where = "the critic's value" if step == horizon else f"model step {step}"
             return f"the gradient becomes non-finite in {where}"

@@ -1,4 +1,4 @@
-"""Start states of rollouts that are explored in the model."""
+"""Perturbed start states of rollouts."""
 
 from typing import NamedTuple
 
@@ -19,8 +19,8 @@ def explore_in_model(
     max_steps: int,
 ) -> th.Tensor:
     """
-    Perturbed start states: some model steps away from the replayed ones, with an action that is repeated. A row stops before
-    it leaves the bounds or terminates. A row that takes no step stays as it is recorded.
+    Perturb replayed states by some model steps with a repeated action. A row stops before it leaves the bounds or terminates.
+    A row that takes no step keeps its recorded observation.
 
     :param observations: raw observations, ``(B, *obs_shape)``
     :param actions: repeated actions, in [-1, 1], ``(B, A)``
@@ -34,8 +34,8 @@ def explore_in_model(
     model = context.model
     held = HeldState(model.state_from_observation(observations), n_steps)
     held, is_taken = context.steps.hold(held, max_steps, context.units.unscale_actions(actions), model, low, high)
-    # A model may not predict all that is observed: without a step, the record is kept rather than the model's reading of it.
-    # A row that does not take the first step takes none.
+    # Without a step, keep the recorded observation: the model may not reproduce all elements of it. A row that does not take
+    # the first step takes none
     takes_steps = is_taken[0].reshape(-1, *[1] * (observations.ndim - 1))
     return th.where(takes_steps, model.observation(held.states), observations)
 
@@ -58,7 +58,7 @@ class ModelExploration(NamedTuple):
 
     def check(self) -> None:
         """
-        :raises ValueError: when the share is none
+        :raises ValueError: when the share is not between 0 and 1
         """
         check_number("model_exploration", self.share, 0.0)
         if self.share > 1:
@@ -69,24 +69,25 @@ class ModelExploration(NamedTuple):
         """
         :param observations: raw observations of replayed states, ``(B, *obs_shape)``
         :param context: policy, model, units and steps
-        :param trust: in the model, from 0 to 1: the probability that a chosen row is perturbed
+        :param trust: trust in the model, from 0 to 1: the probability that a chosen row is perturbed
         :return: raw observations, ``(B, *obs_shape)``
         """
         n_explored = round(self.share * len(observations))
         if n_explored == 0 or trust == 0:
             return observations
         device = observations.device
-        # Spread over the batch, whose parts belong to different members of an ensemble
+        # Choose rows evenly over the batch, whose parts are dealt to the members of an ensemble
         rows = th.arange(n_explored, device=device) * len(observations) // n_explored
+        # Draw numbers of steps: 0 for rows that are not perturbed, so that the compiled step always gets as many rows
         shape = (n_explored, 1)
         n_steps = th.randint(1, self.max_steps + 1, shape, device=device)
-        # Always the same number of rows, so that the compiled step is reused
         n_steps = n_steps * (th.rand(shape, device=device) < trust)
+        # Add noise to the policy's actions
         replayed = observations[rows]
         actions = context.actor(context.units.normalize_observations(replayed))
         actions = (actions + self.noise * th.randn_like(actions)).clamp(-1, 1)
+        # Stay near the batch. A dimension that is constant in the batch gives no bounds
         low, high = observations.amin(dim=0), observations.amax(dim=0)
-        # A dimension that is constant in the batch gives no bounds
         margin = th.where(high > low, self.margin * (high - low), th.inf)
         explored = explore_in_model(replayed, actions, context, n_steps, low - margin, high + margin, self.max_steps)
         return observations.index_copy(0, rows, explored)

@@ -36,24 +36,24 @@ def model_rollout(
         X_n(s_t) = \sum_{l=t}^{t+n-1} \gamma^{l-t} \hat r_l + \gamma^n Q(\hat s_{t+n}, \pi(\hat s_{t+n})), \quad
         \hat s_{l+1} = f(\hat s_l, \pi(\hat s_l)), \; \hat s_t = s_t.
 
-    The model is stepped ``max(horizons)`` times, whatever the number of horizons. A terminal state is followed by neither
+    The model is stepped only ``max(horizons)`` times: all horizons share one rollout. Terminal states are followed by neither
     reward nor value.
 
     :param observations: raw observations, ``(B, *obs_shape)``
     :param context: policy, critic, model, units, discount factor and steps
     :param horizons: numbers of model steps, each 0 or more; 0 is :math:`Q(s_t, \pi(s_t))` itself
-    :param differentiate: ``"first_action"``: the parameters of the actor get their gradient through the first action
-        alone, later actions come from a frozen copy (eq. 6); ``"all_actions"``: through every action, the critic's at the
-        end included (eq. 5)
+    :param differentiate: ``"first_action"``: the gradient with respect to the actor's parameters runs through the first action
+        only, later actions are those of a frozen copy (eq. 6); ``"all_actions"``: it runs through every action, including the
+        last one, which only the critic takes (eq. 5)
     :param first_actions: in [-1, 1], ``(B, A)``; the policy's by default
-    :return: returns of each horizon, ``(B, 1)``. They are separate tensors: the gradient of one horizon does not involve
-        another, which may have overflowed.
+    :return: returns of each horizon, ``(B, 1)``. They are separate tensors, so that the gradient of one horizon does not
+        depend on others, which may have overflowed.
     """
     model, gamma = context.model, context.gamma
     actor_parameters: dict[str, th.Tensor] = {}
     for name, parameter in context.actor.named_parameters():
         tensor = parameter.detach() if differentiate == "first_action" else parameter
-        # With few inputs, as in a first layer, the gradient costs a third when columns are contiguous in memory
+        # With few inputs, as in a first layer, the gradient takes a third of the time if columns are contiguous in memory
         is_tall = tensor.ndim == 2 and tensor.shape[0] > tensor.shape[1]
         actor_parameters[name] = tensor.t().contiguous().t() if is_tall else tensor
 

@@ -10,16 +10,17 @@ from sb3_mpg.common.rollouts.steps import RolloutContext
 from sb3_mpg.common.type_aliases import Differentiate
 from sb3_mpg.common.utils import finite_mean, gradient_of
 
-#: Horizons that weigh less than this are left out of the rollout.
+#: Horizons with a smaller weight are not computed.
 NEGLIGIBLE_WEIGHT = 1e-6
 
 
 class PolicyGradient(NamedTuple):
     """
-    :param loss: the actor loss (eq. 9) of the states that are not masked, a scalar
-    :param gradients: of the loss, one tensor for each trainable parameter of the actor; with balanced states, what replaces it
-    :param actions: of the policy, in [-1, 1], ``(B, A)``
-    :param returns: of each horizon with a weight, ``(B, 1)``
+    :param loss: the actor loss (eq. 9), from the means of the finite returns, a scalar
+    :param gradients: gradient of the loss, or the normalised gradient that replaces it; one tensor for each trainable
+        parameter of the actor
+    :param actions: actions of the policy, in [-1, 1], ``(B, A)``
+    :param returns: returns of each horizon with a weight, ``(B, 1)``
     :param mean_returns: means of the finite returns, scalars
     :param share_masked: share of the states that are masked for some horizon, see :func:`finite_rows`, a scalar
     """
@@ -34,11 +35,12 @@ class PolicyGradient(NamedTuple):
 
 def finite_rows(gradients: th.Tensor, returns: th.Tensor) -> th.Tensor:
     """
-    Which states are used. Rollouts may overflow at a few states, and the others must not suffer from it.
+    States that are not masked. Rollouts that overflow at a few states must not spoil the gradient of the others.
 
-    :param gradients: of the returns with respect to the first actions, ``(B, A)``
+    :param gradients: gradients of the returns with respect to the first actions, ``(B, A)``
     :param returns: ``(B, 1)``
-    :return: rows of which both are finite, bool ``(B, 1)``; all rows if fewer than half are finite, so that the failure shows
+    :return: rows with finite gradient and return, bool ``(B, 1)``; all rows if fewer than half are finite, so that the update
+        is skipped instead of hiding the failure
     """
     is_finite = th.isfinite(gradients).all(dim=1, keepdim=True) & th.isfinite(returns)
     return is_finite | (2 * is_finite.sum() < len(is_finite))
@@ -52,9 +54,9 @@ def mixed_policy_gradient(
     balance: float = 0.0,
 ) -> PolicyGradient:
     r"""
-    The gradient of the loss of the mixed policy gradient, :math:`-E_s[\sum_i w_i X_i(s)]` (eq. 9). Horizons whose weight is
-    below ``NEGLIGIBLE_WEIGHT`` cost nothing. With ``differentiate="first_action"``, states with a non-finite gradient are
-    masked, unless most of them are.
+    The mixed policy gradient: the gradient of the loss :math:`-E_s[\sum_i w_i X_i(s)]` (eq. 9). Horizons whose weight is
+    below ``NEGLIGIBLE_WEIGHT`` are not computed. With ``differentiate="first_action"``, states with a non-finite gradient are
+    masked, unless more than half of them are.
 
     :param observations: raw observations, ``(B, *obs_shape)``
     :param context: policy, critic, model, units, discount factor and steps
@@ -63,14 +65,15 @@ def mixed_policy_gradient(
     :param balance: from 0 to 1, how much the action gradients of each horizon are normalised per state before they are mixed
         (see :func:`~sb3_mpg.common.balance.balance_states`). Only ``"first_action"`` has an action gradient for each state;
         0 otherwise.
-    :return: loss, gradient, and what they were computed from
+    :return: loss and gradient, and the actions and returns that they were computed from
     """
     assert balance == 0 or differentiate == "first_action", differentiate
     actor = context.actor
     used = {horizon: weight for horizon, weight in weights.items() if abs(weight) >= NEGLIGIBLE_WEIGHT}
     horizons = sorted(used)
     actions = actor(context.units.normalize_observations(observations))
-    # Eq. 6 in two factors: the derivative of the returns by the actions, and that of the actions by the parameters
+    # Eq. 6 has two factors: the gradient of the returns with respect to the actions, and that of the actions with respect to
+    # the parameters
     first_actions = actions.detach().requires_grad_() if differentiate == "first_action" else actions
     returns = model_rollout(observations, context, horizons, differentiate, first_actions)
     loss = -sum(used[horizon] * returns[horizon].mean() for horizon in horizons)

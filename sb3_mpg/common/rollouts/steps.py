@@ -1,4 +1,4 @@
-"""Steps of the model: what a rollout is made of, and who takes them."""
+"""Model steps: the state of a rollout, and the strategies that step the model."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -17,14 +17,14 @@ QFunction = Callable[[th.Tensor, th.Tensor], th.Tensor]
 
 class RolloutContext(NamedTuple):
     """
-    What every rollout of an update has in common.
+    What all rollouts of an update have in common.
 
-    :param actor: the policy: normalised observations, ``(B, *obs_shape)``, to actions in [-1, 1], ``(B, A)``
+    :param actor: the policy, from normalised observations, ``(B, *obs_shape)``, to actions in [-1, 1], ``(B, A)``
     :param q_function: the critic, in the units of the networks
-    :param model: the model
-    :param units: conversions between the environment, which the model speaks for, and the networks
+    :param model: the model, in the units of the environment
+    :param units: conversions between the units of the environment and those of the networks
     :param gamma: discount factor
-    :param steps: who steps the model
+    :param steps: strategy that steps the model
     """
 
     actor: th.nn.Module
@@ -37,13 +37,13 @@ class RolloutContext(NamedTuple):
 
 class RolloutState(NamedTuple):
     """
-    Where a rollout stands.
+    State of a rollout between two steps.
 
     :param states: states of the model, ``(B, S)``
-    :param network_inputs: what the networks see of them, ``(B, *obs_shape)``
-    :param actions: the policy's actions in them, in [-1, 1], ``(B, A)``
-    :param alive: rows that did not terminate, bool ``(B, 1)``
-    :param start: the first states of the rollout, without gradient, ``(B, S)``; terminated rows are put back there
+    :param network_inputs: normalised observations of these states, ``(B, *obs_shape)``
+    :param actions: actions of the policy in these states, in [-1, 1], ``(B, A)``
+    :param alive: rows that have not terminated, bool ``(B, 1)``
+    :param start: first states of the rollout, without gradient, ``(B, S)``; terminated rows are reset to them
     """
 
     states: th.Tensor
@@ -55,10 +55,10 @@ class RolloutState(NamedTuple):
 
 class HeldState(NamedTuple):
     """
-    Where steps with a repeated action stand.
+    State between two steps with a repeated action.
 
     :param states: states of the model, ``(B, S)``
-    :param n_left: how many steps each row still takes, ``(B, 1)``
+    :param n_left: number of steps that each row still takes, ``(B, 1)``
     """
 
     states: th.Tensor
@@ -75,12 +75,12 @@ def advance(
     gamma: float,
 ) -> tuple[RolloutState, th.Tensor]:
     """
-    Step the model, and let the policy act after each step.
+    Step the model with the actions of the policy.
 
-    :param rollout: where the rollout stands
+    :param rollout: state of the rollout
     :param n_steps: number of steps, at least 1
     :param actor: the policy
-    :param actor_parameters: the parameters that it acts with
+    :param actor_parameters: parameters of the policy for these steps
     :param model: the model
     :param units: conversions between environment and networks
     :param gamma: discount factor
@@ -93,8 +93,8 @@ def advance(
         next_states, rewards = model.step(states, env_actions)
         rewards = units.scale_rewards(rewards)
         if model.may_terminate:
-            # Behind a terminal state the model may return anything, infinities too, and 0 * inf is not 0. So a mask is not
-            # enough: the model must not see terminated rows again.
+            # After a terminal state the model may return anything, and a mask cannot remove infinities from the gradient
+            # (0 * inf is not 0). So terminated rows are reset to their start state
             rewards = th.where(alive, rewards, 0.0)
             alive = alive & ~model.terminal(next_states)
             next_states = th.where(alive, next_states, start)
@@ -114,13 +114,13 @@ def hold(
     """
     Step the model with a repeated action.
 
-    :param held: where the steps stand
+    :param held: state before these steps
     :param n_steps: number of steps, at least 1
     :param env_actions: actions in the units of the environment, ``(B, A)``
     :param model: the model
     :param low: lower bounds of raw observations, ``obs_shape``
     :param high: upper bounds of raw observations, ``obs_shape``
-    :return: where the steps stand then, and whether each row took each step, bool ``(n_steps, B, 1)``. A row whose next step
+    :return: state after these steps, and whether each row took each step, bool ``(n_steps, B, 1)``. A row whose next step
         would leave the bounds or terminate has no steps left.
     """
     states, n_left = held
@@ -138,9 +138,9 @@ def hold(
 
 
 class Steps(ABC):
-    """Takes the steps of rollouts: eagerly, or compiled."""
+    """Strategy that steps the model in rollouts: eager or compiled."""
 
-    #: Whether a model is stepped faster than a simulator written in NumPy
+    #: Whether steps are compiled. A compiled model is faster than a simulator written in NumPy
     is_compiled: bool = False
 
     @abstractmethod
@@ -148,9 +148,9 @@ class Steps(ABC):
         self, rollout: RolloutState, n_steps: int, actor_parameters: dict[str, th.Tensor], context: RolloutContext
     ) -> tuple[RolloutState, th.Tensor]:
         """
-        :param rollout: where the rollout stands
+        :param rollout: state of the rollout
         :param n_steps: number of steps, at least 1
-        :param actor_parameters: the parameters that the policy acts with
+        :param actor_parameters: parameters of the policy for these steps
         :param context: policy, model, units and discount factor
         :return: as :func:`advance`
         """
@@ -165,13 +165,13 @@ class Steps(ABC):
     def policy(self, actor: th.nn.Module, n_rows: int) -> Policy:
         """
         :param actor: the policy
-        :param n_rows: number of rows that it acts on most often
-        :return: the same policy without gradient, valid for one rollout: as long as its parameters do not change
+        :param n_rows: usual number of rows of its inputs
+        :return: the same policy, for use without gradient and only in one rollout: its parameters must not change
         """
 
 
 class EagerSteps(Steps):
-    """Takes steps as the model is written."""
+    """Steps the model without compilation."""
 
     def advance(
         self, rollout: RolloutState, n_steps: int, actor_parameters: dict[str, th.Tensor], context: RolloutContext

@@ -1,8 +1,8 @@
 r"""
-How wrong the gradients are: estimates of what Theorem 2 of the papers bounds, from what is at hand while training.
+Errors of the gradients: estimates, during training, of the errors that Theorem 2 of the papers bounds.
 
-The unified policy gradient (eq. 6) is :math:`\nabla_\theta \pi(s) \, \nabla_a X_n(s, a)`; only the second factor depends on
-model and critic. So the errors are those of the action gradients :math:`g_n(s) = \nabla_a X_n(s, a)|_{a = \pi(s)}`.
+The unified policy gradient (eq. 6) is :math:`\nabla_\theta \pi(s) \, \nabla_a X_n(s, a)`, and only the second factor depends
+on model and critic. So errors are estimated for the action gradients :math:`g_n(s) = \nabla_a X_n(s, a)|_{a = \pi(s)}`.
 """
 
 import warnings
@@ -19,29 +19,30 @@ from sb3_mpg.common.models.base import PriorModel
 from sb3_mpg.common.models.trainable import CorrectedModel, TrainableModel
 from sb3_mpg.common.models.windows import Transitions
 
-# How large the error of a judged model must be, over the square of the gradient, for it to be left out
+# A cross-validated model is excluded when its squared error is more than this multiple of the squared gradient
 USELESS_ERROR = 3.0
-# A judged model whose squared gradient is less than this share of what it should be says nothing
+# It is also excluded when its squared gradient is less than this share of the squared gradient of the corrected model
 SILENT_GRADIENT = 0.01
-# Where episodes terminate is looked up at so many steps; a model that is wrong at more than this share does not know
+# Number of recorded steps at which the terminations of a model are compared
 N_JUDGED_ENDS = 256
+# Largest share of these steps at which a model may be wrong
 MAX_MISJUDGED_ENDS = 0.5
-# Terminations that fewer rollouts than this share would come to do not matter
+# Missed terminations are ignored if they would occur in less than this share of the rollouts
 MATTERING_ENDS = 0.1
 
 
 class GradientErrors(NamedTuple):
     """
-    Squared errors of the action gradients of some horizons, medians over states: a few rollouts that explode must not
-    decide.
+    Squared errors of the action gradients of each horizon. They are medians over states, which a few diverging rollouts do
+    not change.
 
     :param horizons: numbers of model steps
-    :param errors: one for each horizon, ``(n_horizons,)``
-    :param standard_errors: of these medians, ``(n_horizons,)``
-    :param gradient_norm: median of the squared norm of the gradient of the best horizon of a model
-    :param is_useless: whether the gradient of a horizon is further from what it should be than none at all, or next to none,
+    :param errors: error of each horizon, ``(n_horizons,)``
+    :param standard_errors: standard errors of these medians, ``(n_horizons,)``
+    :param gradient_norm: median of the squared norm of the action gradient, for the model horizon of the smallest error
+    :param is_useless: whether the gradient of a horizon is wrong or nearly zero, see :func:`gradient_errors`,
         ``(n_horizons,)``
-    :param misjudges_ends: whether the model does not know where episodes terminate, see :func:`misjudges_ends`
+    :param misjudges_ends: whether the model is wrong about terminations, see :func:`misjudges_ends`
     """
 
     horizons: tuple[int, ...]
@@ -53,21 +54,21 @@ class GradientErrors(NamedTuple):
 
     @property
     def is_excluded(self) -> np.ndarray:
-        """Whether a horizon is excluded, whatever its measured error, ``(n_horizons,)``."""
+        """Whether a horizon is excluded regardless of its measured error, ``(n_horizons,)``."""
         return self.is_useless | (self.misjudges_ends & (np.array(self.horizons) > 0))
 
 
 @th.no_grad()
 def misjudges_ends(model: PriorModel, recorded: RecordedSteps, horizon: int) -> bool:
     """
-    Whether a model does not know where episodes terminate. Its errors would not show that: the members of an ensemble agree
-    on what none of them knows, and no correction of the next state and the reward makes up for it.
+    Whether a model is wrong about where episodes terminate. The measured errors do not show this: terminations are not
+    corrected, so all members of an ensemble share the mistake.
 
     :param model: the model
     :param recorded: the recorded steps
     :param horizon: number of model steps of its rollouts
-    :return: whether it misses most of the terminations that were recorded, if there are enough of them to matter, or says that
-        most of the steps terminated that did not
+    :return: whether the model misses most of the recorded terminations, if these are frequent enough to matter, or predicts
+        terminations at most of the other steps
     """
 
     def share_misjudged(terminated: bool) -> float:
@@ -86,14 +87,14 @@ def action_gradients(
     observations: th.Tensor, context: RolloutContext, q_functions: Sequence[QFunction], horizons: Sequence[int]
 ) -> th.Tensor:
     r"""
-    Several estimates of :math:`\nabla_a X_n(s, a)` at the same states. The rows of the batch are repeated once for each
-    critic. An ensemble deals rows to its members in equal parts, so that each member is paired with a critic of its own.
+    Independent estimates of :math:`\nabla_a X_n(s, a)` at the same states. The rows of the batch are repeated once for each
+    critic. An ensemble deals rows to its members in equal parts, so that each member is paired with one critic.
 
     :param observations: raw observations, ``(B, *obs_shape)``
     :param context: policy, model with dealt members, units, discount factor and steps
     :param q_functions: :math:`E` critics
     :param horizons: numbers of model steps
-    :return: ``(n_horizons, E, B, A)``
+    :return: action gradients, NaN where the return is not finite, ``(n_horizons, E, B, A)``
     """
     n_critics = len(q_functions)
     repeated = observations.repeat(n_critics, *[1] * (observations.ndim - 1))
@@ -119,8 +120,8 @@ def action_gradients(
 
 def _median(values: np.ndarray) -> tuple[float, float]:
     """
-    :param values: ``(B,)``, some perhaps not finite, which count as infinite
-    :return: the median and its standard error, from the distance of the order statistics around it
+    :param values: ``(B,)``; non-finite values count as infinite
+    :return: the median, and its standard error from the distance between the order statistics around it
     """
     values = np.sort(np.where(np.isfinite(values), values, np.inf))
     n_values = len(values)
@@ -131,27 +132,30 @@ def _median(values: np.ndarray) -> tuple[float, float]:
 
 def gradient_errors(gradients: np.ndarray, horizons: Sequence[int], with_judge: bool = False) -> GradientErrors:
     r"""
-    Judge estimates of the action gradient by one another.
+    Estimate errors by comparing estimates of the action gradient.
 
-    A model horizon is judged by the difference of two members of the ensemble, each with its own critic:
-    :math:`e_n = \mathrm{median}_s |g_n^1 - g_n^2|^2 / 2`. The critics share data and targets, so that their errors agree and
-    their difference says too little; their gradient is judged against the best model horizon too, as far as that one
-    agrees with itself:
+    The error of a model horizon is estimated from two members of the ensemble, each with its own critic:
+    :math:`e_n = \mathrm{median}_s |g_n^1 - g_n^2|^2 / 2`. The critics share data and targets, so their errors are correlated
+    and their difference is too small. Their gradient is also compared with that of the best model horizon, and the error of
+    the latter is subtracted:
     :math:`e_0 = \max(\mathrm{median}_s |g_0^1 - g_0^2|^2 / 2, \; \mathrm{median}_s |\bar g_0 - \bar g_n|^2 - e_n)`.
 
-    With a judge, the second member is better than the first, which alone is used: all of their difference is the error of
-    the first, and the critics are judged by the second. What that tells of the model is a bias, which no number of updates
-    averages out, as they do the noise of the critics. A horizon is of no use when its error is ``USELESS_ERROR`` times the
-    square of the gradient itself, as it is of the opposite direction (4) or much too large: noise alone gives 2, where the
-    gradient vanishes. Nor is it when it is silent, as that of a model that knows of no effect of the actions: its error is 1,
-    no more than that of critics that know as little, but they learn.
+    With a judge, the first member is the model that is used, and the second is a better one, which only judges. Their whole
+    difference is the error of the first (no factor 1/2), and the critics are compared with the second. This error of the model
+    is a bias, which more updates do not average out, unlike the noise of the critics. A horizon is therefore useless
 
-    :param gradients: of :func:`action_gradients`, ``(n_horizons, 2, B, A)``
+    - if its error is more than ``USELESS_ERROR`` times the squared gradient. The ratio is 4 for a gradient of the opposite
+      direction, and larger for a gradient that is much too large. Noise alone gives 2 where the gradient vanishes.
+    - if its gradient is nearly zero (``SILENT_GRADIENT``), as in a model without an effect of the actions. The ratio is then
+      only 1, as for critics that have not learned yet; but the critics will learn.
+
+    :param gradients: what :func:`action_gradients` returned, ``(n_horizons, 2, B, A)``
     :param horizons: numbers of model steps, ascending
-    :param with_judge: whether the last member is there to judge the first
+    :param with_judge: whether the second member judges the first
     :return: the errors
     """
     with np.errstate(all="ignore"):
+        # Compare the two members at each horizon
         differences = ((gradients[:, 0] - gradients[:, -1]) ** 2).sum(-1)  # (n_horizons, B)
         shares = [1.0 if with_judge and horizon > 0 else 0.5 for horizon in horizons]
         medians = [_median(share * values) for share, values in zip(shares, differences, strict=True)]
@@ -160,6 +164,7 @@ def gradient_errors(gradients: np.ndarray, horizons: Sequence[int], with_judge: 
         references = gradients[:, -1] if with_judge else means
         models = [index for index, horizon in enumerate(horizons) if horizon > 0]
         best = min(models, key=lambda index: errors[index]) if models else 0
+        # Compare the critics with the best model horizon
         if 0 in horizons and models:
             critic = list(horizons).index(0)
             distance, distance_error = _median(((means[critic] - references[best]) ** 2).sum(-1))
@@ -170,6 +175,7 @@ def gradient_errors(gradients: np.ndarray, horizons: Sequence[int], with_judge: 
                 errors[critic], standard_errors[critic] = distance, distance_error
         gradient_norm, _ = _median((references[best] ** 2).sum(-1))
         norms = np.array([_median((gradient**2).sum(-1))[0] for gradient in gradients[:, 0]])
+    # Find useless horizons
     is_judged = np.array([with_judge and horizon > 0 for horizon in horizons])
     is_wrong, is_silent = errors > USELESS_ERROR * gradient_norm, norms < SILENT_GRADIENT * gradient_norm
     is_useless = is_judged & np.isfinite(errors) & (is_wrong | is_silent)
@@ -184,14 +190,13 @@ def measure_gradient_errors(
     held_out_steps: Callable[[], Transitions | None],
 ) -> GradientErrors:
     """
-    The errors of the action gradients of a model, or of the prior model in it.
+    Measure the errors of the action gradients of a model, or of the prior model in it.
 
-    :param gradients: gives those of the model as it is when it is called, see :func:`action_gradients`
+    :param gradients: computes the action gradients with the present state of the model, see :func:`action_gradients`
     :param model: the model, in training mode
     :param horizons: numbers of model steps, ascending
-    :param judges_prior: whether the rollouts are those of a prior model, which the corrected model, a ``CorrectedModel``,
-        only judges
-    :param held_out_steps: gives held-out transitions, ``None`` while there are none
+    :param judges_prior: whether rollouts use the prior model; a ``CorrectedModel`` then only judges it
+    :param held_out_steps: returns held-out transitions, ``None`` while there are none
     :return: the errors
     """
     if not (judges_prior and isinstance(model, CorrectedModel)):
@@ -209,29 +214,30 @@ def measure_gradient_errors(
 
 def warn_of_errors(measured: GradientErrors, model_name: str, earlier: Sequence[GradientErrors]) -> None:
     """
-    Say what is wrong, the first time that it is.
+    Warn of an excluded or overflowing model, once for each reason.
 
     :param measured: the errors
-    :param model_name: what the user calls the model
-    :param earlier: what was measured before
+    :param model_name: the user's name of the model
+    :param earlier: earlier measurements
     """
     if measured.misjudges_ends and not any(before.misjudges_ends for before in earlier):
         warnings.warn(
             f"`{model_name}.terminal` does not know where episodes terminate: it misses most of the recorded terminations, or "
-            "takes most other steps for some. Until it does, horizon 0 takes the place of the model, if it is among the "
-            "horizons. It must be true where the environment returns terminated=True; `check_prior_model` compares the two."
+            "is true at most other steps. The model is excluded until this is mended: horizon 0 takes its place, if it is "
+            "among the horizons. `terminal` must be true where the environment returns terminated=True; `check_prior_model` "
+            "compares the two."
         )
     if measured.is_useless.any() and not any(before.is_useless.any() for before in earlier):
         warnings.warn(
-            f"{model_name} is of no use: its gradient is far from that of the model corrected by what was recorded. "
-            "Until it is not, horizon 0 takes its place, if it is among the horizons. `residual=True` corrects the model, "
+            f"{model_name} is excluded: its gradient is far from that of the model corrected by what was recorded. Until it "
+            "is closer, horizon 0 takes its place, if it is among the horizons. `residual=True` corrects the model, "
             "`check_prior_model` finds out what is wrong."
         )
     if not np.isfinite(measured.errors).all() and all(np.isfinite(before.errors).all() for before in earlier):
         pairs = zip(measured.horizons, measured.errors, strict=True)
         overflowing = ", ".join(str(horizon) for horizon, error in pairs if not np.isfinite(error))
         warnings.warn(
-            f"The gradient of {model_name} over {overflowing} steps is not finite at most states; it weighs nothing "
-            "until it is. Shorter horizons beside may be of use, such as horizons=(0, 5, 25). Look for what overflows with "
+            f"The gradient of {model_name} over {overflowing} steps is not finite at most states; its weight is 0 "
+            "until it is. Add a shorter horizon, as in horizons=(0, 5, 25), and look for what overflows with "
             "`check_prior_model`."
         )

@@ -1,4 +1,4 @@
-"""How far the model is trusted: by measured errors of its gradients, or by a fixed rule."""
+"""Trust in the model, from measured errors of its gradients or from a fixed rule."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -22,13 +22,13 @@ from sb3_mpg.common.trust.gradient_errors import (
 from sb3_mpg.common.trust.report import Measurement, TrustReport, make_trust_report
 from sb3_mpg.common.trust.weighting import WeightingRule
 
-# A report is about that many of the latest steps
+# Number of latest steps that a report compares the model with
 N_REPORTED_STEPS = 5000
 
 
 class Trust(ABC):
     """
-    Weights of the horizons, and the trust in the model that follows.
+    Weights of the horizons, and the trust in the model that follows from them.
 
     :param rule: the weighting rule
     :param is_corrected: whether the user's model is corrected
@@ -57,7 +57,7 @@ class Trust(ABC):
     def model_weight(self, n_updates: int) -> float:
         """
         :param n_updates: number of the update
-        :return: weight of all horizons with model steps, from 0 to 1
+        :return: total weight of the horizons with model steps, from 0 to 1
         """
         return 1 - self.rule(n_updates).get(0, 0.0)
 
@@ -65,14 +65,14 @@ class Trust(ABC):
     @abstractmethod
     def learns(self) -> bool:
         """
-        Whether rollouts may take the place of data, as far as they are weighted. Where nobody corrects the model, all rollouts
-        share its mistakes, and critics would learn them.
+        Whether rollouts may replace data in proportion to their weight. If the model does not learn, all rollouts share its
+        mistakes, and the critics would learn these.
         """
 
     def in_model(self, n_updates: int) -> float:
         """
         :param n_updates: number of the update
-        :return: how far rollouts of the model may take the place of data, from 0 to 1
+        :return: trust in the model: the share to which its rollouts may replace data, from 0 to 1
         """
         return self.model_weight(n_updates) if self.learns else 0.0
 
@@ -80,7 +80,7 @@ class Trust(ABC):
     def prefers_model(self, n_updates: int) -> bool:
         """
         :param n_updates: number of the update
-        :return: whether rollouts of the model keep critics from extrapolating freely
+        :return: whether the weight of the model is large enough to keep critics from extrapolating freely
         """
 
     def measure(
@@ -92,21 +92,21 @@ class Trust(ABC):
         recorded: RecordedSteps,
     ) -> dict[str, float]:
         """
-        Measure the errors of the gradients if that is due.
+        Measure the errors of the gradients if a measurement is due.
 
         :param n_updates: number of the update
         :param context: policy, model, units, discount factor and steps
         :param q_functions: a critic for each member of the model
         :param fitting: the model and its fitting
         :param recorded: the recorded steps
-        :return: values for the log
+        :return: values to log
         """
         return {}
 
-    def check_critics(self, n_critics: int) -> None:  # noqa: B027  # most rules compare no critics
+    def check_critics(self, n_critics: int) -> None:  # noqa: B027  # only measurements compare critics
         """
         :param n_critics: number of critics
-        :raises ValueError: when there are too few
+        :raises ValueError: when there are too few to compare
         """
 
     def report(self, model: PriorModel, is_corrected: bool, recorded: RecordedSteps, gamma: float) -> TrustReport:
@@ -115,7 +115,7 @@ class Trust(ABC):
         :param is_corrected: whether its correction is used, if it has one
         :param recorded: the recorded steps
         :param gamma: discount factor of the returns
-        :return: what was measured, and how far rollouts along recorded actions are from what happened
+        :return: the measurements, and the prediction errors of rollouts along recorded actions
         :raises ValueError: when too few steps are recorded
         """
         windows = recorded.windows(N_REPORTED_STEPS, self.longest_horizon)
@@ -124,15 +124,15 @@ class Trust(ABC):
         return make_trust_report(model, is_corrected, windows, gamma, self.rule.horizons, self.measurements)
 
     def forget(self) -> None:
-        """Forget what was measured: it was of another model."""
+        """Drop all measurements, because the model was replaced."""
         self.measurements = []
         self.rule.forget()
 
 
 class FixedTrust(Trust):
     """
-    Trust that does not depend on measurements. A correction makes the rollouts better, but nobody knows how much: only a model
-    that is learned as a whole may take the place of data.
+    Trust without measurements. The errors of a corrected prior model are unknown, so only a model that is learned as a whole
+    may replace data.
     """
 
     @property
@@ -150,7 +150,7 @@ class MeasuredTrust(Trust):
     :param rule: a weighting rule that needs errors
     :param is_corrected: whether the user's model is corrected; otherwise it is compared with a correction that is not used
     :param is_learned: whether the user's model is itself learned from data
-    :param n_states: number of replayed states that errors are measured at
+    :param n_states: number of replayed states at which errors are measured
     :param every: number of updates between two measurements
     """
 
@@ -183,7 +183,7 @@ class MeasuredTrust(Trust):
         fitting: ModelFitting,
         recorded: RecordedSteps,
     ) -> dict[str, float]:
-        # At once where nothing is known, as of the model of a new environment
+        # Measure at once if there are no measurements, as for the model of a new environment
         if self.measurements and (n_updates - 1) % self.every != 0:
             return {}
         model = fitting.model
@@ -194,7 +194,7 @@ class MeasuredTrust(Trust):
             partial(action_gradients, observations, context, q_functions, horizons),
             model,
             horizons,
-            # Without the correction, it is the prior model itself that is judged
+            # Rollouts use the prior model if its correction is not used
             judges_prior=isinstance(model, CorrectedModel) and not self.learns,
             held_out_steps=lambda: fitting.held_out_steps(recorded),
         )
@@ -217,7 +217,7 @@ def make_trust(
     :param rule: the weighting rule
     :param is_corrected: whether the user's model is corrected
     :param is_learned: whether the user's model is itself learned from data
-    :param measurements: errors measured so far; dropped when they are of other horizons
+    :param measurements: errors measured so far; dropped if they were made for other horizons
     :return: measured trust for a rule that needs errors, otherwise fixed trust
     """
     trust = (MeasuredTrust if rule.needs_errors else FixedTrust)(rule, is_corrected, is_learned)

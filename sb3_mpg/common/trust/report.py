@@ -1,4 +1,4 @@
-"""What a user is told of how far their model can be trusted."""
+"""The trust report: measured errors of gradients and predictions, for the user."""
 
 import pathlib
 from collections.abc import Sequence
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 class Measurement(NamedTuple):
     """
-    What was measured at one update.
+    A measurement at one update.
 
     :param n_updates: number of the update
     :param gradients: errors of the action gradients of all horizons
-    :param weights: the weights that followed, ``(n_horizons,)``
-    :param validation_error: of the learned correction, on steps that were held out; NaN while there is none
+    :param weights: the weights that follow from the errors, ``(n_horizons,)``
+    :param validation_error: error of the trainable model on held-out steps; NaN while there are none
     """
 
     n_updates: int
@@ -38,10 +38,10 @@ class PredictionErrors(NamedTuple):
     """
     Errors of open-loop rollouts along recorded actions.
 
-    :param relative: RMS error of each dimension divided by the RMS of its actual change, ``(H, S)``; row ``k - 1`` is about
-        ``k`` steps ahead; NaN where the dimension does not change but is predicted to
+    :param relative: RMS error of each dimension divided by the RMS of its actual change, ``(H, S)``; row ``k - 1`` is for
+        ``k`` steps; NaN if the model predicts a change of a dimension that does not change
     :param returns: RMS error of the sum of discounted rewards, in the units of the environment, ``(H,)``
-    :param return_spread: standard deviation of that sum itself, ``(H,)``
+    :param return_spread: standard deviation of the actual sum, ``(H,)``
     """
 
     relative: np.ndarray
@@ -53,9 +53,9 @@ class PredictionErrors(NamedTuple):
 def prediction_errors(model: PriorModel, windows: Windows, gamma: float) -> PredictionErrors:
     """
     :param model: the model, in evaluation mode
-    :param windows: recorded windows
+    :param windows: recorded trajectory segments
     :param gamma: discount factor of the returns
-    :return: the errors, for as many steps as enough windows are long
+    :return: the errors, up to the number of steps for which there are at least ``MIN_WINDOWS`` segments
     """
     start = model.state_from_observation(windows.observations)
     rounding = rounding_errors(np.nan_to_num(to_numpy(start)))
@@ -82,14 +82,14 @@ def prediction_errors(model: PriorModel, windows: Windows, gamma: float) -> Pred
 @dataclass(frozen=True)
 class TrustReport:
     """
-    How far a prior model can be trusted, as measured while training. Printing it prints a table; :meth:`plot` draws it.
+    How far a prior model can be trusted, as measured during training. Print it for a table, or call :meth:`plot`.
 
     :param horizons: numbers of model steps
     :param measurements: the errors of the gradients and the weights, in the order of the updates
     :param prior: prediction errors of the prior model
-    :param corrected: those of the model that the gradient runs through, or ``None`` when it is the prior model
+    :param corrected: prediction errors of the corrected model, ``None`` if the rollouts use the prior model
     :param dimensions: names of the dimensions of the state; errors of hidden ones are differences to encoded observations
-    :param re_encoded: those that the corrected model re-encodes in each step, see ``HiddenStates``
+    :param re_encoded: names of the dimensions that the corrected model re-encodes in each step, see ``HiddenStates``
     """
 
     horizons: tuple[int, ...]
@@ -117,8 +117,8 @@ class TrustReport:
                 what = "data-driven" if horizon == 0 else f"{horizon} model steps"
                 mark = "<- trusted most" if index == int(np.argmax(latest.weights)) else ""
                 if latest.gradients.is_excluded[index]:
-                    reason = "terminates elsewhere" if latest.gradients.misjudges_ends else "of no use"
-                    mark = f"left out: {reason}"
+                    reason = "wrong terminations" if latest.gradients.misjudges_ends else "useless gradient"
+                    mark = f"excluded: {reason}"
                 rows.append([what, f"{error:.3g}", f"{relative:.0%}", f"{weight:.1%}", mark])
             lines += [
                 f"Errors of the action gradients after {latest.n_updates} updates (medians over states)",
@@ -142,17 +142,19 @@ class TrustReport:
                 f"Errors of the {name} along recorded actions (RMS, in units of the actual change)",
                 *format_table(rows),
             ]
-        lines.append("return: RMS error of the discounted sum of rewards, of its own standard deviation.")
+        lines.append("return: RMS error of the discounted sum of rewards, and the standard deviation of that sum.")
         return "\n".join(lines)
 
     def plot(self, path: str | pathlib.Path | None = None) -> "Figure":
         """
-        Prediction error against horizon on the left, errors of the gradients and weights over time on the right.
+        Plot the prediction errors over the number of steps (left), and the errors of the gradients (middle) and the weights
+        (right) over the updates.
 
-        :param path: where to save the picture, if anywhere
+        :param path: where to save the figure; ``None`` does not save it
         :return: the figure
+        :raises ModuleNotFoundError: when matplotlib is not installed
         """
-        # matplotlib is optional: import it only where it is needed
+        # matplotlib is an optional dependency
         try:
             from matplotlib.figure import Figure
         except ModuleNotFoundError as error:
@@ -162,7 +164,7 @@ class TrustReport:
         predictions, gradients, weights = figure.subplots(1, 3)
         for name, errors in self._models().items():
             steps = np.arange(1, len(errors.returns) + 1)
-            # What never changes has no error in such units
+            # Dimensions that never change have no error in these units
             together = np.sqrt(np.nanmean(np.minimum(errors.relative, 1e3) ** 2, axis=1))
             predictions.plot(steps, together, label=f"{name}: state")
             relative = errors.returns / np.maximum(errors.return_spread, 1e-12)
@@ -202,10 +204,10 @@ def make_trust_report(
     """
     :param model: the model of the rollouts
     :param is_corrected: whether its correction is used, if it has one
-    :param windows: recorded steps
+    :param windows: recorded trajectory segments
     :param gamma: discount factor of the returns
     :param horizons: numbers of model steps
-    :param measurements: what was measured while training
+    :param measurements: measurements during training
     :return: the report
     """
     prior = model.prior if isinstance(model, CorrectedModel) else model

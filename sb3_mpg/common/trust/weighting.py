@@ -1,4 +1,4 @@
-"""Weighting rules: how much each horizon counts in the mixed policy gradient, at each update."""
+"""Weighting rules: the weight of each horizon in the mixed policy gradient of an update."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -28,11 +28,11 @@ def check_horizons(horizons: Sequence[int]) -> tuple[int, ...]:
 
 class WeightingRule(ABC):
     """
-    Gives the weight of each horizon at an update. A rule is a function of ``n_updates``, and of what it was told of
-    the errors of the gradients; it is saved with the algorithm.
+    Gives the weight of each horizon at an update. The weights are a function of ``n_updates`` and of the observed errors of
+    the gradients. The rule is saved with the algorithm.
 
     :param horizons: numbers of model steps
-    :cvar needs_errors: whether the errors of the gradients must be measured for it
+    :cvar needs_errors: whether the rule needs measured errors of the gradients
     """
 
     needs_errors: bool = False
@@ -47,15 +47,15 @@ class WeightingRule(ABC):
         :return: weights in the order of ``horizons``, ``(n_horizons,)``; they sum to one
         """
 
-    def observe(self, errors: np.ndarray) -> None:  # noqa: B027  # most rules have nothing to do here
+    def observe(self, errors: np.ndarray) -> None:  # noqa: B027  # most rules ignore it
         """
-        Be told of a measurement. Only rules that need errors do something with it.
+        Observe a measurement. Only rules that need errors use it.
 
         :param errors: squared error of the action gradient of each horizon, in the order of ``horizons``, ``(n_horizons,)``
         """
 
     def forget(self) -> None:  # noqa: B027  # as above
-        """Forget what was observed: it was of another model."""
+        """Drop all observed errors, because the model was replaced."""
 
     def __call__(self, n_updates: int) -> dict[int, float]:
         """
@@ -67,7 +67,7 @@ class WeightingRule(ABC):
 
 class RuleBasedWeighting(WeightingRule):
     r"""
-    The papers' rule (eq. 10; appendix C-A for many horizons): trust in the model falls as the updates go by.
+    The papers' rule (eq. 10; appendix C-A for many horizons): the weight of the model falls with the number of updates.
 
     .. math::
         w_i = \mathrm{softmax}(1 / e_i), \quad
@@ -75,9 +75,9 @@ class RuleBasedWeighting(WeightingRule):
 
     where :math:`\lambda` grows linearly from :math:`1 - \eta` to :math:`1 + \eta` within ``total_updates`` and stays there.
 
-    :param horizons: numbers of model steps :math:`I`; 0, the data-driven gradient, must be among them
-    :param eta: half the range of lambda, between 0 and 1
-    :param total_updates: the papers' T
+    :param horizons: numbers of model steps :math:`I`; they must include 0, the data-driven gradient
+    :param eta: :math:`\eta`, half the range of :math:`\lambda`, between 0 and 1
+    :param total_updates: number of updates in which :math:`\lambda` grows, the papers' T
     """
 
     def __init__(self, horizons: Sequence[int] = (0, 25), eta: float = 0.1, total_updates: int = 9000):
@@ -97,10 +97,10 @@ class RuleBasedWeighting(WeightingRule):
     def weights(self, n_updates: int) -> np.ndarray:
         lambda_ = 1 - self.eta + 2 * self.eta * min(n_updates / self.total_updates, 1.0)
         horizons = np.array(self.horizons)
-        # The softmax takes inverse errors: logarithms of weights, which may be very large (0.1 ** -25)
+        # Inverse errors, which may be very large (0.1 ** -25)
         with np.errstate(over="ignore"):
             scores = lambda_**-horizons if lambda_ <= 1 else (2 - lambda_) ** (horizons - horizons.max())
-        # So large that they are infinite, they are not to be compared
+        # The difference of two infinite scores would be NaN
         scores = np.minimum(scores, np.finfo(np.float64).max)
         exponentials = np.exp(scores - scores.max())
         return exponentials / exponentials.sum()
@@ -111,7 +111,7 @@ class ConstantWeighting(WeightingRule):
     The same weights at every update.
 
     :param horizons: numbers of model steps
-    :param values: their weights, not negative; they are divided by their sum. Equal by default.
+    :param values: weights of the horizons, 0 or more; they are divided by their sum. Equal weights by default.
     """
 
     def __init__(self, horizons: Sequence[int], values: Sequence[float] | None = None):
@@ -134,10 +134,10 @@ class ConstantWeighting(WeightingRule):
 class GeometricWeighting(WeightingRule):
     r"""
     Weights that fall geometrically with the horizon, :math:`w_k \propto (1 - \lambda) \lambda^k`, as in the lambda-return
-    and in DVPG; normalised, since the horizons are finitely many.
+    and in DVPG. They are normalised, because the number of horizons is finite.
 
     :param horizons: numbers of model steps
-    :param lambda_: how slowly the weights fall, between 0 and 1
+    :param lambda_: :math:`\lambda`, between 0 and 1
     """
 
     def __init__(self, horizons: Sequence[int], lambda_: float = 0.9):
@@ -153,8 +153,8 @@ class GeometricWeighting(WeightingRule):
 
 class MeasuredWeighting(WeightingRule):
     r"""
-    Weights that follow the measured errors of the gradients, :math:`w_i \propto 1 / e_i`: the mixture of least variance if
-    the errors are independent. They are averaged over the last few measurements.
+    Weights from the measured errors of the gradients, :math:`w_i \propto 1 / e_i`, which give the mixture of least variance if
+    the errors are independent. The errors are averaged over the last few measurements.
 
     :param horizons: numbers of model steps
     :param window: number of measurements that are averaged
@@ -170,7 +170,7 @@ class MeasuredWeighting(WeightingRule):
         self._errors: list[np.ndarray] = []
 
     def observe(self, errors: np.ndarray) -> None:
-        # Neither zero nor infinite, so that their ratios are numbers
+        # Clip zero and infinite errors, so that the weights are finite
         self._errors = [*self._errors, np.clip(np.nan_to_num(errors, nan=np.inf), 1e-30, 1e30)][-self.window :]
 
     def forget(self) -> None:
@@ -199,7 +199,7 @@ def make_weighting_rule(
     :param horizons: numbers of model steps
     :param weighting_kwargs: further arguments of the named rule
     :return: the rule
-    :raises ValueError: for an unknown name
+    :raises ValueError: for an unknown name, arguments that the rule does not have, or a rule for other horizons
     """
     if isinstance(weighting, WeightingRule):
         if weighting_kwargs:

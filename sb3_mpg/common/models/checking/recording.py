@@ -41,7 +41,7 @@ def sample_box(box: spaces.Box, n_rows: int, rng: np.random.Generator) -> np.nda
 def as_vec_env(env: gym.Env | VecEnv | str) -> VecEnv:
     """
     :param env: Gymnasium environment, its id, or ``VecEnv``
-    :return: the ``VecEnv`` that speaks raw observations and rewards: the one below ``VecNormalize``, if there is one
+    :return: the ``VecEnv`` with raw observations and rewards: the one below ``VecNormalize``, if there is one
     :raises TypeError: when it is no environment
     """
     if isinstance(env, str):
@@ -56,7 +56,7 @@ def as_vec_env(env: gym.Env | VecEnv | str) -> VecEnv:
     inner: VecEnv | None = env
     while inner is not None:
         if isinstance(inner, VecNormalize):
-            # Models speak raw observations and rewards, and a check must not update the statistics
+            # Models use raw observations and rewards, and a check must not update the statistics
             return inner.venv
         inner = getattr(inner, "venv", None)
     return env

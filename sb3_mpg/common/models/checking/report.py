@@ -31,7 +31,7 @@ class PriorModelReport:
     :param reward_bias: mean of predicted minus actual reward
     :param reward_std: standard deviation of the actual reward
     :param reward_verdict: verdict on the reward
-    :param terminal_errors: number of steps that terminated where the model says otherwise, and the other way around
+    :param terminal_errors: number of terminations that the model misses, and number of steps that it terminates wrongly
     :param requested_horizon: number of steps that should have been checked; ``H`` is smaller when episodes are short
     :param supported_horizon: the largest horizon up to which the model beats predicting no change, all dimensions together
     :param hints: how to fix what is wrong

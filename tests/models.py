@@ -148,3 +148,18 @@ class LearnedDynamics(TrainableModel):
         self.load_state_dict(saved)
         self.networks.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         return True
+
+
+class Counter(PriorModel):
+    """s' = s + a. Above 10 it is not a number, and below -3 it terminates."""
+
+    may_terminate = True
+
+    def transition(self, states, actions):
+        return th.where(states + actions > 10, th.nan, states + actions)
+
+    def reward(self, states, actions, next_states):
+        return -(states**2)
+
+    def terminal(self, next_states):
+        return next_states < -3

@@ -1,7 +1,11 @@
 """Comparisons that several tests make."""
 
+import random
+
 import torch as th
 
+from sb3_mpg.common.models.trainable import members_of
+from sb3_mpg.common.rollouts.policy_gradient import mixed_policy_gradient
 from sb3_mpg.common.rollouts.steps import EagerSteps, RolloutContext
 from sb3_mpg.common.units import Units
 
@@ -21,3 +25,16 @@ def drawn_batch(model, batch_size=32, n_updates=1):
     """Transitions with their value targets, as an update of the algorithm draws them."""
     inputs = model.training_inputs(batch_size)
     return model.update.draw_batch(batch_size, inputs.replay_buffer, inputs.units, inputs.settings_of(n_updates))
+
+
+def policy_gradient_of(model, observations, weights, balance=0.0):
+    """
+    Mixed policy gradient of an algorithm, with rows dealt to the members of its model. The noise of the model is the same in
+    each call.
+    """
+    th.manual_seed(3)
+    random.seed(3)
+    model.rollout_model.train()
+    context = model.update.context(model.units(), model.gamma)
+    with members_of(model.rollout_model, "dealt"):
+        return mixed_policy_gradient(observations, context, weights, model.differentiate, balance)

@@ -23,7 +23,6 @@ from sb3_mpg.common.compilation import step_compiler
 from sb3_mpg.common.compilation.compiled_loop import CompiledLoop, Direction, StepGraph, copy_of
 from sb3_mpg.common.compilation.step_compiler import StepCompiler, rewritten
 from sb3_mpg.common.rollouts.steps import EagerSteps
-from sb3_mpg.common.value_targets import SimulatorTarget
 from sb3_mpg.mpg.policies import MPGPolicy
 from sb3_mpg_envs.path_tracking import PathTrackingModel, PathTrackingSimulator
 
@@ -64,7 +63,7 @@ def graphs_of(loops):
 
 
 class Turning(PriorModel):
-    """What is observed is a part of the state; a parameter, noise, and an end if asked for."""
+    """Observations are a part of the state. The model has a parameter and noise, and terminates if asked to."""
 
     def __init__(self, terminates=False):
         super().__init__()
@@ -99,7 +98,7 @@ def make_model(prior_model, env=None, **kwargs):
 
 
 def gradients(model, steps, weights, balance=0.0):
-    """Also of what else the rollout gives, and the next random number."""
+    """Gradients, the other results of the rollout, and the next random number."""
     model.update.steps = steps
     observations = th.as_tensor(model.replay_buffer.observations[:32, 0])
     result = policy_gradient_of(model, observations, weights, balance)
@@ -107,7 +106,7 @@ def gradients(model, steps, weights, balance=0.0):
 
 
 class Slanted(Turning):
-    """States that do not lie together in memory, neither at the start nor behind a step, and differently so."""
+    """States that are not contiguous in memory: one layout at the start, another after a step."""
 
     def transition(self, states, actions):
         return super().transition(states, actions).t().contiguous().t()
@@ -152,7 +151,7 @@ def test_steps_in_a_row_are_the_same(compiler, loops, terminates, normalises, ba
     model = make_model(Turning(terminates), env)
     weights = {0: 0.1, 1: 0.3, 4: 0.6}
     expected = gradients(model, EagerSteps(), weights, balance)
-    # The first time steps are looked into
+    # In the first call it is found out whether steps can be taken in a row
     for _ in range(2):
         th.testing.assert_close(gradients(model, compiler, weights, balance), expected)
     assert not compiler.has_failed
@@ -171,7 +170,7 @@ def test_horizons_a_step_apart(compiler):
 
 
 @pytest.mark.parametrize("model_class", [Slanted, Observed, Reshaped, Copied])
-def test_whatever_states_and_observations_are_to_each_other(compiler, loops, model_class):
+def test_observations_may_be_parts_views_or_copies_of_states(compiler, loops, model_class):
     model = make_model(model_class())
     weights = {1: 0.2, 2: 0.3, 4: 0.5}
     expected = gradients(model, EagerSteps(), weights)
@@ -210,14 +209,14 @@ def test_nothing_is_kept_in_memory(compiler):
 
 
 class Drawing(Turning):
-    """Noise of Python's, the same in two steps in a row now and then."""
+    """Noise from Python's generator, which is sometimes the same in two steps."""
 
     def transition(self, states, actions):
         return super().transition(states, actions) + 0.1 * random.randint(0, 1)
 
 
 class Storing(Turning):
-    """Keeps something for somebody to look at."""
+    """Stores a tensor in each step."""
 
     def __init__(self):
         super().__init__()
@@ -271,7 +270,7 @@ class Counting(Turning):
 
 
 def test_what_changes_in_place_is_not_compiled():
-    """With the compiler itself; nothing is changed before that is noticed."""
+    """With torch's C++ compiler. The failure is noticed before anything is changed."""
     model = make_model(Counting())
     model.rollout_model.n_calls.zero_()
     expected = gradients(model, EagerSteps(), {4: 1.0})
@@ -339,7 +338,7 @@ def test_plain_functions_that_do_something_else_are_not_used(compiler, loops, mo
     assert graph.loops is False
 
 
-def test_a_graph_that_changed_is_looked_into_anew(compiler, loops):
+def test_a_graph_that_changed_is_tried_out_again(compiler, loops):
     model = make_model(Turning())
     gradients(model, compiler, {4: 1.0})
     model.rollout_model.terminates = True
@@ -358,15 +357,15 @@ def test_exact_models_give_the_value_targets_of_simulators(compiler, loops, task
     env = DummyVecEnv([lambda: gym.make(TASKS[task], early_reset_terminates=True, early_reset_penalty=3.0)])
     target = {"value_target": "n_step_simulator", "value_target_kwargs": {"n_steps": 5}}
     model = MPG("MlpPolicy", VecNormalize(env) if normalises else env, compile=False, horizons=(0, 2), **target, **SMALL)
-    model.learn(100)
-    simulate, goes_on = SimulatorTarget._simulate, []
+    model.learn(100).training_inputs(128)
+    step, n_terminated = model.update.simulator.step, []
 
-    def observed(self, *args):
-        result = simulate(self, *args)
-        goes_on.append(result[-1])
+    def observed(*args):
+        result = step(*args)
+        n_terminated.append(result[2].sum())
         return result
 
-    monkeypatch.setattr(SimulatorTarget, "_simulate", observed)
+    monkeypatch.setattr(model.update.simulator, "step", observed)
     results = []
     for used in (EagerSteps(), compiler, compiler):
         model.update.steps = used
@@ -377,7 +376,8 @@ def test_exact_models_give_the_value_targets_of_simulators(compiler, loops, task
     assert graph.loops
     for result in results[1:]:
         th.testing.assert_close(result, results[0], rtol=1e-5, atol=1e-5)
-    assert len(goes_on) == 1 and 0 < goes_on[0].sum() < 128
+    # The simulator is used once, without compilation
+    assert len(n_terminated) == 5 and 0 < sum(n_terminated) < 128
 
 
 def test_exact_models_of_users_are_run_in_double_precision(compiler, loops, monkeypatch):

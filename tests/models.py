@@ -4,6 +4,7 @@ import copy
 import math
 
 import torch as th
+from lq import LinearEnv
 from torch.nn import functional as F
 
 from sb3_mpg import PriorModel
@@ -163,3 +164,17 @@ class Counter(PriorModel):
 
     def terminal(self, next_states):
         return next_states < -3
+
+
+class Wrong(PriorModel):
+    """The model of ``LinearEnv``, but actions have five times their effect, in the wrong direction."""
+
+    def __init__(self):
+        super().__init__()
+        self.right = LinearEnv().prior_model()
+
+    def transition(self, states, actions):
+        return self.right.transition(states, -5 * actions)
+
+    def reward(self, states, actions, next_states):
+        return self.right.reward(states, actions, next_states)

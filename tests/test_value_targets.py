@@ -195,15 +195,16 @@ class WithoutSimulator(LinearEnv):
     make_simulator = property()
 
 
+# Arguments that change a target
+KWARGS = {"clipped_double_q": {"noise_std": 0.1}, "n_step_replay": {"n_steps": 4}, "n_step_simulator": {"n_steps": 4}}
+
+
 @pytest.mark.parametrize("name", VALUE_TARGETS)
 class TestContract:
     """What holds for every value target."""
 
-    # Besides the defaults, settings that change the target
-    KWARGS = {"clipped_double_q": {"noise_std": 0.1}, "n_step_replay": {"n_steps": 4}, "n_step_simulator": {"n_steps": 4}}
-
     def test_values(self, name):
-        model = make_model(LinearEnv(noise=0.15, ends="terminated"), value_target=name, value_target_kwargs=self.KWARGS[name])
+        model = make_model(LinearEnv(noise=0.15, ends="terminated"), value_target=name, value_target_kwargs=KWARGS[name])
         data, parameters = model.replay_buffer.sample(48), [p.clone() for p in model.policy.parameters()]
         th.manual_seed(0)
         values = targets(model, data)
@@ -229,7 +230,7 @@ class TestContract:
 
     def test_length_of_samples(self, name):
         """A target that follows recorded steps needs samples that span them, and gets such a replay buffer."""
-        target = make_value_target(name, self.KWARGS[name])
+        target = make_value_target(name, KWARGS[name])
         assert target.replay_n_steps == (4 if name == "n_step_replay" else 1)
         model = MPG("MlpPolicy", LinearEnv(), value_target=target, **SMALL)
         assert getattr(model.replay_buffer, "n_steps", 1) == target.replay_n_steps
@@ -239,7 +240,7 @@ class TestContract:
             make_value_target(name, {"n_steeps": 3})
 
     def test_environments_that_cannot_do_what_is_needed_are_refused(self, name):
-        target, env = make_value_target(name), DummyVecEnv([lambda: WithoutSimulator()])
+        target, env = make_value_target(name), DummyVecEnv([WithoutSimulator])
         if target.needs_simulator:
             with pytest.raises(ValueError, match=r"no method `make_simulator\(num_agents\)`"):
                 target.check_env(env)

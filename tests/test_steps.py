@@ -124,5 +124,6 @@ def test_copies_take_the_same_steps(steps, makes_pickles):
     other = pickle.loads(pickle.dumps(steps)) if makes_pickles else copy.deepcopy(steps)
     assert type(other) is type(steps) and other is not steps
     assert other.is_compiled == steps.is_compiled
+    assert not steps.is_compiled or other.backend == steps.backend
     th.testing.assert_close(rollout_of(context._replace(steps=other), 3), expected)
     th.testing.assert_close(rollout_of(context, 3), expected)

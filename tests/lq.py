@@ -48,6 +48,11 @@ def quadratic_q(p_ss: th.Tensor, p_sa: th.Tensor, p_aa: th.Tensor):
     return q_function
 
 
+def tensors(*arrays: np.ndarray) -> list[th.Tensor]:
+    """In double precision."""
+    return [th.as_tensor(array, dtype=th.float64) for array in arrays]
+
+
 def analytic_gradient(
     s: np.ndarray,
     a: np.ndarray,
@@ -91,6 +96,12 @@ def random_problem(n_states: int = 3, n_actions: int = 2, seed: int = 0):
     k = 0.3 * rng.normal(size=(n_actions, n_states))
     critic = (positive(n_states), rng.normal(size=(n_states, n_actions)), positive(n_actions))
     return a, b, positive(n_states), positive(n_actions), k, critic
+
+
+def rollout_problem(n_states: int = 3, n_actions: int = 2, seed: int = 0):
+    """The matrices of :func:`random_problem`, and model, policy and critic that are made of them."""
+    matrices = a, b, q, r, k, critic = random_problem(n_states, n_actions, seed)
+    return matrices, LinearModel(*tensors(a, b, q, r)), LinearActor(th.as_tensor(k)), quadratic_q(*tensors(*critic))
 
 
 # Beyond it an episode ends, where that is asked for

@@ -4,6 +4,7 @@ import copy
 import math
 
 import torch as th
+from lq import LinearEnv
 from torch.nn import functional as F
 
 from sb3_mpg import PriorModel
@@ -148,3 +149,32 @@ class LearnedDynamics(TrainableModel):
         self.load_state_dict(saved)
         self.networks.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         return True
+
+
+class Counter(PriorModel):
+    """s' = s + a. Above 10 it is not a number, and below -3 it terminates."""
+
+    may_terminate = True
+
+    def transition(self, states, actions):
+        return th.where(states + actions > 10, th.nan, states + actions)
+
+    def reward(self, states, actions, next_states):
+        return -(states**2)
+
+    def terminal(self, next_states):
+        return next_states < -3
+
+
+class Wrong(PriorModel):
+    """The model of ``LinearEnv``, but actions have five times their effect, in the wrong direction."""
+
+    def __init__(self):
+        super().__init__()
+        self.right = LinearEnv().prior_model()
+
+    def transition(self, states, actions):
+        return self.right.transition(states, -5 * actions)
+
+    def reward(self, states, actions, next_states):
+        return self.right.reward(states, actions, next_states)

@@ -1,4 +1,4 @@
-"""Weights of the states of a batch, and the losses that use them; with both losses in one update: test_mpg.py."""
+"""Weights of the states of a batch, and the losses that use them. test_mpg.py has both losses in one update."""
 
 import pytest
 import torch as th
@@ -11,7 +11,7 @@ def test_weights_at_their_limits():
     th.testing.assert_close(balance_states(sizes, 0.0), th.ones(5, 1))
     for balance in (0.5, 1.0):
         assert balance_states(sizes, balance).mean() == pytest.approx(1.0)
-    # A state that is fine already stays so, and one of a rollout that diverged counts little more than the others
+    # A state without error contributes nothing, and one of a diverged rollout little more than the others
     contributions = sizes * balance_states(sizes, 1.0)
     assert contributions[0] == 0
     assert contributions.max() < 1.4 * contributions[1:].min()
@@ -19,7 +19,7 @@ def test_weights_at_their_limits():
 
 def test_states_of_no_size():
     th.testing.assert_close(balance_states(th.zeros(4, 1), 1.0), th.ones(4, 1))
-    # As many as they may be, the others count: behind a termination values are 0, and those before it are to be learned
+    # They may be the majority, and the others still count: values are 0 after a termination, and not before it
     weights = balance_states(th.tensor([[0.0], [0.0], [0.0], [1.0], [2.0]]), 1.0)
     assert (weights[3:] > 0.1).all()
     assert 2 * weights[4] > weights[3]

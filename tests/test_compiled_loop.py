@@ -1,4 +1,4 @@
-"""Steps in a row, of graphs that torch takes apart for both directions without compiling them."""
+"""Steps in a row, of graphs that torch divides into a forward and a backward pass without compiling them."""
 
 import copy
 import gc
@@ -9,6 +9,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
+from helpers import drawn_batch, policy_gradient_of
 from lq import LinearEnv, LinearSimulator
 from settings import SMALL
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
@@ -18,10 +19,10 @@ from torch._functorch.aot_autograd import make_boxed_func
 
 import sb3_mpg_envs  # noqa: F401
 from sb3_mpg import MPG, PriorModel
-from sb3_mpg.common.compilation import step_compiler as compilation
-from sb3_mpg.common.compilation.step_compiler import StepCompiler, rewritten
+from sb3_mpg.common.compilation import step_compiler
 from sb3_mpg.common.compilation.compiled_loop import CompiledLoop, Direction, StepGraph, copy_of
-from sb3_mpg.common.value_targets import SimulatorTarget
+from sb3_mpg.common.compilation.step_compiler import StepCompiler, rewritten
+from sb3_mpg.common.rollouts.steps import EagerSteps
 from sb3_mpg.mpg.policies import MPGPolicy
 from sb3_mpg_envs.path_tracking import PathTrackingModel, PathTrackingSimulator
 
@@ -39,19 +40,30 @@ def compile_nothing(graph, example_inputs, record):
 
 
 @pytest.fixture
-def compiler(monkeypatch):
-    monkeypatch.setattr(
-        compilation, "compile_loop", lambda step, device, backend: CompiledLoop(rewritten(step, device), compile_nothing)
-    )
+def loops(monkeypatch):
+    """Weak references to the loops of steps that are made in a test."""
+    made = []
+
+    def compile_loop(step, device, backend):
+        loop = CompiledLoop(rewritten(step, device), compile_nothing)
+        made.append(weakref.ref(loop))
+        return loop
+
+    monkeypatch.setattr(step_compiler, "compile_loop", compile_loop)
+    return made
+
+
+@pytest.fixture
+def compiler(loops):
     return StepCompiler()
 
 
-def graphs_of(compiler):
-    return [graph for loop in compiler._steps.values() for graph in loop.graphs]
+def graphs_of(loops):
+    return [graph for loop in loops for graph in loop().graphs]
 
 
 class Turning(PriorModel):
-    """What is observed is a part of the state; a parameter, noise, and an end if asked for."""
+    """Observations are a part of the state. The model has a parameter and noise, and terminates if asked to."""
 
     def __init__(self, terminates=False):
         super().__init__()
@@ -85,19 +97,16 @@ def make_model(prior_model, env=None, **kwargs):
     return MPG("MlpPolicy", LinearEnv() if env is None else env, prior_model=prior_model, **settings).learn(44)
 
 
-def gradients(model, compiler, weights, balance=0.0):
-    """With the noise of the model, the same one at each call."""
-    model._step_compiler = compiler
+def gradients(model, steps, weights, balance=0.0):
+    """Gradients, the other results of the rollout, and the next random number."""
+    model.update.steps = steps
     observations = th.as_tensor(model.replay_buffer.observations[:32, 0])
-    th.manual_seed(3)
-    random.seed(3)
-    model.rollout_model.train()
-    result = model._mixed_policy_gradient(observations, model._units(), weights, balance)
+    result = policy_gradient_of(model, observations, weights, balance)
     return [*result.gradients, result.loss, result.actions, *result.returns.values(), th.rand(1)]
 
 
 class Slanted(Turning):
-    """States that do not lie together in memory, neither at the start nor behind a step, and differently so."""
+    """States that are not contiguous in memory: one layout at the start, another after a step."""
 
     def transition(self, states, actions):
         return super().transition(states, actions).t().contiguous().t()
@@ -137,16 +146,16 @@ class Copied(Observed):
 @pytest.mark.parametrize("balance", [0.0, 0.5], ids=["mixed", "balanced"])
 @pytest.mark.parametrize("normalises", [False, True], ids=["raw", "normalised"])
 @pytest.mark.parametrize("terminates", [False, True], ids=["goes_on", "terminates"])
-def test_steps_in_a_row_are_the_same(compiler, terminates, normalises, balance):
+def test_steps_in_a_row_are_the_same(compiler, loops, terminates, normalises, balance):
     env = VecNormalize(DummyVecEnv([LinearEnv])) if normalises else None
     model = make_model(Turning(terminates), env)
     weights = {0: 0.1, 1: 0.3, 4: 0.6}
-    expected = gradients(model, None, weights, balance)
-    # The first time steps are looked into
+    expected = gradients(model, EagerSteps(), weights, balance)
+    # In the first call it is found out whether steps can be taken in a row
     for _ in range(2):
         th.testing.assert_close(gradients(model, compiler, weights, balance), expected)
     assert not compiler.has_failed
-    (graph,) = graphs_of(compiler)
+    (graph,) = graphs_of(loops)
     assert graph.loops
 
 
@@ -154,29 +163,29 @@ def test_horizons_a_step_apart(compiler):
     """Two steps in a row are never taken, and the backward pass goes through some of them more than once."""
     model = make_model(Turning(), horizons=(0, 1, 2, 3))
     weights = {0: 0.1, 1: 0.2, 2: 0.3, 3: 0.4}
-    expected = gradients(model, None, weights, 0.5)
+    expected = gradients(model, EagerSteps(), weights, 0.5)
     for _ in range(2):
         th.testing.assert_close(gradients(model, compiler, weights, 0.5), expected)
     assert not compiler.has_failed
 
 
 @pytest.mark.parametrize("model_class", [Slanted, Observed, Reshaped, Copied])
-def test_whatever_states_and_observations_are_to_each_other(compiler, model_class):
+def test_observations_may_be_parts_views_or_copies_of_states(compiler, loops, model_class):
     model = make_model(model_class())
     weights = {1: 0.2, 2: 0.3, 4: 0.5}
-    expected = gradients(model, None, weights)
+    expected = gradients(model, EagerSteps(), weights)
     for _ in range(2):
         th.testing.assert_close(gradients(model, compiler, weights), expected)
-    (graph,) = graphs_of(compiler)
+    (graph,) = graphs_of(loops)
     assert graph.loops
 
 
-def test_all_actions_share_the_parameters(compiler):
+def test_all_actions_share_the_parameters(compiler, loops):
     model = make_model(Turning(), differentiate="all_actions")
-    expected = gradients(model, None, {4: 1.0})
+    expected = gradients(model, EagerSteps(), {4: 1.0})
     for _ in range(2):
         th.testing.assert_close(gradients(model, compiler, {4: 1.0}), expected)
-    (graph,) = graphs_of(compiler)
+    (graph,) = graphs_of(loops)
     assert graph.loops
 
 
@@ -200,14 +209,14 @@ def test_nothing_is_kept_in_memory(compiler):
 
 
 class Drawing(Turning):
-    """Noise of Python's, the same in two steps in a row now and then."""
+    """Noise from Python's generator, which is sometimes the same in two steps."""
 
     def transition(self, states, actions):
         return super().transition(states, actions) + 0.1 * random.randint(0, 1)
 
 
 class Storing(Turning):
-    """Keeps something for somebody to look at."""
+    """Stores a tensor in each step."""
 
     def __init__(self):
         super().__init__()
@@ -232,7 +241,7 @@ class Ageing(Turning):
 
 
 @pytest.mark.parametrize("model_class", [Drawing, Storing, Ageing])
-def test_what_cannot_be_taken_in_a_row_is_taken_one_by_one(compiler, model_class):
+def test_what_cannot_be_taken_in_a_row_is_taken_one_by_one(compiler, loops, model_class):
     model = make_model(model_class())
 
     def set_back():
@@ -240,14 +249,14 @@ def test_what_cannot_be_taken_in_a_row_is_taken_one_by_one(compiler, model_class
             model.rollout_model.age = th.full((), 100.0)
 
     set_back()
-    expected = gradients(model, None, {4: 1.0})
+    expected = gradients(model, EagerSteps(), {4: 1.0})
     for _ in range(3):
         set_back()
         th.testing.assert_close(gradients(model, compiler, {4: 1.0}), expected)
     if model_class is Storing:
         assert not model.rollout_model.latest.requires_grad
     assert not compiler.has_failed
-    assert not any(graph.loops for graph in graphs_of(compiler))
+    assert not any(graph.loops for graph in graphs_of(loops))
 
 
 class Counting(Turning):
@@ -261,10 +270,10 @@ class Counting(Turning):
 
 
 def test_what_changes_in_place_is_not_compiled():
-    """With the compiler itself; nothing is changed before that is noticed."""
+    """With torch's C++ compiler. The failure is noticed before anything is changed."""
     model = make_model(Counting())
     model.rollout_model.n_calls.zero_()
-    expected = gradients(model, None, {4: 1.0})
+    expected = gradients(model, EagerSteps(), {4: 1.0})
     assert model.rollout_model.n_calls == 4
     compiler = StepCompiler()
     with pytest.warns(UserWarning, match="Counting and the policy could not be compiled.*in place, as batch normalisation"):
@@ -289,27 +298,28 @@ def test_batch_normalisation_in_the_policy():
         MPG(Policy, LinearEnv(), compile=True, **kwargs, **SMALL).learn(44)
 
 
-def test_copies_compile_for_themselves(compiler):
+def test_copies_compile_for_themselves(compiler, loops):
     model = make_model(Turning())
     gradients(model, compiler, {4: 1.0})
     copied = copy.deepcopy(compiler)
-    assert not copied._steps
-    expected = gradients(model, None, {4: 1.0})
+    expected = gradients(model, EagerSteps(), {4: 1.0})
     for used in (copied, compiler, copied):
         th.testing.assert_close(gradients(model, used, {4: 1.0}), expected)
+    assert len(loops) == 2
 
 
-def test_what_was_compiled_goes_with_its_owner(compiler):
+def test_what_was_compiled_goes_with_its_owner(loops):
     model = make_model(Turning())
-    gradients(model, compiler, {4: 1.0})
-    loop = weakref.ref(compiler._steps[True])
-    compiler._steps.clear()
+    gradients(model, StepCompiler(), {4: 1.0})
+    (loop,) = loops
+    assert loop() is not None
+    model.update.steps = EagerSteps()
     gc.collect()
     assert loop() is None
 
 
 @pytest.mark.parametrize("is_forward", [True, False])
-def test_plain_functions_that_do_something_else_are_not_used(compiler, monkeypatch, is_forward):
+def test_plain_functions_that_do_something_else_are_not_used(compiler, loops, monkeypatch, is_forward):
     name = "forward" if is_forward else "backward"
     other = getattr(StepGraph, name)
 
@@ -321,20 +331,20 @@ def test_plain_functions_that_do_something_else_are_not_used(compiler, monkeypat
         return (double(results[0]), results[1]) if is_forward else double(results)
 
     model = make_model(Turning())
-    expected = gradients(model, None, {4: 1.0})
+    expected = gradients(model, EagerSteps(), {4: 1.0})
     monkeypatch.setattr(StepGraph, name, wrong)
     th.testing.assert_close(gradients(model, compiler, {4: 1.0}), expected)
-    (graph,) = graphs_of(compiler)
+    (graph,) = graphs_of(loops)
     assert graph.loops is False
 
 
-def test_a_graph_that_changed_is_looked_into_anew(compiler):
+def test_a_graph_that_changed_is_tried_out_again(compiler, loops):
     model = make_model(Turning())
     gradients(model, compiler, {4: 1.0})
     model.rollout_model.terminates = True
-    expected = gradients(model, None, {4: 1.0})
+    expected = gradients(model, EagerSteps(), {4: 1.0})
     th.testing.assert_close(gradients(model, compiler, {4: 1.0}), expected)
-    assert [graph.loops for graph in graphs_of(compiler)] == [True, True]
+    assert [graph.loops for graph in graphs_of(loops)] == [True, True]
 
 
 TASKS = {"path": "PathTracking-v0", "pendulum": "InvertedPendulumConti-v0"}
@@ -342,43 +352,44 @@ TASKS = {"path": "PathTracking-v0", "pendulum": "InvertedPendulumConti-v0"}
 
 @pytest.mark.parametrize("normalises", [False, True], ids=["raw", "normalised"])
 @pytest.mark.parametrize("task", list(TASKS))
-def test_exact_models_give_the_value_targets_of_simulators(compiler, task, normalises, monkeypatch):
+def test_exact_models_give_the_value_targets_of_simulators(compiler, loops, task, normalises, monkeypatch):
     """Terminated rollouts included."""
     env = DummyVecEnv([lambda: gym.make(TASKS[task], early_reset_terminates=True, early_reset_penalty=3.0)])
     target = {"value_target": "n_step_simulator", "value_target_kwargs": {"n_steps": 5}}
     model = MPG("MlpPolicy", VecNormalize(env) if normalises else env, compile=False, horizons=(0, 2), **target, **SMALL)
-    model.learn(100)
-    simulate, goes_on = SimulatorTarget._simulate, []
+    model.learn(100).training_inputs(128)
+    step, n_terminated = model.update.simulator.step, []
 
-    def observed(self, *args):
-        result = simulate(self, *args)
-        goes_on.append(result[-1])
+    def observed(*args):
+        result = step(*args)
+        n_terminated.append(result[2].sum())
         return result
 
-    monkeypatch.setattr(SimulatorTarget, "_simulate", observed)
+    monkeypatch.setattr(model.update.simulator, "step", observed)
     results = []
-    for used in (None, compiler, compiler):
-        model._step_compiler = used
+    for used in (EagerSteps(), compiler, compiler):
+        model.update.steps = used
         np.random.seed(0)
-        results.append(model._draw_batch(1, 128, model._units()).target_q_values)
+        results.append(drawn_batch(model, 128).target_q_values)
     assert not compiler.has_failed
-    (graph,) = graphs_of(compiler)
+    (graph,) = graphs_of(loops)
     assert graph.loops
     for result in results[1:]:
         th.testing.assert_close(result, results[0], rtol=1e-5, atol=1e-5)
-    assert len(goes_on) == 1 and 0 < goes_on[0].sum() < 128
+    # The simulator is used once, without compilation
+    assert len(n_terminated) == 5 and 0 < sum(n_terminated) < 128
 
 
-def test_exact_models_of_users_are_run_in_double_precision(compiler, monkeypatch):
+def test_exact_models_of_users_are_run_in_double_precision(compiler, loops, monkeypatch):
     monkeypatch.setattr(LinearSimulator, "exact_model", lambda self: LinearEnv().prior_model(), raising=False)
     target = {"value_target": "n_step_simulator", "value_target_kwargs": {"n_steps": 4}}
     model = MPG("MlpPolicy", LinearEnv(), compile=False, horizons=(0, 2), **target, **SMALL).learn(44)
     results = []
-    for used in (None, compiler):
-        model._step_compiler = used
+    for used in (EagerSteps(), compiler):
+        model.update.steps = used
         np.random.seed(0)
-        results.append(model._draw_batch(1, 32, model._units()).target_q_values)
-    assert not compiler.has_failed and graphs_of(compiler)[0].loops
+        results.append(drawn_batch(model).target_q_values)
+    assert not compiler.has_failed and graphs_of(loops)[0].loops
     th.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
 
 
@@ -406,7 +417,7 @@ def test_without_a_compiler_simulators_are_used(monkeypatch):
 
     def batch():
         np.random.seed(0)
-        return model._draw_batch(1, 32, model._units()).target_q_values
+        return drawn_batch(model).target_q_values
 
     expected = batch()
 
@@ -414,7 +425,7 @@ def test_without_a_compiler_simulators_are_used(monkeypatch):
         raise RuntimeError("no C++ compiler")
 
     monkeypatch.setattr(th, "compile", fail)
-    model._step_compiler = StepCompiler()
+    model.update.steps = StepCompiler()
     with pytest.warns(
         UserWarning, match=r"PathTrackingModel and the policy could not be compiled.*RuntimeError: no C\+\+ compiler"
     ):

@@ -1,3 +1,7 @@
+"""The precision of products, and the kernels that follow from it."""
+
+import os
+
 import gymnasium as gym
 import pytest
 import torch as th
@@ -16,6 +20,7 @@ from sb3_mpg.common.precision import (
     is_as_exact,
     matmul_precision,
 )
+from sb3_mpg.common.value_targets import ReplayTarget
 
 
 def current() -> str:
@@ -42,7 +47,7 @@ class Clock:
     [
         ({DEFAULT: 2.0, ONEDNN: 1.0}, True, ONEDNN),
         ({DEFAULT: 2.0, ONEDNN: 1.0}, False, DEFAULT),
-        # Within the noise of a timing
+        # Not clearly faster
         ({DEFAULT: 1.1, ONEDNN: 1.0}, True, DEFAULT),
         ({DEFAULT: 1.0, ONEDNN: 2.0}, True, DEFAULT),
     ],
@@ -55,7 +60,7 @@ def test_onednn_is_taken_if_it_is_as_exact_and_clearly_faster(monkeypatch, secon
     assert choose_matmul_precision(network, 8) == expected
     assert current() == DEFAULT
     assert th.equal(th.get_rng_state(), random_state)
-    # However long they take, there is an end to trials
+    # The number of trials is limited, however long they take
     assert clock.now <= max(3 * sum(clock.seconds_of.values()), 0.2)
 
 
@@ -111,7 +116,7 @@ def test_the_gradient_changes_by_rounding_only(env_id):
 
 
 class Precisions(BaseCallback):
-    """Notes the settings at each step."""
+    """Collects the settings of all steps."""
 
     def __init__(self):
         super().__init__()
@@ -154,12 +159,20 @@ def test_users_of_torchs_other_settings_of_precision(value):
         th.backends.cuda.matmul.fp32_precision = before
 
 
-def test_learners_compute_with_the_setting_of_the_main_process():
-    model = MPG("MlpPolicy", LinearEnv(), compile=False, horizons=(0, 2), **SMALL).learn(44)
-    model._matmul_precision = ONEDNN
-    replica = model.make_replica()
-    try:
-        replica.setup_replica()
-        assert current() == ONEDNN
-    finally:
-        th.backends.mkldnn.matmul.fp32_precision = DEFAULT
+class ComputedWithOneDNN(ReplayTarget):
+    """Fails in the process that made it, and where products have the default precision."""
+
+    def __init__(self):
+        super().__init__()
+        self.made_by = os.getpid()
+
+    def __call__(self, *args):
+        assert os.getpid() != self.made_by and current() == ONEDNN, (os.getpid(), self.made_by, current())
+        return super().__call__(*args)
+
+
+def test_learners_compute_with_the_setting_of_the_main_process(monkeypatch):
+    monkeypatch.setattr(off_policy_model_algorithm, "choose_matmul_precision", lambda network, batch_size: ONEDNN)
+    kwargs = {"value_target": ComputedWithOneDNN(), "n_learners": 1, "max_staleness": 0, "horizons": (0, 2)}
+    model = MPG("MlpPolicy", LinearEnv(), compile=False, **kwargs, **SMALL).learn(44)
+    assert model._n_updates == 4

@@ -1,3 +1,5 @@
+"""Gradients and parameters of networks."""
+
 import platform
 import subprocess
 import sys
@@ -5,9 +7,18 @@ import sys
 import numpy as np
 import pytest
 import torch as th
+from stable_baselines3.common.type_aliases import TrainFreq, TrainFrequencyUnit
+from stable_baselines3.common.utils import polyak_update
 
-from sb3_mpg.common.checks import check_count
-from sb3_mpg.common.utils import clip_norm
+from sb3_mpg.common.utils import (
+    clip_norm,
+    copy_running_stats,
+    expected_updates,
+    finite_mean,
+    gradient_of,
+    polyak_update_all,
+    trainable_parameters,
+)
 
 FAULTS_OF_GRADIENTS = """
 import resource
@@ -26,9 +37,9 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="is about the C library of Linux")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="tests the C library of Linux")
 def test_freed_memory_is_kept():
-    """In a process of its own, as what was freed before matters."""
+    """In a process of its own, because memory that was freed before matters."""
     output = subprocess.run([sys.executable, "-c", FAULTS_OF_GRADIENTS], capture_output=True, text=True, check=True).stdout
     # Ten times 12.5 MiB are 32,000 pages
     assert int(output) < 1000
@@ -46,16 +57,58 @@ def test_norms_are_clipped_as_by_torch(max_norm):
 
 
 @pytest.mark.parametrize("bad", [th.nan, th.inf])
-def test_norms_that_are_not_finite_are_told(bad):
+def test_norms_that_are_not_finite_are_returned(bad):
     assert not np.isfinite(clip_norm([th.randn(3), th.tensor([1.0, bad])], 3.0))
 
 
-@pytest.mark.parametrize("count", [True, 2.0, 1.5, -1, 1, "2", None, float("nan")])
-def test_what_is_no_count_is_refused(count):
-    with pytest.raises(ValueError, match="`n` must be a whole number, 2 or more, got"):
-        check_count("n", count, 2)
+@pytest.mark.parametrize("tau", [0.0, 0.005, 1.0])
+def test_targets_follow_as_in_sb3(tau):
+    tensors, targets = [th.randn(5, 3), th.randn(7)], [th.randn(5, 3), th.randn(7)]
+    expected = [target.clone() for target in targets]
+    polyak_update(tensors, expected, tau)
+    polyak_update_all(tensors, targets, tau)
+    th.testing.assert_close(targets, expected)
 
 
-def test_counts_of_numpy_are_counts():
-    check_count("n", 2, 2)
-    check_count("n", np.int64(3), 2)
+def test_running_statistics_are_copied_and_nothing_else():
+    network, target = (th.nn.Sequential(th.nn.Linear(3, 4), th.nn.BatchNorm1d(4)) for _ in range(2))
+    before = target[0].weight.clone()
+    network(th.randn(8, 3))
+    copy_running_stats(network, target)
+    assert th.equal(target[1].running_mean, network[1].running_mean) and target[1].running_mean.any()
+    assert th.equal(target[1].running_var, network[1].running_var)
+    assert th.equal(target[0].weight, before) and target[1].num_batches_tracked == 0
+
+
+def test_gradients_are_those_of_trainable_parameters():
+    network, inputs = th.nn.Sequential(th.nn.Linear(3, 4), th.nn.Linear(4, 2), th.nn.Linear(2, 2)), th.randn(5, 3)
+    network[0].requires_grad_(False)
+    assert trainable_parameters(network) == [*network[1].parameters(), *network[2].parameters()]
+    # The loss does not depend on the last layer
+    outputs = network[1](network[0](inputs))
+    gradients = gradient_of((outputs**2).sum(), network)
+    assert [gradient.shape for gradient in gradients] == [(2, 4), (2,), (2, 2), (2,)]
+    th.testing.assert_close(gradients[1], 2 * outputs.sum(dim=0))
+    assert not gradients[2].any() and not gradients[3].any()
+    # In two factors
+    by_parts = gradient_of(network[1](network[0](inputs)), network, 2 * outputs.detach())
+    th.testing.assert_close(by_parts, gradients)
+
+
+def test_mean_of_what_is_finite():
+    assert finite_mean(th.tensor([[1.0], [th.nan], [3.0], [th.inf]])) == 2.0
+    assert finite_mean(th.tensor([th.nan])).isnan()
+
+
+@pytest.mark.parametrize(
+    ("n_envs", "train_freq", "gradient_steps", "expected"),
+    [
+        (1, TrainFreq(1, TrainFrequencyUnit.STEP), 1, 1200),
+        (3, TrainFreq(2, TrainFrequencyUnit.STEP), 4, 800),
+        (3, TrainFreq(2, TrainFrequencyUnit.STEP), -1, 1200),
+        (1, TrainFreq(1, TrainFrequencyUnit.EPISODE), 10, 0),
+        (1, TrainFreq(1, TrainFrequencyUnit.EPISODE), -1, 1200),
+    ],
+)
+def test_expected_number_of_updates(n_envs, train_freq, gradient_steps, expected):
+    assert expected_updates(1200, n_envs, train_freq, gradient_steps) == expected

@@ -1,5 +1,6 @@
-from itertools import pairwise
+"""Value targets: a contract for all of them, and each against closed forms."""
 
+import cloudpickle
 import numpy as np
 import pytest
 import settings
@@ -9,32 +10,35 @@ from stable_baselines3.common.buffers import NStepReplayBuffer
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_mpg import MPG
-from sb3_mpg.common.value_targets import ReplayTarget, SimulatorTarget, make_value_target
 from sb3_mpg.common.trust.weighting import ConstantWeighting, MeasuredWeighting
+from sb3_mpg.common.value_targets import (
+    VALUE_TARGETS,
+    ReplayTarget,
+    SimulatorTarget,
+    make_value_target,
+    target_values_of,
+)
 
 SMALL = {**settings.SMALL, "policy_kwargs": {"net_arch": [8]}, "buffer_size": 500}
 
 
 def make_model(env, **kwargs):
     """Networks, targets that differ from them, and a filled buffer; the papers' weights."""
-    model = MPG("MlpPolicy", env, **{**SMALL, "weighting": "rule_based", **kwargs}).learn(80)
+    model = MPG("MlpPolicy", env, **{**SMALL, "weighting": "rule_based", "horizons": (0, 2), **kwargs}).learn(80)
     with th.no_grad():
         for parameter in (*model.actor_target.parameters(), *model.critic_target.parameters()):
             parameter.add_(0.1 * th.randn_like(parameter))
     return model
 
 
-def targets(model, replay_data):
-    with th.no_grad():
-        return model.value_target(
-            replay_data,
-            model.actor,
-            model.actor_target,
-            model._target_values(1),
-            model._units(),
-            model.gamma,
-            model._make_simulator,
-        )
+@th.no_grad()
+def targets(model, replay_data, value_target=None):
+    """Of the algorithm's own value target by default."""
+    inputs = model.training_inputs(len(replay_data.observations))
+    target_networks = model.update.targets(inputs.settings_of(1))
+    context = model.update.context(inputs.units, model.gamma)
+    value_target = value_target or model.value_target
+    return value_target(replay_data, context, target_networks, model.update.simulator)
 
 
 def test_clipped_double_q():
@@ -48,7 +52,7 @@ def test_clipped_double_q():
     th.testing.assert_close(targets(model, data), expected)
 
 
-def test_critics_are_taken_as_pessimistically_as_they_are_climbed():
+def test_the_minimum_of_the_critics_counts_as_much_as_horizon_0():
     model = make_model(LinearEnv(), horizons=(0, 3))
     model.weighting_rule = MeasuredWeighting((0, 3))
     model.weighting_rule.observe(np.array([3.0, 1.0]))
@@ -59,7 +63,7 @@ def test_critics_are_taken_as_pessimistically_as_they_are_climbed():
     values = 0.25 * th.minimum(q1, q2) + 0.75 * (q1 + q2) / 2
     assert not th.allclose(q1, q2)
     th.testing.assert_close(targets(model, data), data.rewards + model.gamma * values)
-    # Where nothing is measured it is the clipped double Q of the papers, whatever the weights
+    # Without measured errors it is the clipped double Q of the papers, whatever the weights
     model.weighting_rule = ConstantWeighting((0, 3), (0.25, 0.75))
     th.testing.assert_close(targets(model, data), data.rewards + model.gamma * th.minimum(q1, q2))
 
@@ -80,7 +84,7 @@ def test_target_noise_is_clipped():
 @pytest.mark.parametrize("ends", [None, "terminated", "truncated"])
 @pytest.mark.parametrize("normalize", [False, True])
 def test_simulator_target_against_a_python_loop(ends, normalize):
-    """Rollouts end at terminations, and run on behind truncations."""
+    """Rollouts end at terminations, and go on after truncations."""
     env = DummyVecEnv([lambda: LinearEnv(noise=0.15, ends=ends)])
     if normalize:
         env = VecNormalize(env, clip_reward=0.5)
@@ -128,7 +132,7 @@ def test_simulator_target_against_a_python_loop(ends, normalize):
 
 
 def test_recorded_n_step_target():
-    """SB3's buffer adds the recorded rewards up; the discount behind them is gamma ** n_steps."""
+    """SB3's buffer adds up the recorded rewards; the value after them is discounted by gamma ** n_steps."""
     model = make_model(LinearEnv(), value_target="n_step_replay", value_target_kwargs={"n_steps": 3}, gamma=0.9)
     buffer = model.replay_buffer
     assert isinstance(buffer, NStepReplayBuffer)
@@ -160,17 +164,12 @@ def test_sums_of_several_rewards_are_not_clipped():
     th.testing.assert_close(targets(model, data), (rewards + (1 - data.dones) * data.discounts * values).float())
 
 
-def test_batches_take_turns_and_serve_equally_often():
-    model = MPG("MlpPolicy", LinearEnv(), batch_reuse=3, **SMALL).learn(60)
-    units = model._units()
-    model._batches.clear()
-    model._n_batch_uses = 0
-    batches = [model._sample_batch(1, 8, units) for _ in range(60)]
-    assert all(first is not second for first, second in pairwise(batches))
-    uses = [sum(batch is other for other in batches) for batch in batches]
-    # The first ones make room, so that the draws are spread evenly from then on
-    assert uses[:3] == [3, 1, 2]
-    assert all(n == 3 for n in uses[6:-6])
+@pytest.mark.parametrize("pessimism", [0.0, 0.25, 1.0])
+def test_several_critics_as_one(pessimism):
+    values = [th.randn(6, 1), th.randn(6, 1), th.randn(6, 1)]
+    together = target_values_of(lambda network_inputs, actions: values, pessimism)(None, None)
+    least = th.minimum(th.minimum(values[0], values[1]), values[2])
+    th.testing.assert_close(together, pessimism * least + (1 - pessimism) * sum(values) / 3)
 
 
 @pytest.mark.parametrize("n_steps", [0, -3, 2.5, True])
@@ -183,3 +182,67 @@ def test_bad_numbers_of_steps_are_refused(n_steps):
 def test_unknown_target_is_refused():
     with pytest.raises(ValueError, match="Unknown value target 'magic'"):
         make_value_target("magic")
+
+
+def test_arguments_do_not_go_with_a_target_that_is_made():
+    target = ReplayTarget()
+    assert make_value_target(target) is target
+    with pytest.raises(ValueError, match="goes with the name of a target"):
+        make_value_target(target, {"n_steps": 2})
+
+
+class WithoutSimulator(LinearEnv):
+    make_simulator = property()
+
+
+# Arguments that change a target
+KWARGS = {"clipped_double_q": {"noise_std": 0.1}, "n_step_replay": {"n_steps": 4}, "n_step_simulator": {"n_steps": 4}}
+
+
+@pytest.mark.parametrize("name", VALUE_TARGETS)
+class TestContract:
+    """What holds for every value target."""
+
+    def test_values(self, name):
+        model = make_model(LinearEnv(noise=0.15, ends="terminated"), value_target=name, value_target_kwargs=KWARGS[name])
+        data, parameters = model.replay_buffer.sample(48), [p.clone() for p in model.policy.parameters()]
+        th.manual_seed(0)
+        values = targets(model, data)
+        assert values.shape == (48, 1) and values.dtype == th.float32
+        assert th.isfinite(values).all() and not values.requires_grad
+        assert all(th.equal(*pair) for pair in zip(parameters, model.policy.parameters(), strict=True))
+        # A learner process gets a copy with each update
+        th.manual_seed(0)
+        copied = cloudpickle.loads(cloudpickle.dumps(model.value_target))
+        assert th.equal(targets(model, data, copied), values)
+
+    def test_termination_is_followed_by_nothing(self, name):
+        """Whatever the target critics say."""
+        model = make_model(LinearEnv(ends="terminated"), value_target=name, value_target_kwargs={"n_steps": 1})
+        data = model.replay_buffer.sample(64)
+        values = targets(model, data)
+        with th.no_grad():
+            for parameter in model.critic_target.parameters():
+                parameter.add_(1.0)
+        is_unchanged = targets(model, data) == values
+        assert 0 < data.dones.sum() < 64
+        assert th.equal(is_unchanged, data.dones.bool())
+
+    def test_length_of_samples(self, name):
+        """A target that follows recorded steps needs samples that span them, and gets such a replay buffer."""
+        target = make_value_target(name, KWARGS[name])
+        assert target.replay_n_steps == (4 if name == "n_step_replay" else 1)
+        model = MPG("MlpPolicy", LinearEnv(), value_target=target, **SMALL)
+        assert getattr(model.replay_buffer, "n_steps", 1) == target.replay_n_steps
+
+    def test_unknown_arguments_are_refused(self, name):
+        with pytest.raises(ValueError, match=r"`value_target_kwargs` got \['n_steeps'\], expected some of \['n_steps'"):
+            make_value_target(name, {"n_steeps": 3})
+
+    def test_environments_that_cannot_do_what_is_needed_are_refused(self, name):
+        target, env = make_value_target(name), DummyVecEnv([WithoutSimulator])
+        if target.needs_simulator:
+            with pytest.raises(ValueError, match=r"no method `make_simulator\(num_agents\)`"):
+                target.check_env(env)
+        else:
+            target.check_env(env)

@@ -1,40 +1,59 @@
+"""What is compiled gives the same numbers, and what cannot be compiled runs as it is."""
+
 import gc
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
-from helpers import assert_same_parameters
+from helpers import assert_same_parameters, drawn_batch, policy_gradient_of
 from lq import LinearEnv
 from settings import SMALL
 
 import sb3_mpg_envs  # noqa: F401
 from sb3_mpg import MPG, PriorModel
-from sb3_mpg.common.compilation.step_compiler import BiasBehindProduct, PartsOneByOne, StepCompiler, compiling
+from sb3_mpg.common.compilation import step_compiler
 from sb3_mpg.common.compilation.compiled_loop import StepGraph
+from sb3_mpg.common.compilation.step_compiler import BiasBehindProduct, PartsOneByOne, StepCompiler, act, compiling
 from sb3_mpg.common.models.trainable import members_of
-from sb3_mpg.common.rollouts.model_rollout import explore_in_model, hold
+from sb3_mpg.common.rollouts.exploration import ModelExploration, explore_in_model
+from sb3_mpg.common.rollouts.steps import EagerSteps
 from sb3_mpg.common.value_targets import SimulatorTarget
 
 
+@pytest.fixture
+def compiled(monkeypatch):
+    """The loops of steps, and the functions, that are compiled in a test."""
+    loops, functions = [], []
+    compile_loop, compile_function = step_compiler.compile_loop, step_compiler.compile_function
+
+    def compile_and_record(*args):
+        loops.append(compile_loop(*args))
+        return loops[-1]
+
+    def record_and_compile(function, *args):
+        functions.append(function)
+        return compile_function(function, *args)
+
+    monkeypatch.setattr(step_compiler, "compile_loop", compile_and_record)
+    monkeypatch.setattr(step_compiler, "compile_function", record_and_compile)
+    return loops, functions
+
+
 class CustomTarget(SimulatorTarget):
-    """Takes the policy for what it is."""
+    """A target that needs the policy itself, and not only what it does."""
 
-    def __call__(self, replay_data, actor, *args):
-        assert actor.training and list(actor.parameters())
-        return super().__call__(replay_data, actor, *args)
+    def __call__(self, replay_data, context, *args):
+        assert context.actor.training and list(context.actor.parameters())
+        return super().__call__(replay_data, context, *args)
 
 
-def gradient(model, observations, weights):
-    """With dealt rows, and with the noise of the model, the same one at each call."""
-    th.manual_seed(3)
-    model.rollout_model.train()
-    with members_of(model.rollout_model, "dealt"):
-        return th.cat([g.flatten() for g in model._mixed_policy_gradient(observations, model._units(), weights).gradients])
+def gradient(model, observations, weights, balance=0.0):
+    return th.cat([g.flatten() for g in policy_gradient_of(model, observations, weights, balance).gradients])
 
 
 class RandomLinearEnv(LinearEnv):
-    """The costs of ``LinearEnv`` and random dynamics, its model's too."""
+    """``LinearEnv`` with random dynamics; its prior model has the same."""
 
     def __init__(self):
         super().__init__()
@@ -45,9 +64,9 @@ class RandomLinearEnv(LinearEnv):
 @pytest.mark.parametrize(
     "env", [RandomLinearEnv(), "PathTracking-v0", "InvertedPendulumConti-v0"], ids=["lq", "path", "pendulum"]
 )
-def test_compiled_gradient_equals_the_other(env, monkeypatch):
+def test_compiled_gradient_equals_the_eager_one(env, monkeypatch, compiled):
     model = MPG("MlpPolicy", env, compile=False, horizons=(0, 3), **SMALL).learn(44)
-    assert model._step_compiler is None
+    assert isinstance(model.update.steps, EagerSteps)
     observations = th.as_tensor(model.replay_buffer.observations[:32, 0])
     weights = {0: 0.2, 3: 0.8}
     activations, kept = [], []
@@ -61,43 +80,44 @@ def test_compiled_gradient_equals_the_other(env, monkeypatch):
         return results
 
     monkeypatch.setattr(StepGraph, "forward", forward)
-    model._step_compiler = StepCompiler()
-    compiled = gradient(model, observations, weights)
-    assert not model._step_compiler.has_failed
-    # What torch compiles with is as it is expected
-    assert all(graph.loops for graph in model._step_compiler._steps[True].graphs)
-    # What the backward pass needs of the policy is kept, and not computed once more
+    model.update.steps = StepCompiler()
+    result = gradient(model, observations, weights)
+    assert not model.update.steps.has_failed
+    # Steps are taken in a row: torch's compiler works as it is expected to
+    (loop,), _ = compiled
+    assert all(graph.loops for graph in loop.graphs)
+    # What the backward pass needs of the policy is kept and not computed once more
     assert any(tensor.shape == activations[-1].shape and tensor.allclose(activations[-1], atol=1e-4) for tensor in kept[-1])
     scale = expected.abs().max()
-    th.testing.assert_close(compiled / scale, expected / scale, rtol=0, atol=5e-6)
+    th.testing.assert_close(result / scale, expected / scale, rtol=0, atol=5e-6)
 
 
 @pytest.mark.parametrize(("n_rows", "n_members"), [(31, 2), (32, 3)])
-def test_batches_that_do_not_come_out_even_between_the_members(n_rows, n_members):
+def test_batches_that_cannot_be_dealt_in_equal_parts(n_rows, n_members):
     settings = {**SMALL, "residual_kwargs": {"n_members": n_members, "net_arch": (16,)}, "learning_starts": 80}
     model = MPG("MlpPolicy", LinearEnv(), compile=False, horizons=(0, 3), **settings).learn(82)
     observations = th.as_tensor(model.replay_buffer.observations[:n_rows, 0])
     expected = gradient(model, observations, {0: 0.2, 3: 0.8})
-    noise, steps = th.zeros(n_rows, 1), th.full((n_rows, 1), 3)
-    low, high = observations.amin(dim=0) - 1, observations.amax(dim=0) + 1
+    n_steps, low, high = th.full((n_rows, 1), 3), observations.amin(dim=0) - 1, observations.amax(dim=0) + 1
 
-    def explored(hold):
-        with model.rollout_model.using_members("dealt"):
-            return explore_in_model(
-                observations, model.actor, model.rollout_model, model._units(), steps, noise, low, high, 4, hold
-            )
+    def explored():
+        context = model.update.context(model.units(), model.gamma)
+        with members_of(model.rollout_model, "dealt"):
+            actions = model.actor(context.units.normalize_observations(observations))
+            return explore_in_model(observations, actions, context, n_steps, low, high, 4)
 
-    explored_as_it_is = explored(hold)
-    model._step_compiler = StepCompiler()
+    explored_eagerly = explored()
+    model.update.steps = StepCompiler()
     compiled = gradient(model, observations, {0: 0.2, 3: 0.8})
-    assert not model._step_compiler.has_failed
+    assert not model.update.steps.has_failed
     scale = expected.abs().max()
     th.testing.assert_close(compiled / scale, expected / scale, rtol=0, atol=5e-6)
-    th.testing.assert_close(explored(model._step_compiler.hold), explored_as_it_is)
+    th.testing.assert_close(explored(), explored_eagerly)
+    assert not model.update.steps.has_failed
 
 
 class RandomGains(PriorModel):
-    """Noise that the gradient depends on, drawn in the ways that torch has."""
+    """The gradient depends on its noise, which is drawn by several functions of torch."""
 
     def transition(self, states, actions):
         gains = th.normal(th.ones_like(states), 0.3) + th.rand(states.shape) + th.bernoulli(th.full_like(states, 0.5))
@@ -112,15 +132,15 @@ def test_the_backward_pass_has_the_noise_of_the_forward_pass():
     model = MPG("MlpPolicy", LinearEnv(), compile=False, horizons=(0, 2), **kwargs, **SMALL).learn(44)
     observations = th.as_tensor(model.replay_buffer.observations[:32, 0])
     expected = gradient(model, observations, {2: 1.0})
-    model._step_compiler = StepCompiler()
+    model.update.steps = StepCompiler()
     compiled = gradient(model, observations, {2: 1.0})
-    assert not model._step_compiler.has_failed
+    assert not model.update.steps.has_failed
     scale = expected.abs().max()
     th.testing.assert_close(compiled / scale, expected / scale, rtol=0, atol=5e-6)
 
 
 def test_the_graph_follows_what_it_depends_on():
-    """Numbers that the model holds, other batches: nothing that was compiled goes stale."""
+    """When a number in the model or the size of the batch changes, steps are compiled anew."""
     model = MPG("MlpPolicy", "PathTracking-v0", compile=False, **SMALL).learn(44)
     observations = th.as_tensor(model.replay_buffer.observations[:32, 0])
     weights = {0: 0.2, 3: 0.8}
@@ -128,10 +148,10 @@ def test_the_graph_follows_what_it_depends_on():
     compiler = StepCompiler(backend="eager")
 
     def check():
-        model._step_compiler = compiler
+        model.update.steps = compiler
         compiled = gradient(model, observations, weights)
-        assert compiler is None or not compiler.has_failed
-        model._step_compiler = None
+        assert not compiler.has_failed
+        model.update.steps = EagerSteps()
         expected = gradient(model, observations, weights)
         th.testing.assert_close(compiled, expected)
         return expected
@@ -143,55 +163,55 @@ def test_the_graph_follows_what_it_depends_on():
     check()
 
 
-def test_compiled_exploration_equals_the_other():
-    kwargs = {"early_reset_terminates": True}
-    env = gym.make("InvertedPendulumConti-v0", **kwargs)
+def test_compiled_exploration_equals_the_eager_one(compiled):
+    env = gym.make("InvertedPendulumConti-v0", early_reset_terminates=True)
     model = MPG("MlpPolicy", env, compile=False, horizons=(0, 3), **SMALL).learn(60)
-    observations, units = th.as_tensor(model.replay_buffer.observations[:32, 0]), model._units()
+    observations = th.as_tensor(model.replay_buffer.observations[:32, 0])
     explored = []
-    for compiler in (None, StepCompiler()):
-        model._step_compiler = compiler
+    for steps in (EagerSteps(), StepCompiler()):
+        context = model.update.context(model.units(), model.gamma)._replace(steps=steps)
         th.manual_seed(0)
-        explored.append(model._explored(observations, units, 0.9))
-        assert compiler is None or (not compiler.has_failed and all(graph.loops for graph in compiler._hold_loop.graphs))
+        with members_of(model.rollout_model, "dealt"):
+            explored.append(ModelExploration(0.5).perturb(observations, context, 0.9))
+    (loop,), _ = compiled
+    assert not steps.has_failed and all(graph.loops for graph in loop.graphs)
     th.testing.assert_close(*explored, rtol=1e-5, atol=1e-5)
     assert (explored[0] != observations).any()
 
 
 class NumpyOnly:
-    """A simulator that has no model of itself."""
+    """A simulator without an exact model."""
 
     def __init__(self, simulator):
         self.num_agents, self.set_state, self.step = simulator.num_agents, simulator.set_state, simulator.step
 
 
-def test_compiled_policies_give_the_same_value_targets():
-    """Also when some of the agents have terminated, for which nothing more is compiled."""
+def test_compiled_policies_give_the_same_value_targets(compiled):
+    """Also when some of the agents have terminated: fewer rows run eagerly."""
     env = gym.make("InvertedPendulumConti-v0", max_episode_steps=2, early_reset_terminates=True)
     model = MPG("MlpPolicy", env, compile=False, value_target="n_step_simulator", horizons=(0, 2), **SMALL).learn(50)
-    simulator = NumpyOnly(model._make_simulator(32))
-    model._make_simulator = lambda num_agents: simulator
-    compilers = StepCompiler(), None
+    model.update.simulator = NumpyOnly(model.update.simulator)
+    compiler = StepCompiler()
     for seed in range(2):
         targets = []
-        for compiler in compilers:
-            model._step_compiler = compiler
+        for steps in (compiler, EagerSteps()):
+            model.update.steps = steps
             np.random.seed(seed)
-            targets.append(model._draw_batch(model._n_updates, 32, model._units()).target_q_values)
-            assert compiler is None or not compiler.has_failed
+            targets.append(drawn_batch(model, 32, model._n_updates).target_q_values)
+        assert not compiler.has_failed
         th.testing.assert_close(*targets, rtol=1e-4, atol=1e-4)
         # The actor learns meanwhile
         with th.no_grad():
             for parameter in model.actor.parameters():
                 parameter.add_(0.1 * th.randn_like(parameter))
-    assert compilers[0]._act is not None
+    assert compiled == ([], [act])
     acted = []
     model.actor.register_forward_hook(lambda actor, inputs, actions: acted.append(len(actions)))
-    model._draw_batch(model._n_updates, 32, model._units())
+    drawn_batch(model, 32, model._n_updates)
     assert 32 in acted and min(acted) < 32
 
 
-def test_policies_that_cannot_be_compiled_act_as_they_are(monkeypatch):
+def test_policies_that_cannot_be_compiled_run_eagerly(monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("no C++ compiler")
 
@@ -206,16 +226,16 @@ def test_policies_that_cannot_be_compiled_act_as_they_are(monkeypatch):
 @pytest.mark.parametrize("target_class", [SimulatorTarget, CustomTarget])
 def test_errors_of_a_simulator_are_not_those_of_the_compiler(monkeypatch, target_class):
     model = MPG("MlpPolicy", LinearEnv(), compile=False, value_target=target_class(2), horizons=(0, 2), **SMALL).learn(44)
-    model._step_compiler = compiler = StepCompiler(backend="eager")
+    model.update.steps = compiler = StepCompiler(backend="eager")
 
-    def disconnected(n_agents):
+    def disconnected(actions, indices):
         raise ConnectionError("lost the simulator")
 
     with monkeypatch.context() as patch, pytest.raises(ConnectionError, match="lost"):
-        patch.setattr(model, "_make_simulator", disconnected)
-        model._draw_batch(1, 32, model._units())
+        patch.setattr(model.update.simulator, "step", disconnected)
+        drawn_batch(model)
     assert not compiler.has_failed
-    assert model._draw_batch(1, 32, model._units()).target_q_values.shape == (32, 1)
+    assert drawn_batch(model).target_q_values.shape == (32, 1)
 
 
 @pytest.mark.parametrize("is_enabled", [True, False])
@@ -314,46 +334,47 @@ def test_an_error_of_the_model_is_not_hidden():
 
 
 def test_auto_compiles_long_runs_only():
+    def is_compiled(total_timesteps, **kwargs):
+        model._setup_learn(total_timesteps, **kwargs)
+        assert model.update.steps.is_compiled == model.training_state.is_compiled
+        return model.training_state.is_compiled
+
     model = MPG("MlpPolicy", LinearEnv(), learning_starts=1000)
     assert model.compile == "auto"
-    assert not model._is_worth_compiling(2000)
-    assert model._is_worth_compiling(100_000)
-    # A continued training does as it did before, though little of it is left
-    model._setup_learn(100_000)
-    assert model._compiles
+    assert not is_compiled(2000)
+    assert is_compiled(100_000)
+    # A continued training does as it did before, though few steps are left
     model.num_timesteps = 99_000
-    model._setup_learn(1000, reset_num_timesteps=False)
-    assert model._compiles and not model._is_worth_compiling(100_000)
-    model.num_timesteps = 0
+    assert is_compiled(1000, reset_num_timesteps=False)
+    model.training_state.is_compiled = None
+    assert not is_compiled(1000, reset_num_timesteps=False)
     model.gradient_steps = -1
-    assert model._is_worth_compiling(100_000)
-    model.weighting_rule.horizons = (0,)
-    assert not model._is_worth_compiling(100_000)
+    assert is_compiled(100_000)
+    model = MPG("MlpPolicy", LinearEnv(), learning_starts=1000, horizons=(0,), weighting="constant")
+    assert not is_compiled(100_000)
     with pytest.raises(ValueError, match="`compile` must be"):
         MPG("MlpPolicy", LinearEnv(), compile="yes")
 
 
-def test_saved_models_do_not_know(tmp_path):
+def test_what_was_compiled_is_not_saved(tmp_path):
     model = MPG("MlpPolicy", LinearEnv(), compile=False, horizons=(0, 2), **SMALL).learn(44)
-    model._step_compiler = StepCompiler()
+    model.update.steps = StepCompiler()
     precision = th.get_float32_matmul_precision()
     model.save(tmp_path / "model.zip")
     loaded = MPG.load(tmp_path / "model.zip")
-    assert loaded._step_compiler is None
-    assert list(loaded.policy.state_dict()) == list(model.policy.state_dict())
+    assert isinstance(loaded.update.steps, EagerSteps)
+    assert_same_parameters(loaded, model)
     assert th.get_float32_matmul_precision() == precision
 
 
 def test_each_horizon_passes_back_through_the_steps_that_it_shares_with_longer_ones():
-    """Also where what was compiled for a single one lies in the compiler's cache."""
+    """Also where the compiler's cache holds what was compiled for a single horizon."""
     observations = th.randn(32, 2, generator=th.Generator().manual_seed(0))
     model = MPG("MlpPolicy", LinearEnv(), horizons=(0, 2, 6), **SMALL).learn(50)
-    gradients = {}
     for weights in ({0: 0.5, 6: 0.5}, {0: 0.2, 2: 0.3, 6: 0.5}):
-        for compiler in (None, StepCompiler()):
-            model._step_compiler = compiler
-            result = model._mixed_policy_gradient(observations, model._units(), weights, 0.8)
-            gradients[compiler is None] = th.cat([gradient.flatten() for gradient in result.gradients])
-        # Nothing fell back
-        assert compiler is None or not compiler.has_failed
-        th.testing.assert_close(gradients[False], gradients[True], rtol=1e-4, atol=1e-6)
+        gradients = []
+        for steps in (EagerSteps(), StepCompiler()):
+            model.update.steps = steps
+            gradients.append(gradient(model, observations, weights, 0.8))
+        assert not steps.has_failed
+        th.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)

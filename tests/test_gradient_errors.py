@@ -1,0 +1,162 @@
+"""Estimates of the errors of the action gradients."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch as th
+from helpers import rollout_context
+from lq import LinearActor, LinearEnv, LinearModel, analytic_gradient, quadratic_q, random_problem, tensors
+from models import Known, batch_of, truth
+from recorded import filled_buffer
+
+from sb3_mpg.common.models.residual import ResidualModel
+from sb3_mpg.common.trust.gradient_errors import (
+    MATTERING_ENDS,
+    GradientErrors,
+    action_gradients,
+    gradient_errors,
+    measure_gradient_errors,
+    misjudges_ends,
+    warn_of_errors,
+)
+
+
+def test_action_gradients_are_the_analytic_ones():
+    a, b, q, r, k, _ = random_problem()
+    rng = np.random.default_rng(1)
+    critics = [tuple(rng.normal(size=shape) for shape in ((3, 3), (3, 2), (2, 2))) for _ in range(2)]
+    critics = [(p_ss + p_ss.T, p_sa, p_aa + p_aa.T) for p_ss, p_sa, p_aa in critics]
+    states = rng.normal(size=(4, 3))
+    context = rollout_context(LinearActor(th.as_tensor(k)), LinearModel(*tensors(a, b, q, r)), gamma=0.95)
+    q_functions = [quadratic_q(*tensors(*critic)) for critic in critics]
+    gradients = action_gradients(th.as_tensor(states), context, q_functions, (0, 1, 7))
+    assert gradients.shape == (3, 2, 4, 2)
+    for index, horizon in enumerate((0, 1, 7)):
+        for member, critic in enumerate(critics):
+            for row, state in enumerate(states):
+                # dJ/dK = dX/da s', so that dX/da follows from it
+                expected = analytic_gradient(state, a, b, q, r, k, critic, horizon, 0.95) @ state / (state @ state)
+                np.testing.assert_allclose(gradients[index, member, row], expected, rtol=1e-9, atol=1e-9)
+
+
+def synthetic(critic_std=0.0, critic_bias=0.0, model_std=0.0, n_states=4000, seed=0):
+    """Two estimates of a gradient (2, -1) each: of critics with a common bias and own noise, and of models with noise."""
+    rng = np.random.default_rng(seed)
+    gradients = np.tile(np.array([2.0, -1.0]), (2, 2, n_states, 1))
+    gradients[0] += critic_std * rng.standard_normal((2, n_states, 2)) + critic_bias * rng.standard_normal((1, n_states, 2))
+    gradients[1] += model_std * rng.standard_normal((2, n_states, 2))
+    return gradients
+
+
+def test_independent_errors():
+    """With N(0, std) noise in two dimensions, the median of |d|^2 / 2 is std^2 times that of chi^2_2, which is 2 ln 2."""
+    measured = gradient_errors(synthetic(critic_std=0.5, model_std=0.1), (0, 25))
+    np.testing.assert_allclose(measured.errors, 2 * np.log(2) * np.array([0.25, 0.01]), rtol=0.1)
+    assert abs(measured.errors[1] - 2 * np.log(2) * 0.01) < 4 * measured.standard_errors[1]
+    assert (measured.standard_errors < 0.1 * measured.errors).all()
+    assert measured.gradient_norm == pytest.approx(5.0, rel=0.05)
+
+
+def test_the_common_error_of_the_critics_is_seen_by_the_model():
+    measured = gradient_errors(synthetic(critic_bias=0.5, critic_std=0.01, model_std=0.05), (0, 25))
+    assert measured.errors[0] == pytest.approx(2 * np.log(2) * 0.25, rel=0.15)
+    assert measured.errors[0] > 20 * measured.errors[1]
+
+
+def test_a_judge_sees_the_whole_error_of_what_it_judges():
+    gradients = synthetic(critic_bias=0.3, critic_std=0.01, model_std=0.01)
+    gradients[1, 0] += np.array([0.6, 0.8])
+    measured = gradient_errors(gradients, (0, 25), with_judge=True)
+    assert measured.errors[1] == pytest.approx(1.0, rel=0.05)
+    assert measured.errors[0] == pytest.approx(2 * np.log(2) * 0.09, rel=0.15)
+
+
+def test_a_judged_model_is_useless_when_its_gradient_is_nearly_the_opposite():
+    def is_useless(offset, with_judge=True):
+        gradients = synthetic(critic_std=0.05, model_std=0.05)
+        gradients[1, 0] += np.array(offset)
+        return gradient_errors(gradients, (0, 25), with_judge=with_judge).is_useless.tolist()
+
+    assert is_useless((-4.0, 2.0)) == [False, True]
+    assert is_useless((-3.0, 1.5)) == [False, False]
+    # Without a judge no member is better than the others
+    assert is_useless((-4.0, 2.0), with_judge=False) == [False, False]
+    # At an optimum the gradient vanishes, and only the errors of prior model and judge are left
+    gradients = synthetic(critic_std=0.5, model_std=0.1) - np.array([2.0, -1.0])
+    assert gradient_errors(gradients, (0, 25), with_judge=True).is_useless.tolist() == [False, False]
+
+
+def test_a_judged_model_is_useless_when_its_gradient_nearly_vanishes():
+    gradients = synthetic(critic_std=0.05, model_std=0.05)
+    gradients[1, 0] *= 0.2
+    assert gradient_errors(gradients, (0, 25), with_judge=True).is_useless.tolist() == [False, False]
+    gradients[1, 0] *= 0.4
+    assert gradient_errors(gradients, (0, 25), with_judge=True).is_useless.tolist() == [False, True]
+    assert gradient_errors(gradients, (0, 25)).is_useless.tolist() == [False, False]
+
+
+def test_a_few_rollouts_that_explode_decide_nothing():
+    gradients = synthetic(critic_std=0.5, model_std=0.1)
+    expected = gradient_errors(gradients, (0, 25)).errors
+    gradients[1, 0, ::7] = 1e20
+    gradients[1, 1, 3::50] = np.nan
+    np.testing.assert_allclose(gradient_errors(gradients, (0, 25)).errors, expected, rtol=0.5)
+    gradients[1] = np.inf
+    assert gradient_errors(gradients, (0, 25)).errors[1] == np.inf
+
+
+def test_terminations_that_few_rollouts_reach_do_not_matter():
+    recorded = filled_buffer(n_steps=200)
+    blind, horizon = LinearEnv().prior_model(), 10
+    rate = recorded.termination_rate()
+    assert rate * horizon > MATTERING_ENDS and misjudges_ends(blind, recorded, horizon)
+    assert rate * 1 < MATTERING_ENDS and not misjudges_ends(blind, recorded, 1)
+
+
+def errors_of(errors=(1.0, 1.0), is_useless=(False, False), misjudges_ends=False):
+    errors, is_useless = np.array(errors), np.array(is_useless)
+    return GradientErrors((0, 5), errors, 0.1 * errors, 1.0, is_useless, misjudges_ends)
+
+
+def test_horizons_of_a_model_are_excluded_and_horizon_0_is_not():
+    assert errors_of().is_excluded.tolist() == [False, False]
+    assert errors_of(is_useless=(False, True)).is_excluded.tolist() == [False, True]
+    assert errors_of(misjudges_ends=True).is_excluded.tolist() == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (errors_of(is_useless=(False, True)), "Mine is excluded"),
+        (errors_of(misjudges_ends=True), "`Mine.terminal` does not know where episodes terminate"),
+        (errors_of(errors=(1.0, np.inf)), "gradient of Mine over 5 steps is not finite"),
+    ],
+)
+def test_what_is_wrong_is_said_the_first_time(wrong, message):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for earlier in ([], [errors_of()], [wrong], [wrong, errors_of()]):
+            warn_of_errors(wrong, "Mine", earlier)
+            warn_of_errors(errors_of(), "Mine", earlier)
+    assert len(caught) == 2 and all(message in str(warning.message) for warning in caught)
+
+
+def test_a_corrected_model_judges_only_if_it_predicts_better():
+    model = ResidualModel(Known(), 2, 2)
+    opposite = th.as_tensor(synthetic(critic_std=0.05, model_std=0.05))
+    opposite[1, 0] *= -1
+
+    def is_useless(held_out, judges_prior=True):
+        measured = measure_gradient_errors(lambda: opposite, model, (0, 25), judges_prior, lambda: held_out)
+        return measured.is_useless.tolist()
+
+    # It has learned nothing so far
+    assert is_useless(truth(200, seed=1)) == [False, False]
+    model.rescale(truth(1000))
+    for step in range(20):
+        model.fit(batch_of(truth(1000), 256, step))
+    assert is_useless(truth(200, seed=1)) == [False, True]
+    # Nor can it be told without held-out steps, and a corrected model is not judged
+    assert is_useless(None) == [False, False]
+    assert is_useless(truth(200, seed=1), judges_prior=False) == [False, False]

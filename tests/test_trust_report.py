@@ -1,0 +1,101 @@
+"""The report of how far the model can be trusted."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import settings
+import torch as th
+from gymnasium import spaces
+from lq import LinearEnv
+from models import Wrong
+
+from sb3_mpg import MPG, PriorModel
+
+SMALL = {**settings.SMALL, "learning_starts": 100, "batch_size": 64, "buffer_size": 5000}
+
+
+def test_the_report_says_which_horizon_is_excluded():
+    model = MPG("MlpPolicy", LinearEnv(), prior_model=Wrong(), residual=False, horizons=(0, 10), **SMALL)
+    with pytest.warns(UserWarning, match="Wrong is excluded"):
+        model.learn(200)
+    assert model.trust.measurements[-1].gradients.is_useless.tolist() == [False, True]
+    rows = [line for line in str(model.trust_report()).splitlines() if "excluded: useless gradient" in line]
+    assert len(rows) == 1
+    assert "10 model steps" in rows[0]
+
+
+def test_trust_report(tmp_path):
+    model = MPG("MlpPolicy", LinearEnv(), prior_model=Wrong(), horizons=(0, 10), **SMALL)
+    with pytest.raises(ValueError, match="Nothing is recorded"):
+        model.trust_report()
+    model.learn(300)
+    report = model.trust_report()
+    assert len(report.measurements) == 10
+    assert [measurement.n_updates for measurement in report.measurements] == list(range(1, 200, 20))
+    assert report.corrected.relative.shape == report.prior.relative.shape
+    # The correction has learned the sign of the effect of actions
+    assert report.corrected.relative[0, 1] < 0.3 * report.prior.relative[0, 1]
+    text = str(report)
+    for words in ("data-driven", "10 model steps", "trusted most", "prior model", "corrected model", "return"):
+        assert words in text
+    report.plot(tmp_path / "trust.png")
+    assert (tmp_path / "trust.png").stat().st_size > 10_000
+    # It is saved with the algorithm
+    model.save(tmp_path / "model.zip")
+    loaded = MPG.load(tmp_path / "model.zip", env=LinearEnv())
+    model.save_replay_buffer(tmp_path / "buffer.pkl")
+    loaded.load_replay_buffer(tmp_path / "buffer.pkl")
+    assert str(loaded.trust_report()) == text
+    with pytest.raises(ValueError, match="no model to report on"):
+        MPG("MlpPolicy", LinearEnv(), horizons=(0,), weighting="constant", **SMALL).trust_report()
+
+
+def test_a_report_before_the_first_update(tmp_path):
+    model = MPG("MlpPolicy", LinearEnv(), horizons=(0, 10), **SMALL).learn(90)
+    report = model.trust_report()
+    assert report.corrected is None and not report.measurements
+    assert "not measured yet" in str(report) and "corrected" not in str(report)
+    figure = report.plot(tmp_path / "trust.png")
+    assert [text.get_text() for axes in figure.axes for text in axes.texts] == ["not measured yet"] * 2
+
+
+class Constant(gym.ObservationWrapper):
+    """A third element that never changes."""
+
+    observation_space = spaces.Box(-np.inf, np.inf, (3,), np.float32)
+
+    def observation(self, observation):
+        return np.append(observation, 5.0).astype(np.float32)
+
+
+class Drifts(PriorModel):
+    """The model of ``LinearEnv``, in which the third element changes."""
+
+    def __init__(self):
+        super().__init__()
+        self.right = LinearEnv().prior_model()
+
+    def transition(self, states, actions):
+        return th.cat([self.right.transition(states[:, :2], actions), 0.999 * states[:, 2:]], dim=1)
+
+    def reward(self, states, actions, next_states):
+        return self.right.reward(states[:, :2], actions, next_states[:, :2])
+
+
+def test_a_dimension_that_never_changes_has_no_relative_error(tmp_path):
+    model = MPG("MlpPolicy", Constant(LinearEnv()), prior_model=Drifts(), horizons=(0, 10), **SMALL).learn(120)
+    report = model.trust_report()
+    assert np.isnan(report.prior.relative[:, 2]).all() and np.isfinite(report.prior.relative[:, :2]).all()
+    (row,) = [line for line in str(report).split("corrected model")[0].splitlines() if line.startswith("state[2]")]
+    assert row.split()[1:] == ["constant"] * 3
+    line = report.plot(tmp_path / "trust.png").axes[0].lines[0].get_ydata()
+    np.testing.assert_allclose(line, np.sqrt((report.prior.relative[:, :2] ** 2).mean(axis=1)))
+
+
+def test_errors_of_the_exact_model_are_those_of_rounding():
+    model = MPG("MlpPolicy", LinearEnv(), residual=False, horizons=(0, 5), **SMALL).learn(150)
+    report = model.trust_report()
+    assert report.corrected is None
+    assert report.prior.relative.max() < 1e-3
+    assert (report.prior.returns < 1e-4 * report.prior.return_spread).all()
+    assert (report.prior.return_spread > 0).all()

@@ -95,7 +95,9 @@ class TestContract:
         for number, gamma in ((11, 0.98), (12, 0.5), (13, 0.98)):
             model.gamma = gamma
             inputs = model.training_inputs(16)
-            expected = model.update.gradients_of_update(number, 16, model.replay_buffer, inputs.units, inputs.settings_of(number))
+            expected = model.update.gradients_of_update(
+                number, 16, model.replay_buffer, inputs.units, inputs.settings_of(number)
+            )
             result = learners.next_result(number, inputs)
             for ours, other in zip(result.gradients["actor"], expected.gradients["actor"], strict=True):
                 assert th.equal(ours, other)

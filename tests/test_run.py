@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch as th
 from lq import LinearEnv
-from settings import ALGORITHMS, PAPERS, SMALL
+from settings import ALGORITHMS, SMALL
 from stable_baselines3.common.callbacks import CheckpointCallback, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack

@@ -55,7 +55,9 @@ def test_policy_gradient_is_that_of_the_update():
     weights = model.weighting_rule(n_updates)
     assert min(weights.values()) > 0.01
     expected = sum(w * model.policy_gradient(batch.observations, horizon) for horizon, w in weights.items())
-    th.testing.assert_close(-th.cat([gradient.flatten() for gradient in result.gradients["actor"]]), expected, rtol=1e-4, atol=1e-7)
+    th.testing.assert_close(
+        -th.cat([gradient.flatten() for gradient in result.gradients["actor"]]), expected, rtol=1e-4, atol=1e-7
+    )
 
 
 def test_gradient_under_vec_normalize_equals_that_by_hand_in_raw_units():

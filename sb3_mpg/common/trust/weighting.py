@@ -134,7 +134,7 @@ class ConstantWeighting(WeightingRule):
 class GeometricWeighting(WeightingRule):
     r"""
     Weights that fall geometrically with the horizon, :math:`w_k \propto (1 - \lambda) \lambda^k`, as in the lambda-return
-    and in DVPG; normalised, since the horizons are finitely many.
+    and in the DVPG paper; normalised, since the horizons are finitely many.
 
     :param horizons: numbers of model steps
     :param lambda_: how slowly the weights fall, between 0 and 1

@@ -8,7 +8,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 import sb3_mpg_envs  # noqa: F401
-from sb3_mpg import MPG
+from sb3_mpg import MPG, PriorModel
 from sb3_mpg.common.trust.weighting import make_weighting_rule
 
 
@@ -22,9 +22,13 @@ def test_load_with_another_prior_model(tmp_path):
 def test_load_without_environment_predicts_and_then_asks_for_one(tmp_path):
     MPG("MlpPolicy", LinearEnv(), **SMALL).learn(50).save(tmp_path / "model.zip")
     loaded = MPG.load(tmp_path / "model.zip")
+    assert loaded.rollout_model is None
+    with pytest.raises(ValueError, match=r"give the algorithm an environment first \(`set_env`\)"):
+        loaded.policy_gradient(np.zeros((1, 2)), 3)
     assert loaded.predict(np.zeros(2, dtype=np.float32))[0].shape == (1,)
     loaded.set_env(DummyVecEnv([LinearEnv]))
-    loaded.learn(20)
+    assert isinstance(loaded.rollout_model, PriorModel)
+    assert loaded.learn(60)._n_updates == 10 + 20
 
 
 def test_load_with_another_number_of_environments(tmp_path):

@@ -1,5 +1,7 @@
 """Whatever a callback changes in the middle of training takes effect in learners as it does in process."""
 
+import inspect
+
 import gymnasium as gym
 import pytest
 import torch as th
@@ -9,6 +11,7 @@ from lq import LinearEnv
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
+from sb3_mpg import MPG
 from sb3_mpg.common.trust.weighting import make_weighting_rule
 from sb3_mpg.common.value_targets import ReplayTarget
 
@@ -101,6 +104,22 @@ CHANGES = {
     "norm_reward": (stop_normalising_rewards, {"normalizes": True}),
     "norm_obs": (stop_normalising_observations, {"normalizes": True}),
 }
+
+
+#: Arguments of the constructor that need not reach learners: what is fixed when networks, model, rule, buffer or processes are
+#: made, and what only the main process uses
+NOT_FOR_LEARNERS = {
+    *["policy", "env", "buffer_size", "replay_buffer_class", "replay_buffer_kwargs", "optimize_memory_usage"],
+    *["prior_model", "prior_model_kwargs", "residual_kwargs", "horizons", "weighting", "weighting_kwargs"],
+    *["value_target_kwargs", "n_learners", "max_staleness", "learner_kwargs", "compile", "policy_kwargs", "seed", "device"],
+    *["learning_rate", "critic_learning_rate", "learning_starts", "train_freq", "gradient_steps", "action_noise"],
+    *["exploration_noise", "max_skipped_updates", "stats_window_size", "tensorboard_log", "verbose", "_init_setup_model"],
+}
+
+
+def test_every_setting_is_tried_or_need_not_reach_learners():
+    """A new argument has a place in one of the two."""
+    assert set(inspect.signature(MPG).parameters) - CHANGES.keys() == NOT_FOR_LEARNERS
 
 
 class Once(BaseCallback):

@@ -92,8 +92,8 @@ class ValueTarget(ABC):
         if self.needs_simulator and not env.has_attr("make_simulator"):
             raise ValueError(
                 "The value target runs the policy in the simulator from recorded states, but the environment has no method "
-                "`make_simulator(num_agents)` and cannot be put into a state; use an algorithm with value_target='n_step_replay' "
-                "(and horizons=(0,), weighting='constant' to do without a model)."
+                "`make_simulator(num_agents)` and cannot be put into a state; use an algorithm with "
+                "value_target='n_step_replay' (and horizons=(0,), weighting='constant' to do without a model)."
             )
 
     @abstractmethod

@@ -1,8 +1,12 @@
+import gc
+import multiprocessing as mp
+import os
 import random
 
 import numpy as np
 import pytest
 import torch as th
+from learner_runs import shared_files
 
 # The tests run in several processes, and the networks are too small to share
 th.set_num_threads(1)
@@ -14,3 +18,13 @@ def seed_everything():
     random.seed(0)
     np.random.seed(0)
     th.manual_seed(0)
+
+
+@pytest.fixture
+def nothing_is_left():
+    """Neither processes nor shared memory are left of learners."""
+    yield
+    assert not [process for process in mp.active_children() if process.name.startswith("learner")]
+    # Tracebacks of errors that were expected may be cycles
+    gc.collect()
+    assert shared_files(os.getpid()) == []

@@ -61,7 +61,7 @@ def test_missing_model_shows_how_to_write_one():
         MPG("MlpPolicy", WithoutModel())
     assert "class MyModel(PriorModel)" in str(error.value)
     # ... and the algorithms that need none do not ask
-    MPG("MlpPolicy", WithoutModel(), horizons=(0,), weighting="constant")
+    assert MPG("MlpPolicy", WithoutModel(), horizons=(0,), weighting="constant").trust.longest_horizon == 0
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,8 @@ def test_the_example_of_the_error_message_works():
     code = HOW_TO_WRITE_A_MODEL.split("torch:\n\n")[1].split("\n\nPass it")[0]
     namespace: dict = {}
     exec("\n".join(line[4:] for line in code.splitlines()), namespace)
-    MPG("MlpPolicy", NeverStepped(), prior_model=namespace["MyModel"])
+    model = MPG("MlpPolicy", NeverStepped(), prior_model=namespace["MyModel"])
+    assert isinstance(model.rollout_model.prior, namespace["MyModel"])
 
 
 def test_arguments_beside_a_finished_model():
@@ -203,6 +204,8 @@ def test_horizon_of_the_analysis():
     ("kwargs", "message"),
     [
         ({"horizons": (0, 3)}, r"`load` got \['horizons'\]"),
+        ({"weighting": "constant"}, r"`load` got \['weighting'\]"),
+        ({"weighting_kwargs": {"window": 2}}, r"`load` got \['weighting_kwargs'\]"),
         ({"batch_reuse": 0}, "`batch_reuse` must be a whole number, 1 or more"),
         ({"n_learners": -1}, "`n_learners` must be"),
     ],

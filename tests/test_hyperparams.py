@@ -53,7 +53,9 @@ def test_files_are_known():
 
 @pytest.mark.parametrize(("name", "key"), FILES_AND_ENTRIES)
 def test_keys_are_arguments(name, key):
-    check_hyperparameters(CLASSES[name], ENTRIES[name][key], f"{name}.yml, {key}")
+    entry = ENTRIES[name][key]
+    check_hyperparameters(CLASSES[name], entry, f"{name}.yml, {key}")
+    assert entry.keys() - ZOO_KEYS <= inspect.signature(CLASSES[name]).parameters.keys()
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -71,6 +73,10 @@ def test_values_are_accepted(name, key):
     env = make_vec_env("PathTracking-v0" if key == "default" else key, n_envs=1)
     model = CLASSES[name](env=env, device="cpu", **arguments)
     model.learn(2)
+    assert model.num_timesteps == 2
+    assert all(
+        getattr(model, argument) == arguments[argument] for argument in ("gamma", "batch_size") if argument in arguments
+    )
     env.close()
 
 

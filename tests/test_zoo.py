@@ -322,7 +322,8 @@ load = MPG.load.__func__
 def spy(cls, *args, **kwargs):
     model = load(cls, *args, **kwargs)
     print("buffer:", model.buffer_size, model.replay_buffer.buffer_size)
-    print("critic learning rate:", model.critic_lr_schedule(0.5), "prior model:", model.prior_model, model.prior_model_kwargs)
+    print("critic learning rate:", model.critic_learning_rate(0.5), end=" ")
+    print("prior model:", model.prior_model, model.prior_model_kwargs)
     return model
 
 MPG.load = classmethod(spy)

@@ -63,10 +63,13 @@ def gradient_of(output: th.Tensor, network: th.nn.Module, output_gradient: th.Te
     :param output: a loss, or an output of the network that a loss is computed from
     :param network: the network
     :param output_gradient: the gradient of the loss with respect to ``output``, in its shape; ``None`` if that is the loss
-    :return: the gradient of the loss, one tensor for each trainable parameter; zeros where the loss does not depend on it
+    :return: the gradient of the loss, one contiguous tensor for each trainable parameter; zeros where the loss does
+        not depend on it
     """
     parameters = trainable_parameters(network)
-    return list(th.autograd.grad(output, parameters, output_gradient, allow_unused=True, materialize_grads=True))
+    gradients = th.autograd.grad(output, parameters, output_gradient, allow_unused=True, materialize_grads=True)
+    # Norms are summed in the order of memory, which must be that of the memory that learners share
+    return [gradient.contiguous() for gradient in gradients]
 
 
 @th.no_grad()

@@ -94,8 +94,8 @@ class ValueTarget(ABC):
         if self.needs_simulator and not env.has_attr("make_simulator"):
             raise ValueError(
                 "The value target runs the policy in the simulator from recorded states, but the environment has no method "
-                "`make_simulator(num_agents)` and cannot be put into a state; use MPG with value_target='n_step_replay' (and "
-                "horizons=(0,), weighting='constant' to do without a model)."
+                "`make_simulator(num_agents)` and cannot be put into a state; use an algorithm with "
+                "value_target='n_step_replay' (and horizons=(0,), weighting='constant' to do without a model)."
             )
 
     @abstractmethod
@@ -122,7 +122,7 @@ class ReplayTarget(ValueTarget):
     ``n_steps`` recorded transitions, whose rewards SB3's ``NStepReplayBuffer`` sums. Terminal states have no value.
 
     :param n_steps: number of recorded steps; with more than one, the target is off-policy: it contains recorded actions
-    :param noise_std: standard deviation of the noise that smooths the target policy; the papers' MPG has none
+    :param noise_std: standard deviation of the noise that smooths the target policy; the papers have none
     :param noise_clip: largest absolute value of that noise
     """
 

@@ -248,7 +248,7 @@ class MultiprocessLearners(Learners):
             assignment = pool.scheduler.assign()
             if assignment is None:
                 return
-            settings = cloudpickle.dumps(inputs.settings_of(assignment.n_updates))
+            settings = pickled(inputs.settings_of(assignment.n_updates))
             task = Task(assignment.n_updates, inputs.batch_size, assignment.slot, settings, inputs.units.scalars())
             learner = pool.learners[assignment.learner]
             if idle[assignment.learner]:

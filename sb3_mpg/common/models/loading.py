@@ -115,7 +115,7 @@ def make_prior_model(prior_model: PriorModelLike, env: VecEnv, prior_model_kwarg
     if not isinstance(model, PriorModel):
         raise TypeError(
             f"`prior_model` must be a PriorModel, a class or factory of one, 'package.module:Class' or 'auto', "
-            f"got {model!r}. (Without any model: MPG with horizons=(0,), weighting='constant'.)\n{HOW_TO_WRITE_A_MODEL}"
+            f"got {model!r}. (Without any model: horizons=(0,), weighting='constant'.)\n{HOW_TO_WRITE_A_MODEL}"
         )
     return model
 

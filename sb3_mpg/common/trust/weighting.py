@@ -134,7 +134,7 @@ class ConstantWeighting(WeightingRule):
 class GeometricWeighting(WeightingRule):
     r"""
     Weights that fall geometrically with the horizon, :math:`w_k \propto (1 - \lambda) \lambda^k`, as in the lambda-return
-    and in DVPG. They are normalised, because the number of horizons is finite.
+    and in the DVPG paper. They are normalised, because the number of horizons is finite.
 
     :param horizons: numbers of model steps
     :param lambda_: :math:`\lambda`, between 0 and 1

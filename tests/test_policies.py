@@ -1,0 +1,82 @@
+"""MPGPolicy: its networks, and the slope of its critics."""
+
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from lq import LinearEnv
+from settings import PAPERS, SMALL
+
+from sb3_mpg import MPG, PriorModel
+from sb3_mpg.common.torch_layers import ELU, ObservationScaler
+from sb3_mpg.mpg.policies import MPGPolicy
+
+
+class ShapedEnv(LinearEnv):
+    """The linear system in other shapes and dtypes of observations."""
+
+    def __init__(self, shape, dtype):
+        super().__init__()
+        self.dtype, self.shape = dtype, shape
+        self.observation_space = spaces.Box(-np.inf, np.inf, shape, dtype)
+
+    def prior_model(self):
+        shape, linear = self.shape, LinearEnv().prior_model()
+
+        class Shaped(PriorModel):
+            def transition(self, states, actions):
+                return linear.transition(states, actions)
+
+            def reward(self, states, actions, next_states):
+                return linear.reward(states, actions, next_states)
+
+            def observation(self, states):
+                return states.reshape(-1, *shape)
+
+            def state_from_observation(self, observations):
+                return observations.flatten(1)
+
+        return Shaped()
+
+    def reset(self, **kwargs):
+        obs, info = super().reset(**kwargs)
+        return obs.reshape(self.shape), info
+
+    def step(self, action):
+        obs, *rest = super().step(action)
+        return obs.reshape(self.shape), *rest
+
+
+@pytest.mark.parametrize("shape", [(2,), (1, 2), (2, 1)])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_critic_has_a_slope_in_the_state(shape, dtype):
+    """SB3's q1_forward loses dQ/ds for all but flat float32 observations; the rollout's gradient must not."""
+    model = MPG("MlpPolicy", ShapedEnv(shape, dtype), horizons=(0, 2), **SMALL, **PAPERS).learn(50)
+    observations = th.as_tensor(model.replay_buffer.observations[:8, 0]).float().requires_grad_()
+    slope = th.autograd.grad(model.update.q_function(0)(observations, th.zeros(8, 1)).sum(), observations)[0]
+    assert slope.shape == (8, *shape)
+    assert (slope != 0).all()
+    flat = MPG("MlpPolicy", LinearEnv(), horizons=(0, 2), **SMALL, **PAPERS)
+    flat.policy.load_state_dict(model.policy.state_dict())
+    expected = flat.policy_gradient(observations.detach().reshape(8, 2), 2)
+    th.testing.assert_close(model.policy_gradient(observations.detach(), 2), expected)
+
+
+def test_networks_are_those_of_the_papers():
+    policy = MPG("MlpPolicy", LinearEnv(), buffer_size=10).policy
+    assert isinstance(policy, MPGPolicy)
+    for network in (policy.actor.mu, *policy.critic.q_networks):
+        linear = [module for module in network if isinstance(module, th.nn.Linear)]
+        assert [layer.out_features for layer in linear] == [256, 256, 1]
+        assert sum(isinstance(module, ELU) for module in network) == 2
+    assert len(policy.critic.q_networks) == 2
+    assert isinstance(policy.actor.features_extractor, ObservationScaler)
+    assert policy.actor.optimizer.defaults["fused"]
+
+
+def test_an_optimizer_of_the_users_is_left_alone():
+    kwargs = {"net_arch": [8], "optimizer_class": th.optim.SGD, "optimizer_kwargs": {"momentum": 0.5}}
+    policy = MPG("MlpPolicy", LinearEnv(), buffer_size=10, policy_kwargs=kwargs).policy
+    for network in (policy.actor, policy.critic):
+        assert isinstance(network.optimizer, th.optim.SGD)
+        assert network.optimizer.defaults["momentum"] == 0.5

@@ -1,0 +1,79 @@
+"""What is saved, what is loaded, and what may be changed at loading."""
+
+import numpy as np
+import pytest
+from lq import LinearEnv
+from settings import SMALL
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import DummyVecEnv
+
+import sb3_mpg_envs  # noqa: F401
+from sb3_mpg import MPG, PriorModel
+from sb3_mpg.common.trust.weighting import make_weighting_rule
+
+
+def test_load_with_another_prior_model(tmp_path):
+    MPG("MlpPolicy", LinearEnv(), **SMALL).save(tmp_path / "model.zip")
+    other = LinearEnv().prior_model(0.5)
+    loaded = MPG.load(tmp_path / "model.zip", env=LinearEnv(), prior_model=other)
+    assert loaded.rollout_model.prior is other
+
+
+def test_load_without_environment_predicts_and_then_asks_for_one(tmp_path):
+    MPG("MlpPolicy", LinearEnv(), **SMALL).learn(50).save(tmp_path / "model.zip")
+    loaded = MPG.load(tmp_path / "model.zip")
+    assert loaded.rollout_model is None
+    with pytest.raises(ValueError, match=r"give the algorithm an environment first \(`set_env`\)"):
+        loaded.policy_gradient(np.zeros((1, 2)), 3)
+    assert loaded.predict(np.zeros(2, dtype=np.float32))[0].shape == (1,)
+    loaded.set_env(DummyVecEnv([LinearEnv]))
+    assert isinstance(loaded.rollout_model, PriorModel)
+    assert loaded.learn(60)._n_updates == 10 + 20
+
+
+def test_load_with_another_number_of_environments(tmp_path):
+    MPG("MlpPolicy", make_vec_env(LinearEnv, 2), **SMALL).learn(80).save(tmp_path / "model.zip")
+    loaded = MPG.load(tmp_path / "model.zip", env=make_vec_env(LinearEnv, 3))
+    loaded.learn(90)
+    assert loaded.action_noise().shape == (3, 1)
+
+
+def test_batches_are_reused_as_often_as_load_says(tmp_path):
+    model = MPG("MlpPolicy", LinearEnv(), horizons=(0, 2), batch_reuse=4, **SMALL)
+    for batch_reuse in (1, 10, 2):
+        model.learn(47, reset_num_timesteps=False).save(tmp_path / "model.zip")
+        model = MPG.load(tmp_path / "model.zip", env=LinearEnv(), batch_reuse=batch_reuse)
+    model.learn(47, reset_num_timesteps=False)
+    assert len(model.update.batches.state(2)["batches"]) == 2
+
+
+def test_the_replay_buffer_follows_the_value_target(tmp_path):
+    path, buffer = tmp_path / "model.zip", tmp_path / "buffer.pkl"
+    MPG("MlpPolicy", LinearEnv(), horizons=(0, 2), **SMALL).learn(30).save(path)
+
+    def n_steps_of(**kwargs):
+        """Saved again each time, as the next one finds it."""
+        model = MPG.load(path, env=LinearEnv(), **kwargs)
+        model.save(path)
+        model.save_replay_buffer(buffer)
+        return getattr(model.replay_buffer, "n_steps", 1)
+
+    assert n_steps_of() == 1
+    assert n_steps_of(value_target="n_step_replay") == n_steps_of() == 25
+    assert n_steps_of(value_target="n_step_replay", value_target_kwargs={"n_steps": 5}) == n_steps_of() == 5
+    assert n_steps_of(value_target="clipped_double_q") == n_steps_of() == 1
+
+    model = MPG("MlpPolicy", LinearEnv(), value_target="n_step_replay", horizons=(0, 2), **SMALL)
+    with pytest.raises(ValueError, match=r"spans 25 recorded steps.*made for n_steps=1.*fits the value target"):
+        model.load_replay_buffer(buffer)
+    MPG("MlpPolicy", "PathTracking-v0", **SMALL).save_replay_buffer(buffer)
+    with pytest.raises(ValueError, match=r"observation_space of the replay buffer has the shape \(6,\)"):
+        model.load_replay_buffer(buffer)
+
+
+def test_a_report_under_other_horizons_than_those_that_were_measured(tmp_path):
+    MPG("MlpPolicy", LinearEnv(), horizons=(0, 5), **SMALL).learn(80).save(tmp_path / "model.zip")
+    rule = make_weighting_rule("measured", (0, 2, 3))
+    loaded = MPG.load(tmp_path / "model.zip", env=LinearEnv(), weighting_rule=rule).learn(80)
+    assert {measurement.gradients.horizons for measurement in loaded.trust.measurements} == {(0, 2, 3)}
+    assert "3 model steps" in str(loaded.trust_report())

@@ -266,6 +266,31 @@ def test_a_pickled_update_gives_the_same_gradients(kwargs):
         assert all(th.equal(*pair) for pair in zip(ours.gradients[name], theirs.gradients[name], strict=True))
 
 
+@pytest.mark.parametrize("differentiate", ["first_action", "all_actions"])
+def test_optimizers_apply_each_gradient_to_its_own_weight(differentiate):
+    """Fused optimizers look at the memory of a gradient and not at its strides, which tall layers once came with."""
+    kwargs = {**SMALL, **PAPERS, "policy_kwargs": {"net_arch": [32]}}
+    model = MPG("MlpPolicy", LinearEnv(), horizons=(0, 2), differentiate=differentiate, **kwargs).learn(50)
+    result = gradients(model, draw_batch(model, 2), 2)
+    for name in ("critic", "actor"):
+        network = getattr(model, name)
+        assert network.optimizer.defaults["fused"]
+        reference = copy.deepcopy(network)
+        optimizer = th.optim.Adam([parameter for parameter in reference.parameters() if parameter.requires_grad], fused=False)
+        # With the moments of the training so far
+        state = copy.deepcopy(network.optimizer.state_dict())
+        state["param_groups"][0]["fused"] = False
+        optimizer.load_state_dict(state)
+        for parameter, gradient in zip(reference.parameters(), result.gradients[name], strict=True):
+            parameter.grad = gradient.clone()
+        optimizer.step()
+        for parameter, gradient in zip(network.parameters(), result.gradients[name], strict=True):
+            parameter.grad = gradient
+        network.optimizer.step()
+        for ours, expected in zip(network.parameters(), reference.parameters(), strict=True):
+            th.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-7)
+
+
 def test_gradients_come_in_the_order_and_shape_of_the_parameters():
     kwargs = {**SMALL, "policy_kwargs": {"net_arch": [32]}}
     model = MPG("MlpPolicy", LinearEnv(), horizons=(0, 2), differentiate="all_actions", **kwargs).learn(50)

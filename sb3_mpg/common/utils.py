@@ -68,7 +68,8 @@ def gradient_of(output: th.Tensor, network: th.nn.Module, output_gradient: th.Te
     """
     parameters = trainable_parameters(network)
     gradients = th.autograd.grad(output, parameters, output_gradient, allow_unused=True, materialize_grads=True)
-    # Norms are summed in the order of memory, which must be that of the memory that learners share
+    # Gradients through transposed parameters are transposed in memory. Fused optimizers would apply such a gradient in the
+    # order of memory, to the wrong weights, and norms are summed in that order.
     return [gradient.contiguous() for gradient in gradients]
 
 

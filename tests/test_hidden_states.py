@@ -137,11 +137,10 @@ def test_misleading_latent_state_is_re_encoded_while_training(n_right, horizon, 
     else:
         assert lines == ["state[2], hidden"]
 
-    # A learner that started before this was found
-    replica = model.make_replica()
-    replica.rollout_model.hidden.re_encodes = False
-    replica.take_published(model.published_attributes())
-    assert replica.rollout_model.hidden.re_encodes
+    # A learner that started before this was found gets the buffers, and then refreshes the model
+    model.rollout_model.hidden.re_encodes = False
+    model.rollout_model.refresh()
+    assert model.rollout_model.hidden.re_encodes
 
 
 def test_the_choice_is_kept_when_training_continues_without_the_replay_buffer(tmp_path):
@@ -151,7 +150,7 @@ def test_the_choice_is_kept_when_training_continues_without_the_replay_buffer(tm
     assert model.rollout_model.hidden.is_kept.tolist() == [True, True, False]
     model.save(tmp_path / "model.zip")
     loaded = MPG.load(tmp_path / "model.zip", env=env)
-    loaded.num_timesteps = 2 * loaded._n_prepared_for
+    loaded.num_timesteps = 2 * loaded.model_fitting.n_prepared_for
     loaded.learn(3, reset_num_timesteps=False)
     assert loaded.replay_buffer.size() == 3 and loaded._n_updates > model._n_updates
     assert loaded.rollout_model.hidden.is_kept.tolist() == [True, True, False]

@@ -50,7 +50,7 @@ LAYERS = [
     ("sb3_mpg.common.rollouts", 3),
     ("sb3_mpg.common.compilation", 3),
     ("sb3_mpg.common.value_targets", 3),
-    ("sb3_mpg.common.loaded_settings", 4),
+    ("sb3_mpg.common.saved_settings", 4),
     ("sb3_mpg.common.model_fitting", 4),
     ("sb3_mpg.common.trust", 5),
     ("sb3_mpg.common.update", 5),

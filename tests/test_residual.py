@@ -9,6 +9,7 @@ from models import Known, batch_of, truth
 from settings import SMALL
 
 from sb3_mpg import MPG
+from sb3_mpg.common.buffers import RecordedSteps
 from sb3_mpg.common.models.residual import ResidualModel
 from sb3_mpg.common.models.windows import Transitions
 
@@ -202,7 +203,7 @@ def test_doubling_is_noticed_when_the_replay_buffer_is_small(monkeypatch):
 
 def test_what_was_learned_is_saved_and_is_kept_with_another_environment(tmp_path):
     model = MPG("MlpPolicy", LinearEnv(), prior_model=Known1D(), **SETTINGS).learn(80)
-    data = model._recorded_steps(model._units()).sample(32)
+    data = RecordedSteps(model.replay_buffer, model.units().unscale_actions, model.device).sample(32)
     expected = model.rollout_model.validation_error(data)
     state = model.rollout_model.networks.optimizer.state_dict()["state"][0]["exp_avg"]
     assert state.abs().max() > 0
@@ -239,7 +240,7 @@ def test_what_was_learned_of_another_prior_model_is_forgotten(tmp_path):
 
     # Predictions count, not the object or its class
     for same in (load(), load(prior_model=Offset1D(0.1), prior_model_kwargs=None), load(prior_model_kwargs={"offset": 0.1})):
-        assert th.equal(same.rollout_model.linear.factors, learned) and len(same._measurements) == 1
+        assert th.equal(same.rollout_model.linear.factors, learned) and len(same.trust.measurements) == 1
         assert th.equal(th.as_tensor(same.weighting_rule.weights(20)), th.as_tensor(model.weighting_rule.weights(20)))
     right = LinearEnv().prior_model()
     for change in (
@@ -250,7 +251,7 @@ def test_what_was_learned_of_another_prior_model_is_forgotten(tmp_path):
     ):
         with pytest.warns(UserWarning, match="learned of another model is forgotten"):
             loaded = load(**change)
-        assert not loaded.rollout_model.linear.factors.any() and loaded._measurements == []
+        assert not loaded.rollout_model.linear.factors.any() and loaded.trust.measurements == []
         assert loaded.weighting_rule.weights(20).tolist() == [0.5, 0.5]
 
     with pytest.warns(UserWarning, match="forgotten"):

@@ -5,6 +5,7 @@ import pytest
 from lq import LinearEnv
 from settings import SMALL
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 import sb3_mpg_envs  # noqa: F401
@@ -77,3 +78,21 @@ def test_a_report_under_other_horizons_than_those_that_were_measured(tmp_path):
     loaded = MPG.load(tmp_path / "model.zip", env=LinearEnv(), weighting_rule=rule).learn(80)
     assert {measurement.gradients.horizons for measurement in loaded.trust.measurements} == {(0, 2, 3)}
     assert "3 model steps" in str(loaded.trust_report())
+
+
+def test_files_hold_settings_under_the_names_of_the_constructor(tmp_path):
+    prior_model, other = LinearEnv().prior_model(), LinearEnv().prior_model(bias=0.1)
+    model = MPG("MlpPolicy", LinearEnv(), prior_model=prior_model, n_learners=1, max_grad_norm=0.5, **SMALL)
+    attributes = set(vars(model))
+    model.save(tmp_path / "model.zip")
+    assert set(vars(model)) == attributes and model.prior_model is prior_model
+    data, _, _ = load_from_zip_file(tmp_path / "model.zip")
+    assert {"n_learners": 1, "max_grad_norm": 0.5, "residual": True}.items() <= data.items()
+    assert not {"model_settings", "learner_settings"} & data.keys()
+
+    replaced = MPG.load(tmp_path / "model.zip", env=LinearEnv(), custom_objects={"prior_model": other})
+    assert replaced.prior_model is other and replaced.rollout_model.prior is other
+    rule = make_weighting_rule("constant", (0, 3))
+    assert MPG.load(tmp_path / "model.zip", custom_objects={"weighting_rule": rule}).weighting_rule is rule
+    model.save(tmp_path / "without.zip", exclude=["prior_model"])
+    assert MPG.load(tmp_path / "without.zip", env=LinearEnv()).prior_model == "auto"

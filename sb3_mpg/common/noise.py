@@ -31,3 +31,14 @@ def choose_action_noise(
     if action_noise is None and std > 0:
         return gaussian(std), std
     return action_noise, own_std
+
+
+def for_n_envs(action_noise: ActionNoise | None, n_envs: int) -> ActionNoise | None:
+    """
+    :param action_noise: noise of an algorithm, which may have been loaded with another number of environments
+    :param n_envs: number of environments
+    :return: the noise for so many environments
+    """
+    if isinstance(action_noise, VectorizedActionNoise) and action_noise.n_envs != n_envs:
+        return VectorizedActionNoise(action_noise.base_noise, n_envs)
+    return action_noise

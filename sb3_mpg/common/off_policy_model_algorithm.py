@@ -11,7 +11,7 @@ from gymnasium import spaces
 from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.noise import ActionNoise, VectorizedActionNoise
+from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TrainFreq
@@ -21,9 +21,9 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_mpg.common import checks
 from sb3_mpg.common.buffers import RecordedSteps, check_buffer_class, check_replay_buffer, choose_replay_buffer
 from sb3_mpg.common.callbacks import close_evaluators
-from sb3_mpg.common.noise import choose_action_noise
+from sb3_mpg.common.noise import choose_action_noise, for_n_envs
 from sb3_mpg.common.compilation.step_compiler import StepCompiler
-from sb3_mpg.common.loaded_settings import assign_loaded_settings
+from sb3_mpg.common.saved_settings import assign_loaded_settings, settings_as_attributes
 from sb3_mpg.common.learners import InProcessLearner, Learners, LearnerSettings, MultiprocessLearners, TrainingInputs
 from sb3_mpg.common.model_fitting import ModelFitting
 from sb3_mpg.common.models.base import PriorModel
@@ -35,7 +35,7 @@ from sb3_mpg.common.precision import choose_matmul_precision, matmul_precision
 from sb3_mpg.common.rollouts.exploration import ModelExploration
 from sb3_mpg.common.rollouts.steps import EagerSteps
 from sb3_mpg.common.settings import SettingOf
-from sb3_mpg.common.training_state import TrainingState, restore_rng_state, rng_state
+from sb3_mpg.common.training_state import TrainingState, rng_state
 from sb3_mpg.common.trust import TrustReport, WeightingRule, make_trust
 from sb3_mpg.common.units import Units
 from sb3_mpg.common.update import Update, UpdateSettings
@@ -401,13 +401,9 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         state = self.training_state
         if reset_num_timesteps:
             state.n_updates_at_start = self._n_updates
-        if isinstance(self.action_noise, VectorizedActionNoise) and self.action_noise.n_envs != self.n_envs:
-            # The algorithm was loaded with another number of environments
-            self.action_noise = VectorizedActionNoise(self.action_noise.base_noise, self.n_envs)
+        self.action_noise = for_n_envs(self.action_noise, self.n_envs)
         setup = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
-        if not reset_num_timesteps and state.rng is not None:
-            restore_rng_state(state.rng, self.device)
-        state.rng = None
+        state.restore_rng(self.device, is_continued=not reset_num_timesteps)
         if reset_num_timesteps or state.is_compiled is None or self.compile != "auto":
             assert isinstance(self.train_freq, TrainFreq)
             n_steps = max(setup[0] - max(self.num_timesteps, self.learning_starts), 0)
@@ -462,19 +458,20 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         ``learn(reset_num_timesteps=False)`` continues as if training had not been interrupted, if the replay buffer is loaded
         as well and the environment is in its earlier state. See SB3's ``save`` for the parameters.
         """
-        state, model_settings = self.training_state, self.model_settings
+        state = self.training_state
         self.training_state = replace(
             state,
             rng=rng_state(self.device) if state.rng is None else state.rng,
             fitting=state.fitting if self.model_fitting is None else self.model_fitting.state(),
             batches=self.update.batches.state(self.batch_reuse),
         )
-        self.model_settings = model_settings.portable()
         try:
-            super().save(path, exclude, include)
+            with settings_as_attributes(self):
+                super().save(path, exclude, include)
         finally:
-            self.training_state, self.model_settings = state, model_settings
+            self.training_state = state
 
     def _excluded_save_params(self) -> list[str]:
-        # Created by `_setup_model`
-        return [*super()._excluded_save_params(), "update", "learners", "model_fitting"]
+        # Created by `_setup_model`, or saved setting by setting
+        created = ["update", "learners", "model_fitting", "model_settings", "learner_settings"]
+        return super()._excluded_save_params() + created

@@ -66,3 +66,14 @@ class TrainingState:
         if self.update_seed is None:
             self.update_seed = int(np.random.randint(2**31 - 1)) if seed is None else seed
         return self.update_seed
+
+    def restore_rng(self, device: th.device, is_continued: bool) -> None:
+        """
+        Restore the random number generators once, if training continues after loading.
+
+        :param device: device of the networks
+        :param is_continued: whether training continues; otherwise the states are dropped
+        """
+        if is_continued and self.rng is not None:
+            restore_rng_state(self.rng, device)
+        self.rng = None

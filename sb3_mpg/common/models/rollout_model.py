@@ -1,6 +1,5 @@
 """From the settings of an algorithm to the model of its rollouts."""
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,13 +76,3 @@ class ModelSettings:
         corrected = ResidualModel(model, n_states, action_space.shape[0], **(self.residual_kwargs or {})).to(device)
         corrected.use_correction(self.residual)
         return corrected
-
-    def portable(self) -> "ModelSettings":
-        """
-        :return: the same settings, with a model on the CPU, so that a file of a GPU can be read without one
-        """
-        if not isinstance(self.prior_model, th.nn.Module):
-            return self
-        return ModelSettings(
-            copy.deepcopy(self.prior_model).cpu(), self.prior_model_kwargs, self.residual, self.residual_kwargs
-        )

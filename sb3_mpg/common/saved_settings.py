@@ -1,5 +1,13 @@
-"""Settings that are given to ``load``."""
+"""
+Settings of parts in files. A file holds them under the names of the constructor's arguments, as those of other algorithms do,
+so that ``load``, ``custom_objects`` and ``exclude`` take these names.
+"""
 
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 from sb3_mpg.common.settings import SettingOf
@@ -29,3 +37,24 @@ def assign_loaded_settings(algorithm: BaseAlgorithm) -> None:
     for name in list(attributes):
         if isinstance(getattr(type(algorithm), name, None), (SettingOf, property)):
             setattr(algorithm, name, attributes.pop(name))
+
+
+@contextmanager
+def settings_as_attributes(algorithm: BaseAlgorithm) -> Iterator[None]:
+    """
+    Within this context ``__dict__``, which SB3 saves, holds the settings of parts, and a prior model as a copy on the CPU, so
+    that a file of a GPU can be read without one.
+
+    :param algorithm: an algorithm that is being saved
+    """
+    attributes, cls = vars(algorithm), type(algorithm)
+    names = [name for name in dir(cls) if isinstance(getattr(cls, name), SettingOf)]
+    settings = {name: getattr(algorithm, name) for name in [*names, "weighting_rule"]}
+    if isinstance(settings["prior_model"], th.nn.Module):
+        settings["prior_model"] = copy.deepcopy(settings["prior_model"]).cpu()
+    attributes.update(settings)
+    try:
+        yield
+    finally:
+        for name in settings:
+            del attributes[name]

@@ -15,8 +15,8 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import SubprocVecEnv
 
 from sb3_mpg import MPG, NStepADP, NStepDPG, PriorModel
-from sb3_mpg.common.value_targets import ReplayTarget
 from sb3_mpg.common.trust.weighting import ConstantWeighting, make_weighting_rule
+from sb3_mpg.common.value_targets import ReplayTarget
 
 
 class NeverStepped(LinearEnv):

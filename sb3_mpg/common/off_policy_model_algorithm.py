@@ -21,19 +21,19 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_mpg.common import checks
 from sb3_mpg.common.buffers import RecordedSteps, check_buffer_class, check_replay_buffer, choose_replay_buffer
 from sb3_mpg.common.callbacks import close_evaluators
-from sb3_mpg.common.noise import choose_action_noise, for_n_envs
 from sb3_mpg.common.compilation.step_compiler import StepCompiler
-from sb3_mpg.common.saved_settings import assign_loaded_settings, settings_as_attributes
 from sb3_mpg.common.learners import InProcessLearner, Learners, LearnerSettings, MultiprocessLearners, TrainingInputs
 from sb3_mpg.common.model_fitting import ModelFitting
 from sb3_mpg.common.models.base import PriorModel
 from sb3_mpg.common.models.loading import name_of
 from sb3_mpg.common.models.rollout_model import ModelSettings
 from sb3_mpg.common.models.trainable import TrainableModel, members_of
+from sb3_mpg.common.noise import choose_action_noise, for_n_envs
 from sb3_mpg.common.optimizer_steps import OptimizerSteps
 from sb3_mpg.common.precision import choose_matmul_precision, matmul_precision
 from sb3_mpg.common.rollouts.exploration import ModelExploration
 from sb3_mpg.common.rollouts.steps import EagerSteps
+from sb3_mpg.common.saved_settings import assign_loaded_settings, settings_as_attributes
 from sb3_mpg.common.settings import SettingOf
 from sb3_mpg.common.training_state import TrainingState, rng_state
 from sb3_mpg.common.trust import TrustReport, WeightingRule, make_trust

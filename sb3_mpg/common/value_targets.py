@@ -11,11 +11,11 @@ from stable_baselines3.common.policies import ContinuousCritic
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_mpg.common.checks import check_keywords, check_number, is_whole
+from sb3_mpg.common.models.double_precision import InDoublePrecision
 from sb3_mpg.common.rollouts.model_rollout import start_rollout
 from sb3_mpg.common.rollouts.steps import QFunction, RolloutContext
-from sb3_mpg.common.models.double_precision import InDoublePrecision
 from sb3_mpg.common.type_aliases import Policy, Simulator
-from sb3_mpg.common.checks import check_keywords, check_number, is_whole
 
 
 def target_values_of(critic_target: ContinuousCritic, pessimism: float = 1.0) -> QFunction:

@@ -11,17 +11,17 @@ from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.td3.policies import Actor
 
 from sb3_mpg.common.checks import check_count
+from sb3_mpg.common.learners import LearnerSettings
 from sb3_mpg.common.models.base import PriorModel
 from sb3_mpg.common.models.loading import PriorModelLike
-from sb3_mpg.common.learners import LearnerSettings
 from sb3_mpg.common.models.rollout_model import ModelSettings
 from sb3_mpg.common.models.trainable import evaluated
-from sb3_mpg.common.optimizer_steps import OptimizerSteps
-from sb3_mpg.common.rollouts.steps import EagerSteps
 from sb3_mpg.common.off_policy_model_algorithm import OffPolicyModelAlgorithm
+from sb3_mpg.common.optimizer_steps import OptimizerSteps
 from sb3_mpg.common.rollouts.policy_gradient import mixed_policy_gradient
-from sb3_mpg.common.type_aliases import Differentiate
+from sb3_mpg.common.rollouts.steps import EagerSteps
 from sb3_mpg.common.trust.weighting import WeightingRule, check_horizons, make_weighting_rule
+from sb3_mpg.common.type_aliases import Differentiate
 from sb3_mpg.common.value_targets import ValueTarget, make_value_target
 from sb3_mpg.mpg.policies import MlpPolicy, MPGPolicy
 from sb3_mpg.mpg.update import MPGUpdate, MPGUpdateSettings

@@ -15,10 +15,10 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from sb3_mpg.common.compilation.compiled_loop import CompiledLoop, Direction, Record
-from sb3_mpg.common.rollouts.steps import EagerSteps, HeldState, RolloutContext, RolloutState, Steps, advance, hold
 from sb3_mpg.common.models.base import PriorModel
 from sb3_mpg.common.models.loading import name_of
 from sb3_mpg.common.models.trainable import TrainableModel
+from sb3_mpg.common.rollouts.steps import EagerSteps, HeldState, RolloutContext, RolloutState, Steps, advance, hold
 from sb3_mpg.common.type_aliases import Policy
 from sb3_mpg.common.units import Units
 

@@ -13,11 +13,11 @@ import numpy as np
 import torch as th
 
 from sb3_mpg.common.buffers import RecordedSteps
-from sb3_mpg.common.rollouts.model_rollout import model_rollout
-from sb3_mpg.common.rollouts.steps import QFunction, RolloutContext
 from sb3_mpg.common.models.base import PriorModel
 from sb3_mpg.common.models.trainable import CorrectedModel, TrainableModel
 from sb3_mpg.common.models.windows import Transitions
+from sb3_mpg.common.rollouts.model_rollout import model_rollout
+from sb3_mpg.common.rollouts.steps import QFunction, RolloutContext
 
 # A cross-validated model is excluded when its squared error is more than this multiple of the squared gradient
 USELESS_ERROR = 3.0

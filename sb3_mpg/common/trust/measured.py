@@ -6,8 +6,8 @@ from functools import partial
 
 import numpy as np
 
-from sb3_mpg.common.model_fitting import ModelFitting
 from sb3_mpg.common.buffers import RecordedSteps
+from sb3_mpg.common.model_fitting import ModelFitting
 from sb3_mpg.common.models.base import PriorModel
 from sb3_mpg.common.models.loading import name_of
 from sb3_mpg.common.models.trainable import CorrectedModel

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch as th
 
-from sb3_mpg.common.trust.gradient_errors import GradientErrors
 from sb3_mpg.common.models.base import PriorModel
-from sb3_mpg.common.models.windows import MIN_WINDOWS, Windows, rms, rollout_errors, rounding_errors, to_numpy
 from sb3_mpg.common.models.trainable import CorrectedModel, evaluated
+from sb3_mpg.common.models.windows import MIN_WINDOWS, Windows, rms, rollout_errors, rounding_errors, to_numpy
 from sb3_mpg.common.tables import format_table
+from sb3_mpg.common.trust.gradient_errors import GradientErrors
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

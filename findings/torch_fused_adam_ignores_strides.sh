@@ -16,9 +16,12 @@ import torch as th
 
 def step(fused):
     weight = th.nn.Parameter(th.zeros(3, 2))
-    # Columns are contiguous in memory, as a product with a transposed copy likes them
+    # A linear layer whose weight lies in memory by columns
     by_columns = weight.t().contiguous().t()
-    (weight.grad,) = th.autograd.grad((by_columns * th.tensor([[1.0, -1.0], [-1.0, 1.0], [1.0, 1.0]])).sum(), weight)
+    pattern = th.tensor([[1.0, -1.0], [-1.0, 1.0], [1.0, 1.0]])
+    outputs = th.eye(2) @ by_columns.t()
+    (weight.grad,) = th.autograd.grad((outputs * pattern.t()).sum(), weight)
+    assert th.equal(weight.grad, pattern)
     strides = weight.grad.stride()
     th.optim.Adam([weight], lr=1.0, fused=fused).step()
     return strides, weight.detach().sign().int().tolist()

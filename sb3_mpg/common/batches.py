@@ -20,6 +20,7 @@ class ReusedBatches:
     def __init__(self) -> None:
         self._batches: list[TrainingBatch] = []
         self._n_served = 0
+        self._n_uses = 1
 
     def next(self, n_uses: int, draw: Callable[[], TrainingBatch]) -> TrainingBatch:
         """
@@ -27,6 +28,9 @@ class ReusedBatches:
         :param draw: draws a batch
         :return: the batch of this update
         """
+        if n_uses != self._n_uses:
+            # A callback changed it: turns of other rounds have no meaning
+            self._batches, self._n_served, self._n_uses = [], 0, n_uses
         turn = self._n_served % n_uses
         if len(self._batches) < n_uses:
             self._batches.append(draw())
@@ -54,4 +58,4 @@ class ReusedBatches:
         """
         if state is not None and len(state["batches"]) == min(state["n_served"], n_uses):
             self._batches = [TrainingBatch(*(tensor.to(device) for tensor in batch)) for batch in state["batches"]]
-            self._n_served = state["n_served"]
+            self._n_served, self._n_uses = state["n_served"], n_uses

@@ -127,6 +127,20 @@ def warn_of_record(step: int, *recorded: np.ndarray) -> bool:
     return True
 
 
+def warn_of_masked_states(share: float, model_name: str) -> bool:
+    """
+    :param share: share of the states that are masked in a policy gradient
+    :param model_name: name of the user's model
+    :return: whether there are any; a warning says so
+    """
+    if share > 0:
+        warnings.warn(
+            f"Rollouts of {model_name} overflow at some states, which are masked in the policy gradient; "
+            "`train/masked_states` is their share. Look for what overflows with `check_prior_model`."
+        )
+    return share > 0
+
+
 def warn_of_wrappers(env: VecEnv, users: Sequence[str]) -> None:
     """
     Warn of wrappers that change units: the model and the simulator of the environment use the units below them.

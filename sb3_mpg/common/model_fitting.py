@@ -4,7 +4,7 @@ import warnings
 from typing import Any
 
 from sb3_mpg.common.buffers import RecordedSteps
-from sb3_mpg.common.models.trainable import TrainableModel
+from sb3_mpg.common.models.trainable import CorrectedModel, TrainableModel
 from sb3_mpg.common.models.windows import Transitions
 
 
@@ -45,6 +45,18 @@ class ModelFitting:
     def is_prepared(self) -> bool:
         """Whether the model was ever fitted."""
         return self.n_prepared_for > 0
+
+    @property
+    def uses_correction(self) -> bool:
+        """Whether predictions of the model are those of a prior model with a fitted correction."""
+        return self.is_prepared and isinstance(self.model, CorrectedModel) and self.model.is_correction_used
+
+    def use_correction(self, is_used: bool) -> None:
+        """
+        :param is_used: whether a correction is used from now on, if the model is one
+        """
+        if isinstance(self.model, CorrectedModel):
+            self.model.use_correction(is_used)
 
     def prepare(self, recorded: RecordedSteps, num_timesteps: int, horizon: int) -> None:
         """

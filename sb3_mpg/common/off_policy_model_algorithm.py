@@ -1,3 +1,4 @@
+import copy
 import io
 import pathlib
 from abc import abstractmethod
@@ -16,12 +17,11 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TrainFreq
 from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
-from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_mpg.common import checks
 from sb3_mpg.common.buffers import RecordedSteps, check_buffer_class, check_replay_buffer, choose_replay_buffer
 from sb3_mpg.common.callbacks import close_evaluators
-from sb3_mpg.common.compilation.step_compiler import StepCompiler
+from sb3_mpg.common.compilation.step_compiler import COMPILE_FROM_MODEL_STEPS, StepCompiler
 from sb3_mpg.common.learners import InProcessLearner, Learners, LearnerSettings, MultiprocessLearners, TrainingInputs
 from sb3_mpg.common.model_fitting import ModelFitting
 from sb3_mpg.common.models.base import PriorModel
@@ -36,16 +36,13 @@ from sb3_mpg.common.rollouts.steps import EagerSteps
 from sb3_mpg.common.saved_settings import assign_loaded_settings, settings_as_attributes
 from sb3_mpg.common.settings import SettingOf
 from sb3_mpg.common.training_state import TrainingState, rng_state
-from sb3_mpg.common.trust import TrustReport, WeightingRule, make_trust
+from sb3_mpg.common.trust import TrustReport, WeightingRule, make_trust, renew_trust
 from sb3_mpg.common.units import Units
 from sb3_mpg.common.update import Update, UpdateSettings
 from sb3_mpg.common.utils import expected_updates, keep_freed_memory, optimizer_of
 from sb3_mpg.common.value_targets import ValueTarget
 
 SelfOffPolicyModelAlgorithm = TypeVar("SelfOffPolicyModelAlgorithm", bound="OffPolicyModelAlgorithm")
-
-# Compilation takes 10 to 20 seconds and saves 1 to 3 milliseconds for each model step of a batch (benchmarks/speed.py)
-COMPILE_FROM_MODEL_STEPS = 15_000
 
 
 class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
@@ -78,7 +75,6 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
 
     prior_model = SettingOf("model_settings")
     prior_model_kwargs = SettingOf("model_settings")
-    residual = SettingOf("model_settings")
     residual_kwargs = SettingOf("model_settings")
     n_learners = SettingOf("learner_settings")
     max_staleness = SettingOf("learner_settings")
@@ -164,7 +160,7 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         self.learner_settings = learner_settings
         self.optimizer_steps = optimizer_steps
         self.training_state = TrainingState()
-        self.trust = make_trust(weighting_rule, self.residual)
+        self.trust = make_trust(weighting_rule, model_settings.residual)
         # `None` unless the model is trainable
         self.model_fitting: ModelFitting | None = None
 
@@ -193,7 +189,7 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         if self.env is not None:
             # The prior model may create networks
             self.set_random_seed(self.seed)
-            prior = self._find_prior_model(self.env)
+            prior = self.model_settings.find_prior(self.env, self.device, self.trust.longest_horizon > 0, self.value_target)
         self.replay_buffer_class, self.replay_buffer_kwargs, self.n_steps = choose_replay_buffer(
             self.replay_buffer_class, self.replay_buffer_kwargs, self.n_steps, self.value_target.replay_n_steps
         )
@@ -203,19 +199,6 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         self.action_noise, self.training_state.own_noise = choose_action_noise(
             self.action_noise, self.training_state.own_noise, self.exploration_noise, self.action_space
         )
-
-    def _find_prior_model(self, env: VecEnv) -> PriorModel:
-        """
-        :param env: the environment
-        :return: the prior model; a plain ``PriorModel`` when the only horizon is 0
-        :raises ValueError: when the environment lacks a model or simulator that is needed, or the model cannot be used
-        """
-        is_needed, target = self.trust.longest_horizon > 0, self.value_target
-        model = self.model_settings.make_prior(env, self.device) if is_needed else PriorModel()
-        target.check_env(env)
-        users = ["prior_model='auto'"] if is_needed and self.prior_model == "auto" else []
-        checks.warn_of_wrappers(env, users + ([type(target).__name__] if target.needs_simulator else []))
-        return model
 
     def _setup_update(self, prior: PriorModel | None) -> None:
         """
@@ -228,14 +211,16 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         # Measured weights need a correction even when it is not used: the prior model is compared with it
         if is_stepped and (self.residual or self.trust.rule.needs_errors):
             model = self.model_settings.make_trainable(model, self.observation_space, self.action_space, self.device)
-        state, trust = self.training_state, self.trust
+        state = self.training_state
         self.update = self._make_update(model, state.seed_of_updates(self.seed))
         self.update.batches.load_state(state.batches, self.batch_reuse, self.device)
         self.learners: Learners = InProcessLearner(self.update)
-        self.trust = make_trust(trust.rule, self.residual, isinstance(prior, TrainableModel), trust.measurements)
+        if state.measurements is not None:
+            self.trust.measurements, state.measurements = state.measurements, None
+        self.trust = renew_trust(self.trust, self.trust.rule, self.residual, isinstance(prior, TrainableModel))
         self.model_fitting = ModelFitting(model) if isinstance(model, TrainableModel) else None
         if self.model_fitting is not None:
-            self.trust.check_critics(self.update.n_critics)
+            self.trust.check_comparison(self.update.n_critics, self.model_fitting.model.n_members)
             if not self.model_fitting.restore(state.fitting):
                 self.trust.forget()
             state.fitting = None
@@ -260,9 +245,17 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
         # The model, the simulator and the targets of reused batches depend on the environment
         super().set_env(env, force_reset)
+        is_needed = self.trust.longest_horizon > 0
+        prior = self.model_settings.find_prior(self.env, self.device, is_needed, self.value_target)  # type: ignore[arg-type]
         if self.model_fitting is not None:
             self.training_state.fitting = self.model_fitting.state()
-        self._setup_update(self._find_prior_model(self.env))  # type: ignore[arg-type]  # set above
+        # A callback may change the environment while learners run
+        learners, steps = self.learners, self.update.steps
+        learners.close()
+        self._setup_update(prior)
+        self.update.steps = copy.copy(steps)
+        if isinstance(learners, MultiprocessLearners):
+            self._start_learners()
 
     @property
     def rollout_model(self) -> PriorModel | None:
@@ -276,13 +269,22 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
 
     @weighting_rule.setter
     def weighting_rule(self, rule: WeightingRule) -> None:
-        self.trust = make_trust(rule, self.residual, self.trust.is_learned, self.trust.measurements)
+        self.trust = renew_trust(self.trust, rule, self.residual, self.trust.is_learned)
+
+    @property
+    def residual(self) -> bool:
+        """Whether the prior model is corrected by recorded transitions."""
+        return self.model_settings.residual
+
+    @residual.setter
+    def residual(self, is_corrected: bool) -> None:
+        self.model_settings.residual = is_corrected
+        self.trust = renew_trust(self.trust, self.trust.rule, is_corrected, self.trust.is_learned)
+        if self.model_fitting is not None and not self.trust.is_learned:
+            self.model_fitting.use_correction(is_corrected)
 
     def update_settings(self, n_updates: int) -> UpdateSettings:
-        """
-        :param n_updates: number of the update
-        :return: the current settings, for this update
-        """
+        """The settings of now, for the update of number ``n_updates``."""
         return UpdateSettings(
             gamma=self.gamma,
             weights=self.trust.weights(n_updates),
@@ -298,16 +300,11 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         :return: the present inputs of a gradient other than the tensors of the update; they include the statistics of
             ``VecNormalize``
         """
-        env, simulator = self.env, self.update.simulator
-        is_missing = simulator is None or simulator.num_agents != batch_size
-        if env is not None and self.value_target.needs_simulator and is_missing:
-            self.update.simulator = env.env_method("make_simulator", batch_size, indices=[0])[0]
+        self.update.simulator = self.value_target.simulator_for(batch_size, self.env, self.update.simulator)
         return TrainingInputs(self.replay_buffer, batch_size, self.units(), self.update_settings)
 
     def units(self) -> Units:
-        """
-        :return: the conversions between environment and networks, with the present statistics of ``VecNormalize``
-        """
+        """Conversions between environment and networks, with the present statistics of ``VecNormalize``."""
         return Units.of(self.action_space, self.device, self.reward_scale, self._vec_normalize_env)
 
     def train(self, gradient_steps: int, batch_size: int = 100) -> None:
@@ -331,6 +328,7 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         self.logger.record("train/critic_learning_rate", critic_learning_rate)
 
         logs: dict[str, list[float]] = {}
+        state = self.training_state
         for _ in range(gradient_steps):
             self._n_updates += 1
             # Fit the model, and measure the errors of its gradients
@@ -348,12 +346,13 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
                     "gradient (the weights are still finite and can be saved). "
                     + self.update.why_not_finite(self._n_updates, batch_size, self.replay_buffer, inputs.units, settings)
                 )
-            self.optimizer_steps.warn_of_masked_states(result, name_of(self.update.model))
+            if not state.has_warned_of_masks:
+                state.has_warned_of_masks = checks.warn_of_masked_states(result.share_masked, name_of(self.update.model))
             self.learners.applied(self._n_updates, inputs)
             for key, value in (model_logs | result.logs).items():
                 logs.setdefault(key, []).append(value)
 
-        n_updates = self._n_updates - self.training_state.n_updates_at_start
+        n_updates = self._n_updates - state.n_updates_at_start
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         self.logger.record("train/updates_per_step", n_updates / max(self.num_timesteps, 1))
         self.logger.record("train/skipped_updates", self.n_skipped_updates)
@@ -385,7 +384,7 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
             raise ValueError(
                 "There is no model to report on: the only horizon is 0, or the environment is missing (`set_env`)."
             )
-        is_corrected = self.residual and self.model_fitting is not None and self.model_fitting.is_prepared
+        is_corrected = self.model_fitting is not None and self.model_fitting.uses_correction
         recorded = RecordedSteps(self.replay_buffer, self.units().unscale_actions, self.device)
         return self.trust.report(self.update.model, is_corrected, recorded, self.gamma)
 
@@ -412,9 +411,13 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
             state.is_compiled = repays if self.compile == "auto" else bool(self.compile)
         self.update.steps = StepCompiler() if state.is_compiled else EagerSteps()
         if self.n_learners > 0:
-            inputs = self.training_inputs(self.batch_size)
-            self.learners = MultiprocessLearners(self.update, inputs, self.learner_settings)
+            self._start_learners()
         return setup
+
+    def _start_learners(self) -> None:
+        # Settings of learners stay what they are while they run
+        settings = replace(self.learner_settings)
+        self.learners = MultiprocessLearners(self.update, self.training_inputs(self.batch_size), settings)
 
     def learn(
         self: SelfOffPolicyModelAlgorithm,
@@ -464,6 +467,7 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
             rng=rng_state(self.device) if state.rng is None else state.rng,
             fitting=state.fitting if self.model_fitting is None else self.model_fitting.state(),
             batches=self.update.batches.state(self.batch_reuse),
+            measurements=self.trust.measurements,
         )
         try:
             with settings_as_attributes(self):
@@ -473,5 +477,5 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
 
     def _excluded_save_params(self) -> list[str]:
         # Created by `_setup_model`, or saved setting by setting
-        created = ["update", "learners", "model_fitting", "model_settings", "learner_settings"]
+        created = ["update", "learners", "model_fitting", "model_settings", "learner_settings", "trust"]
         return super()._excluded_save_params() + created

@@ -25,7 +25,6 @@ class OptimizerSteps:
         self.max_skipped_updates = max_skipped_updates
         self.n_skipped_updates = 0
         self.n_skipped_in_a_row = 0
-        self._has_masked_states = False
 
     def check(self) -> None:
         """
@@ -83,17 +82,3 @@ class OptimizerSteps:
             for name, target in target_networks.items():
                 copy_running_stats(networks[name], target)
         return True
-
-    def warn_of_masked_states(self, result: GradientResult, model_name: str) -> None:
-        """
-        Warn once that rollouts overflow.
-
-        :param result: result of an update
-        :param model_name: the user's name of the model
-        """
-        if not self._has_masked_states and result.share_masked > 0:
-            self._has_masked_states = True
-            warnings.warn(
-                f"Rollouts of {model_name} overflow at some states, which are masked in the policy gradient; "
-                "`train/masked_states` is their share. Look for what overflows with `check_prior_model`."
-            )

@@ -49,7 +49,7 @@ def settings_as_attributes(algorithm: BaseAlgorithm) -> Iterator[None]:
     """
     attributes, cls = vars(algorithm), type(algorithm)
     names = [name for name in dir(cls) if isinstance(getattr(cls, name), SettingOf)]
-    settings = {name: getattr(algorithm, name) for name in [*names, "weighting_rule"]}
+    settings = {name: getattr(algorithm, name) for name in [*names, "residual", "weighting_rule"]}
     if isinstance(settings["prior_model"], th.nn.Module):
         settings["prior_model"] = copy.deepcopy(settings["prior_model"]).cpu()
     attributes.update(settings)

@@ -44,9 +44,11 @@ class TrainingState:
         because compiled gradients differ in the last bits.
     :param own_noise: standard deviation of the action noise if the algorithm created it; ``None`` for the user's noise
     :param has_warned_of_records: whether a non-finite observation or reward was reported
+    :param has_warned_of_masks: whether masked states were reported
     :param rng: states of the random number generators, kept from loading until training continues
     :param fitting: state of the model's fitting, kept from loading until the model is created
     :param batches: state of the reused batches, kept from loading until the update is created
+    :param measurements: errors of the gradients, kept from loading until the trust is set up
     """
 
     update_seed: int | None = None
@@ -54,9 +56,11 @@ class TrainingState:
     is_compiled: bool | None = None
     own_noise: float | None = None
     has_warned_of_records: bool = False
+    has_warned_of_masks: bool = False
     rng: dict[str, Any] | None = field(default=None, repr=False)
     fitting: dict[str, Any] | None = field(default=None, repr=False)
     batches: dict[str, Any] | None = field(default=None, repr=False)
+    measurements: list[Any] | None = field(default=None, repr=False)
 
     def seed_of_updates(self, seed: int | None) -> int:
         """

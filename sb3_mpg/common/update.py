@@ -1,9 +1,10 @@
 """Updates: from a batch of the replay buffer to gradients."""
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch as th
 from stable_baselines3.common.policies import BasePolicy
@@ -74,9 +75,13 @@ class Update(ABC, Generic[Settings]):
         # Collected once, because searching the modules at each update is slow
         self.observation_scalers = [module for module in policy.modules() if isinstance(module, ObservationScaler)]
 
-    def __getstate__(self) -> dict[str, Any]:
-        # Each learner draws its own batches
-        return {**vars(self), "batches": ReusedBatches()}
+    def for_learner(self) -> "Update[Settings]":
+        """
+        :return: a copy for a learner: it shares networks and model, and draws batches of its own
+        """
+        copied = copy.copy(self)
+        copied.batches = ReusedBatches()
+        return copied
 
     @property
     def device(self) -> th.device:

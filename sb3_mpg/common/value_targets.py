@@ -98,6 +98,17 @@ class ValueTarget(ABC):
                 "value_target='n_step_replay' (and horizons=(0,), weighting='constant' to do without a model)."
             )
 
+    def simulator_for(self, n_agents: int, env: VecEnv | None, simulator: Simulator | None) -> Simulator | None:
+        """
+        :param n_agents: number of agents
+        :param env: the environment, which makes simulators
+        :param simulator: the simulator so far, if there is one
+        :return: a simulator of so many agents, if the target needs one and there is an environment
+        """
+        if not self.needs_simulator or env is None or (simulator is not None and simulator.num_agents == n_agents):
+            return simulator
+        return env.env_method("make_simulator", n_agents, indices=[0])[0]
+
     @abstractmethod
     def __call__(
         self,

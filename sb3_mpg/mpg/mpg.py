@@ -291,7 +291,7 @@ class MPG(OffPolicyModelAlgorithm):
         model = self.rollout_model
         if model is None:
             raise ValueError("There is no model: give the algorithm an environment first (`set_env`).")
-        context = self.update.context(self.training_inputs(self.batch_size).units, self.gamma)._replace(steps=EagerSteps())
+        context = self.update.context(self.units(), self.gamma)._replace(steps=EagerSteps())
         states = th.as_tensor(observations, dtype=th.float32, device=self.device)
         with evaluated(model):
             gradients = mixed_policy_gradient(states, context, {horizon: 1.0}, differentiate).gradients

@@ -24,6 +24,9 @@ from sb3_mpg.common.units import Units
 
 Result = TypeVar("Result")
 
+# Compilation takes 10 to 20 seconds and saves 1 to 3 milliseconds for each model step of a batch (benchmarks/speed.py)
+COMPILE_FROM_MODEL_STEPS = 15_000
+
 # How the steps are differentiated
 OF_STEPS: dict[str, Any] = {
     # Cached graphs are not compiled here, so that their two directions could not be recorded

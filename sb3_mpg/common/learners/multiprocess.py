@@ -82,15 +82,15 @@ class _Pool:
         self.layout = _layout(update, inputs)
         self.parameters = SharedParameters(self.networks + inputs.units.statistics())
         self.replay = SharedReplayBuffer(inputs.replay_buffer)
-        content = (update, inputs.units, self.replay.stripped_buffer(), get_matmul_precision())
-        self.payload = SharedBytes(pickled(content))
         self.learners: list[_Learner] = []
         try:
+            content = (update.for_learner(), inputs.units, self.replay.stripped_buffer(), get_matmul_precision())
+            self.payload = SharedBytes(pickled(content))
             for index in range(settings.n_learners):
                 slots = [Slot(update.parameters()) for _ in range(SLOTS_PER_LEARNER)]
                 self.learners.append(_Learner(self._start(index, slots), slots))
         except BaseException:
-            # End those that were started: the caller gets no reference to them
+            # Nobody else can end what was started, and give the replay buffer its memory back
             self.close()
             raise
 
@@ -182,7 +182,7 @@ class MultiprocessLearners(Learners):
         if any(isinstance(module, th.nn.modules.batchnorm._NormBase) for module in update.policy.modules()):
             raise ValueError("Batch normalisation gathers statistics with each gradient, which needs n_learners=0.")
         # Fail before the first step
-        pickled((update, inputs.settings_of(1)))
+        pickled((update.for_learner(), inputs.settings_of(1)))
         self.update = update
         self.settings = settings
         self.n_dropped = 0

@@ -98,6 +98,7 @@ class ResidualModel(CorrectedModel):
 
     def use_correction(self, is_used: bool) -> None:
         self.gains.fill_(float(is_used))
+        self.is_correction_used = is_used
 
     @contextmanager
     def _with_gains(self, first: float, others: float) -> Iterator[None]:

@@ -7,12 +7,13 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_mpg.common.checks import check_keywords
+from sb3_mpg.common.checks import check_keywords, warn_of_wrappers
 from sb3_mpg.common.models.base import PriorModel
 from sb3_mpg.common.models.checking.checker import validate_prior_model
 from sb3_mpg.common.models.loading import PriorModelLike, make_prior_model
 from sb3_mpg.common.models.residual import ResidualModel
 from sb3_mpg.common.models.trainable import TrainableModel
+from sb3_mpg.common.value_targets import ValueTarget
 
 
 @dataclass
@@ -36,6 +37,21 @@ class ModelSettings:
         if not isinstance(self.residual, bool):
             raise ValueError(f"`residual` says whether the model is corrected, True or False, got {self.residual!r}.")
         check_keywords("residual_kwargs", self.residual_kwargs, ResidualModel, "prior", "n_states", "n_actions")
+
+    def find_prior(self, env: VecEnv, device: th.device, is_needed: bool, value_target: ValueTarget) -> PriorModel:
+        """
+        :param env: the environment
+        :param device: device of the model
+        :param is_needed: whether the model is ever stepped
+        :param value_target: the value target, which may need a simulator of the environment
+        :return: the prior model; a plain ``PriorModel`` if it is not needed
+        :raises ValueError: when the environment lacks a model or simulator that is needed, or the model cannot be used
+        """
+        model = self.make_prior(env, device) if is_needed else PriorModel()
+        value_target.check_env(env)
+        users = ["prior_model='auto'"] if is_needed and self.prior_model == "auto" else []
+        warn_of_wrappers(env, users + ([type(value_target).__name__] if value_target.needs_simulator else []))
+        return model
 
     def make_prior(self, env: VecEnv, device: th.device) -> PriorModel:
         """

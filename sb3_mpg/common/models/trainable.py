@@ -175,6 +175,8 @@ class CorrectedModel(TrainableModel):
         super().__init__()
         self.prior = prior
         self.prior.eval()
+        #: Whether predictions are corrected, see :meth:`use_correction`
+        self.is_correction_used = True
 
     def train(self, mode: bool = True) -> "CorrectedModel":
         super().train(mode)

@@ -103,9 +103,10 @@ class Trust(ABC):
         """
         return {}
 
-    def check_critics(self, n_critics: int) -> None:  # noqa: B027  # only measurements compare critics
+    def check_comparison(self, n_critics: int, n_members: int) -> None:  # noqa: B027  # only measurements compare them
         """
         :param n_critics: number of critics
+        :param n_members: number of members of the model
         :raises ValueError: when there are too few to compare
         """
 
@@ -168,11 +169,16 @@ class MeasuredTrust(Trust):
     def prefers_model(self, n_updates: int) -> bool:
         return self.model_weight(n_updates) >= 0.5
 
-    def check_critics(self, n_critics: int) -> None:
+    def check_comparison(self, n_critics: int, n_members: int) -> None:
         if n_critics < 2:
             raise ValueError(
                 "Measured weights compare the critics with each other, of which there is one; leave `n_critics` in "
                 "`policy_kwargs` at 2 or take another `weighting`."
+            )
+        if n_members < 2:
+            raise ValueError(
+                "Measured weights compare the members of the model with each other, of which there is one; give the model an "
+                "`n_members` of 2 or more, or take another `weighting`."
             )
 
     def measure(
@@ -210,17 +216,30 @@ class MeasuredTrust(Trust):
         return logs
 
 
-def make_trust(
-    rule: WeightingRule, is_corrected: bool, is_learned: bool = False, measurements: Sequence[Measurement] = ()
-) -> Trust:
+def make_trust(rule: WeightingRule, is_corrected: bool, is_learned: bool = False) -> Trust:
     """
     :param rule: the weighting rule
     :param is_corrected: whether the user's model is corrected
     :param is_learned: whether the user's model is itself learned from data
-    :param measurements: errors measured so far; dropped if they were made for other horizons
     :return: measured trust for a rule that needs errors, otherwise fixed trust
     """
-    trust = (MeasuredTrust if rule.needs_errors else FixedTrust)(rule, is_corrected, is_learned)
-    if all(measurement.gradients.horizons == rule.horizons for measurement in measurements):
-        trust.measurements = list(measurements)
-    return trust
+    return (MeasuredTrust if rule.needs_errors else FixedTrust)(rule, is_corrected, is_learned)
+
+
+def renew_trust(trust: Trust, rule: WeightingRule, is_corrected: bool, is_learned: bool) -> Trust:
+    """
+    :param trust: the trust so far; its settings stay if the new rule is of the same kind
+    :param rule: the weighting rule from now on
+    :param is_corrected: whether the user's model is corrected from now on
+    :param is_learned: whether the user's model is itself learned from data
+    :return: the trust from now on, without measurements that were made for other horizons
+    """
+    if isinstance(trust, MeasuredTrust) == rule.needs_errors:
+        trust.rule, trust.is_corrected, trust.is_learned = rule, is_corrected, is_learned
+        renewed = trust
+    else:
+        renewed = make_trust(rule, is_corrected, is_learned)
+        renewed.measurements = trust.measurements
+    if any(measurement.gradients.horizons != rule.horizons for measurement in renewed.measurements):
+        renewed.measurements = []
+    return renewed

@@ -73,8 +73,29 @@ def test_a_state_of_another_number_of_uses_is_ignored(n_uses):
 
 
 def test_learners_start_with_batches_of_their_own():
-    """An update that is copied or pickled does not bring its batches."""
+    """A copy of an update keeps its batches, a learner's copy does not."""
     model = MPG("MlpPolicy", LinearEnv(), horizons=(0, 2), batch_reuse=3, **SMALL).learn(50)
     assert len(model.update.batches.state(3)["batches"]) == 3
+    of_learner = model.update.for_learner()
+    assert of_learner.batches.state(3) == {"batches": [], "n_served": 0} and of_learner.policy is model.policy
     for copied in (copy.deepcopy(model.update), pickle.loads(pickle.dumps(model.update))):
-        assert copied.batches.state(3) == {"batches": [], "n_served": 0}
+        assert len(copied.batches.state(3)["batches"]) == 3
+
+
+@pytest.mark.parametrize("n_served", range(8))
+@pytest.mark.parametrize("n_uses", [1, 2, 7])
+def test_the_number_of_uses_may_change_at_any_turn(n_served, n_uses):
+    batches, n_drawn = ReusedBatches(), 0
+
+    def draw():
+        nonlocal n_drawn
+        n_drawn += 1
+        return n_drawn
+
+    for _ in range(n_served):
+        batches.next(3, draw)
+    n_before = n_drawn
+    served = [batches.next(n_uses, draw) for _ in range(3 * n_uses**2)]
+    # Batches of before are gone, and each of the others is used as often as was asked for
+    assert min(served) == n_before + 1
+    assert all(served.count(number) <= n_uses**2 for number in set(served))

@@ -10,6 +10,7 @@ from gymnasium import spaces
 from lq import LinearEnv
 from stable_baselines3.common.vec_env import DummyVecEnv
 
+from sb3_mpg.common import checks
 from sb3_mpg.common.checks import (
     check_count,
     check_keywords,
@@ -120,3 +121,11 @@ def test_tiny_rewards_are_reported_with_a_better_scale(size, warns):
         warn_of_tiny_rewards(th.tensor([[size], [-size]]), reward_scale=0.5)
     assert len(caught) == warns
     assert all("`reward_scale` to about 5e+05" in str(warning.message) for warning in caught)
+
+
+def test_masked_states_are_told(recwarn):
+    assert not checks.warn_of_masked_states(0.0, "Car")
+    assert not recwarn.list
+    assert checks.warn_of_masked_states(0.1, "Car")
+    (warning,) = recwarn.list
+    assert "Rollouts of Car overflow" in str(warning.message)

@@ -16,7 +16,7 @@ from sb3_mpg import MPG, PriorModel
 from sb3_mpg.common import off_policy_model_algorithm
 from sb3_mpg.common.compilation.step_compiler import StepCompiler
 from sb3_mpg.common.trust.gradient_errors import GradientErrors
-from sb3_mpg.common.trust.measured import FixedTrust, MeasuredTrust, make_trust
+from sb3_mpg.common.trust.measured import FixedTrust, MeasuredTrust, make_trust, renew_trust
 from sb3_mpg.common.trust.report import Measurement
 from sb3_mpg.common.trust.weighting import ConstantWeighting, MeasuredWeighting, RuleBasedWeighting
 
@@ -46,7 +46,7 @@ def test_fixed_trust_is_in_models_that_are_learned_as_a_whole(is_corrected, is_l
     assert trust.prefers_model(7)
     # Nothing is measured, whatever the critics
     assert trust.measure(1, None, [], None, None) == {} and not trust.measurements
-    trust.check_critics(1)
+    trust.check_comparison(1, 1)
 
 
 def test_no_horizon_of_a_model():
@@ -81,14 +81,35 @@ def test_measured_trust_prefers_the_model_with_half_of_the_weight():
 
 
 def test_measurements_of_the_same_horizons_are_kept():
-    measurements = [measurement_of((0, 5), n_updates) for n_updates in (1, 21)]
-    trust = make_trust(measured_rule(1.0, 2.0), True, measurements=measurements)
-    assert trust.measurements == measurements and trust.measurements is not measurements
-    assert not make_trust(measured_rule(1.0, 2.0, horizons=(0, 3)), True, measurements=measurements).measurements
+    trust = make_trust(measured_rule(1.0, 2.0), True)
+    trust.measurements = measurements = [measurement_of((0, 5), n_updates) for n_updates in (1, 21)]
+    assert renew_trust(trust, measured_rule(2.0, 1.0), True, False).measurements == measurements
+    assert renew_trust(trust, ConstantWeighting((0, 5)), True, False).measurements == measurements
+    assert not renew_trust(trust, measured_rule(1.0, 2.0, horizons=(0, 3)), True, False).measurements
+
+
+def test_settings_stay_with_a_rule_of_the_same_kind():
+    trust = make_trust(measured_rule(1.0, 2.0), True)
+    trust.every = 5
+    rule = measured_rule(2.0, 1.0)
+    renewed = renew_trust(trust, rule, is_corrected=False, is_learned=True)
+    assert renewed.every == 5 and renewed.rule is rule
+    assert not renewed.is_corrected and renewed.is_learned
+    assert type(renew_trust(trust, ConstantWeighting((0, 5)), True, False)) is FixedTrust
+
+
+def test_one_member_is_not_compared_with_itself():
+    trust = make_trust(measured_rule(1.0, 2.0), True)
+    trust.check_comparison(n_critics=2, n_members=2)
+    with pytest.raises(ValueError, match="compare the members of the model with each other, of which there is one"):
+        trust.check_comparison(n_critics=2, n_members=1)
+    with pytest.raises(ValueError, match="compare the critics with each other, of which there is one"):
+        trust.check_comparison(n_critics=1, n_members=2)
 
 
 def test_what_was_measured_of_another_model_is_forgotten():
-    trust = make_trust(measured_rule(1.0, 2.0), True, measurements=[measurement_of((0, 5))])
+    trust = make_trust(measured_rule(1.0, 2.0), True)
+    trust.measurements = [measurement_of((0, 5))]
     trust.forget()
     assert not trust.measurements and trust.weights(1) == {0: 0.5, 5: 0.5}
 

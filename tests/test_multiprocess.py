@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import uuid
 from contextlib import suppress
@@ -446,3 +447,42 @@ def test_compiled_in_learners():
     model = small_model(compile=True, **kwargs).learn(80)
     assert model._n_updates == 40
     assert not model.update.steps.has_failed
+
+
+class TestCallbacks:
+    """What callbacks do to learners that run."""
+
+    def test_another_environment_keeps_learners_and_compilation(self):
+        seen = []
+
+        def change(model):
+            before = type(model.learners), type(model.update.steps)
+            model.set_env(make_vec_env(LinearEnv, 1))
+            model._last_obs = model.env.reset()
+            seen.append((before, (type(model.learners), type(model.update.steps))))
+
+        model = small_model(n_learners=1)
+        model.learn(80, callback=when_learning(change))
+        assert seen and all(before == after for before, after in seen)
+        assert seen[0][0][0] is multiprocess.MultiprocessLearners
+        # The replay buffer has memory of its own again
+        assert model.replay_buffer.observations.base is None
+        assert isinstance(model.learners, InProcessLearner)
+
+    def test_the_number_of_learners_is_for_the_next_training(self):
+        def change(model):
+            model.n_learners = 0
+
+        model = small_model(n_learners=1)
+        assert model.learn(70, callback=Each(change))._n_updates > 0
+        assert model.n_learners == 0
+
+    def test_what_cannot_be_sent_leaves_the_replay_buffer_as_it_was(self):
+        model = small_model(n_learners=1)
+
+        def change(model):
+            model.rollout_model.lock = threading.Lock()
+
+        with pytest.raises(ValueError, match="cannot be sent to learner processes"):
+            model.learn(70, callback=Each(change))
+        assert model.replay_buffer.observations.base is None

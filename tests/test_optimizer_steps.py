@@ -174,13 +174,3 @@ def test_only_updates_of_all_networks_end_a_row_of_failures():
     assert apply_all(True)
     assert steps.n_skipped_in_a_row == 0 and not steps.is_hopeless
     assert steps.n_skipped_updates == 3
-
-
-def test_masked_states_are_told_once(recwarn):
-    steps = OptimizerSteps(None, 20)
-    steps.warn_of_masked_states(GradientResult({}, {}, share_masked=0.0), "Car")
-    assert not recwarn.list
-    for _ in range(2):
-        steps.warn_of_masked_states(GradientResult({}, {}, share_masked=0.1), "Car")
-    (warning,) = recwarn.list
-    assert "Rollouts of Car overflow" in str(warning.message)

@@ -50,13 +50,13 @@ SETTINGS_OF_PARTS = {
 def test_all_settings_of_parts_are_tried():
     names = {name for name in dir(MPG) if isinstance(getattr(MPG, name), SettingOf)}
     # What is counted is no setting
-    assert names - {"n_skipped_updates"} == SETTINGS_OF_PARTS.keys()
+    assert {*names, "residual"} - {"n_skipped_updates"} == SETTINGS_OF_PARTS.keys()
 
 
 @pytest.mark.parametrize("name", SETTINGS_OF_PARTS)
 def test_a_setting_goes_to_its_part_from_constructor_attribute_and_load(name, tmp_path):
     value = SETTINGS_OF_PARTS[name]
-    part = getattr(MPG, name).part
+    part = "model_settings" if name == "residual" else getattr(MPG, name).part
     constructed = MPG("MlpPolicy", LinearEnv(), **SMALL, **{name: value})
     default = MPG("MlpPolicy", LinearEnv(), **SMALL)
     assert getattr(default, name) != value

@@ -252,7 +252,7 @@ def test_an_update_changes_nothing():
 def test_a_pickled_update_gives_the_same_gradients(kwargs):
     model = MPG("MlpPolicy", LinearEnv(), **SMALL, **kwargs).learn(50)
     inputs = model.training_inputs(32)
-    copied = pickle.loads(pickle.dumps(model.update))
+    copied = pickle.loads(pickle.dumps(model.update.for_learner()))
     for name in ("env", "replay_buffer", "logger"):
         assert not hasattr(copied, name)
     # Each copy draws batches of its own

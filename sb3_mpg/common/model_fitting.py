@@ -40,6 +40,8 @@ class ModelFitting:
         self.n_rollout_steps = n_rollout_steps
         #: Number of recorded steps at the last call of :meth:`prepare` that had an effect, 0 before the first
         self.n_prepared_for = 0
+        # Since the last update of the policy
+        self._has_just_converged = False
 
     @property
     def is_prepared(self) -> bool:
@@ -80,6 +82,7 @@ class ModelFitting:
         if is_first or self.model.needs_rescaling(latest):
             self.model.rescale(latest)
             self._fit_until_converged(recorded)
+            self._has_just_converged = True
         windows = recorded.windows(self.n_rollout_steps, horizon)
         if windows is not None:
             self.model.tune_on_rollouts(windows)
@@ -92,9 +95,12 @@ class ModelFitting:
         :param recorded: the recorded steps
         :return: the loss, ``None`` when the model was not fitted
         """
-        return self.model.fitting_schedule.fit(
-            n_updates, lambda: self._fit_once(recorded), lambda: self._fit_until_converged(recorded)
-        )
+        has_just_converged, self._has_just_converged = self._has_just_converged, False
+
+        def fit_until_converged() -> float | None:
+            return None if has_just_converged else self._fit_until_converged(recorded)
+
+        return self.model.fitting_schedule.fit(n_updates, lambda: self._fit_once(recorded), fit_until_converged)
 
     def _fit_once(self, recorded: RecordedSteps) -> float | None:
         batch = recorded.sample(self.batch_size * self.model.n_members)

@@ -249,8 +249,7 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         prior = self.model_settings.find_prior(self.env, self.device, is_needed, self.value_target)  # type: ignore[arg-type]
         if self.model_fitting is not None:
             self.training_state.fitting = self.model_fitting.state()
-        # A callback may change the environment while learners run
-        learners, steps = self.learners, self.update.steps
+        learners, steps = self.learners, self.update.steps  # a callback may change the environment while they run
         learners.close()
         self._setup_update(prior)
         self.update.steps = copy.copy(steps)
@@ -374,8 +373,8 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
 
     def trust_report(self) -> TrustReport:
         """
-        How far the model can be trusted: the measured errors of the gradients, the weights that follow from them, and the
-        prediction errors of rollouts along recorded actions. Print it, or ``plot("trust.png")``.
+        The measured errors of the gradients, the weights that follow from them, and the prediction errors of rollouts along
+        recorded actions. Print the report, or ``plot("trust.png")``.
 
         :return: the report
         :raises ValueError: when there is no model, or too few steps are recorded to compare it with

@@ -91,7 +91,8 @@ class Update(ABC, Generic[Settings]):
     @abstractmethod
     def networks(self) -> Mapping[str, th.nn.Module]:
         """
-        :return: the networks that gradients are computed for, by name, each with an ``optimizer``; always in the same order
+        :return: the networks that gradients are computed for, by name, each with an ``optimizer``; always in the same order.
+            ``"actor"`` is the policy; ``"critic"`` has a learning rate of its own, all others share one
         """
 
     @abstractmethod

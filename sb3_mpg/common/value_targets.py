@@ -74,7 +74,7 @@ def bootstrap_values(
 class ValueTarget(ABC):
     """
     A rule for the values that the critics regress on. It is sent to learner processes with each update, so it must be small
-    and picklable.
+    and picklable, and keep nothing between two calls.
 
     :cvar needs_simulator: whether the target needs a batched simulator
     """

@@ -40,4 +40,4 @@ class UntilConverged(FittingSchedule):
         self.every = every
 
     def fit(self, n_updates: int, fit_once: Fit, fit_until_converged: Fit) -> float | None:
-        return fit_until_converged() if n_updates > 1 and (n_updates - 1) % self.every == 0 else None
+        return fit_until_converged() if (n_updates - 1) % self.every == 0 else None

@@ -1,5 +1,7 @@
 """Ensembles of networks."""
 
+import copy
+
 import pytest
 import torch as th
 from models import batch_of, truth
@@ -111,3 +113,23 @@ def test_it_starts_again_when_its_outputs_are_reset():
     # The average has forgotten what was before
     for average, fitted in zip(networks.average.parameters(), networks.fitted.parameters(), strict=True):
         assert th.equal(average, fitted)
+
+
+def test_the_state_of_the_optimizer_goes_where_the_parameters_go():
+    networks = NetworkEnsemble(2, 3, 1, (8,), 1e-2)
+
+    def fit():
+        inputs = th.ones(4, 3, dtype=networks.fitted[0].weight.dtype)
+        networks.descend(networks(inputs, "dealt", is_fitting=True).sub(1.0).square().mean())
+
+    fit()
+    copied = copy.deepcopy(networks).double()
+    assert {state["exp_avg"].dtype for state in copied.optimizer.state.values()} == {th.float64}
+    assert {state["exp_avg"].dtype for state in networks.optimizer.state.values()} == {th.float32}
+    assert {state["step"].dtype for state in copied.optimizer.state.values()} == {th.float32}
+    # It goes on learning there, from the same moments
+    fit()
+    expected, networks = networks, copied
+    fit()
+    for ours, theirs in zip(copied.fitted.parameters(), expected.fitted.parameters(), strict=True):
+        th.testing.assert_close(ours.float(), theirs)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -102,6 +103,15 @@ class NetworkEnsemble(nn.Module):
         # Number of steps of the optimizer since the last reset
         self.register_buffer("n_fits", th.zeros((), dtype=th.int64))
         self.optimizer = th.optim.Adam(self.fitted.parameters(), lr=learning_rate, fused=True)
+
+    def _apply(self, fn: Callable[[th.Tensor], th.Tensor], recurse: bool = True) -> "NetworkEnsemble":
+        # The state of the optimizer goes where the parameters go, so that a copy on the CPU is a whole one
+        super()._apply(fn, recurse)
+        for parameter, state in self.optimizer.state.items():
+            for name, value in state.items():
+                # The counter of fused optimizers is of single precision whatever the parameters are
+                state[name] = value.to(parameter.device) if name == "step" else fn(value)
+        return self
 
     def forward(self, inputs: th.Tensor, members: Members, is_fitting: bool = False) -> th.Tensor:
         """

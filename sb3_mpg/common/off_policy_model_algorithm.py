@@ -189,7 +189,7 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         if self.env is not None:
             # The prior model may create networks
             self.set_random_seed(self.seed)
-            prior = self.model_settings.find_prior(self.env, self.device, self.trust.longest_horizon > 0, self.value_target)
+            prior = self.model_settings.find_prior(self.env, self.device, self.trust.uses_model, self.value_target)
         self.replay_buffer_class, self.replay_buffer_kwargs, self.n_steps = choose_replay_buffer(
             self.replay_buffer_class, self.replay_buffer_kwargs, self.n_steps, self.value_target.replay_n_steps
         )
@@ -207,7 +207,7 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         :param prior: the prior model, ``None`` without an environment
         """
         model = PriorModel() if prior is None else prior
-        is_stepped = prior is not None and self.trust.longest_horizon > 0
+        is_stepped = prior is not None and self.trust.uses_model
         # Measured weights need a correction even when it is not used: the prior model is compared with it
         if is_stepped and (self.residual or self.trust.rule.needs_errors):
             model = self.model_settings.make_trainable(model, self.observation_space, self.action_space, self.device)
@@ -245,8 +245,8 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
         # The model, the simulator and the targets of reused batches depend on the environment
         super().set_env(env, force_reset)
-        is_needed = self.trust.longest_horizon > 0
-        prior = self.model_settings.find_prior(self.env, self.device, is_needed, self.value_target)  # type: ignore[arg-type]
+        uses_model = self.trust.uses_model
+        prior = self.model_settings.find_prior(self.env, self.device, uses_model, self.value_target)  # type: ignore[arg-type]
         if self.model_fitting is not None:
             self.training_state.fitting = self.model_fitting.state()
         learners, steps = self.learners, self.update.steps  # a callback may change the environment while they run
@@ -379,7 +379,7 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         :return: the report
         :raises ValueError: when there is no model, or too few steps are recorded to compare it with
         """
-        if self.trust.longest_horizon == 0 or self.env is None:
+        if not self.trust.uses_model or self.env is None:
             raise ValueError(
                 "There is no model to report on: the only horizon is 0, or the environment is missing (`set_env`)."
             )

@@ -284,7 +284,7 @@ class MPG(OffPolicyModelAlgorithm):
         """
         check_horizons([horizon])
         check_differentiate(differentiate)
-        if horizon > 0 and self.trust.longest_horizon == 0:
+        if horizon > 0 and not self.trust.uses_model:
             raise ValueError(
                 f"The gradient of horizon {horizon} needs a model, but this algorithm has none: its horizons are (0,)."
             )

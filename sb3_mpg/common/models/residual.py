@@ -97,8 +97,8 @@ class ResidualModel(CorrectedModel):
         self.hidden.refresh()
 
     def use_correction(self, is_used: bool) -> None:
+        super().use_correction(is_used)
         self.gains.fill_(float(is_used))
-        self.is_correction_used = is_used
 
     @contextmanager
     def _with_gains(self, first: float, others: float) -> Iterator[None]:

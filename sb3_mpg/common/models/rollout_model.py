@@ -47,13 +47,13 @@ class ModelSettings:
         :return: the prior model; a plain ``PriorModel`` if it is not needed
         :raises ValueError: when the environment lacks a model or simulator that is needed, or the model cannot be used
         """
-        model = self.make_prior(env, device) if is_needed else PriorModel()
+        model = self._make_prior(env, device) if is_needed else PriorModel()
         value_target.check_env(env)
         users = ["prior_model='auto'"] if is_needed and self.prior_model == "auto" else []
         warn_of_wrappers(env, users + ([type(value_target).__name__] if value_target.needs_simulator else []))
         return model
 
-    def make_prior(self, env: VecEnv, device: th.device) -> PriorModel:
+    def _make_prior(self, env: VecEnv, device: th.device) -> PriorModel:
         """
         Find the prior model, and check it before the first environment step.
 

@@ -202,12 +202,14 @@ class CorrectedModel(TrainableModel):
     def state_add(self, states: th.Tensor, differences: th.Tensor) -> th.Tensor:
         return self.prior.state_add(states, differences)
 
-    @abstractmethod
     def use_correction(self, is_used: bool) -> None:
         """
+        Implementations call this method, and change what they predict.
+
         :param is_used: whether predictions are corrected; otherwise they are those of the prior model, and the correction is
             fitted only to be compared with it
         """
+        self.is_correction_used = is_used
 
     @abstractmethod
     def compared_with_prior(self) -> AbstractContextManager[None]:

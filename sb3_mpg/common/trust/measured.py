@@ -47,6 +47,11 @@ class Trust(ABC):
         """Number of model steps of the longest rollout."""
         return max(self.rule.horizons)
 
+    @property
+    def uses_model(self) -> bool:
+        """Whether any horizon has model steps."""
+        return self.longest_horizon > 0
+
     def weights(self, n_updates: int) -> dict[int, float]:
         """
         :param n_updates: number of the update
@@ -141,7 +146,7 @@ class FixedTrust(Trust):
         return self.is_learned
 
     def prefers_model(self, n_updates: int) -> bool:
-        return self.longest_horizon > 0
+        return self.uses_model
 
 
 class MeasuredTrust(Trust):

@@ -6,7 +6,6 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
-from gymnasium import spaces
 from lq import LinearEnv
 from stable_baselines3.common.vec_env import DummyVecEnv
 
@@ -16,7 +15,6 @@ from sb3_mpg.common.checks import (
     check_keywords,
     check_number,
     check_share,
-    check_spaces,
     is_whole,
     warn_of_record,
     warn_of_tiny_rewards,
@@ -72,29 +70,6 @@ def test_keywords_are_those_of_a_function():
     assert check_keywords("kwargs", {"second": 3}, function, "taken") == {"second": 3}
     with pytest.raises(ValueError, match=r"`kwargs` got \['third', 'taken'\], expected some of \['first', 'second'\]"):
         check_keywords("kwargs", {"third": 3, "second": 2, "taken": 1}, function, "taken")
-
-
-FLOATS = spaces.Box(-1, 1, (2,), np.float32)
-
-
-@pytest.mark.parametrize(
-    ("observation_space", "action_space", "message"),
-    [
-        (spaces.Discrete(3), FLOATS, "observations, which must be a Box of floats"),
-        (spaces.Box(0, 255, (2,), np.uint8), FLOATS, "observations, which must be a Box of floats"),
-        (FLOATS, spaces.Discrete(3), "actions, which must be a one-dimensional Box of floats"),
-        (FLOATS, spaces.Box(-1, 1, (2, 1), np.float32), "actions, which must be a one-dimensional Box of floats"),
-        (FLOATS, spaces.Box(-1, 1, (2,), np.int64), "actions, which must be a one-dimensional Box of floats"),
-        (FLOATS, spaces.Box(-np.inf, 1, (2,), np.float32), "bounds of the action space, which must be finite"),
-    ],
-)
-def test_spaces_without_a_gradient_are_refused(observation_space, action_space, message):
-    with pytest.raises(ValueError, match=message):
-        check_spaces(observation_space, action_space)
-
-
-def test_spaces_of_floats_are_accepted():
-    check_spaces(spaces.Box(-np.inf, np.inf, (2, 3), np.float64), FLOATS)
 
 
 def test_records_that_are_not_finite_are_reported():

@@ -27,6 +27,8 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     ("sb3_mpg.common.type_aliases", 0),
     ("sb3_mpg.common.checks", 1),
+    ("sb3_mpg.common.spaces", 0),
+    ("sb3_mpg.common.policies", 1),
     ("sb3_mpg.common.noise", 1),
     ("sb3_mpg.common.settings", 1),
     ("sb3_mpg.common.training_state", 1),

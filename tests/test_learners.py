@@ -4,9 +4,12 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
+from goals import GoalEnv
 from helpers import assert_same_parameters
-from learner_runs import Custom, Each, SlowInLearners, Tired, small_model
+from learner_runs import SMALL, Custom, Each, SlowInLearners, Tired, small_model
 from lq import LinearEnv
+from stable_baselines3 import HerReplayBuffer
+from stable_baselines3.common.buffers import DictReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -207,6 +210,19 @@ class HasGain(PriorModel):
         return -(states**2).sum(1, keepdim=True)
 
 
+class Remembers(DictReplayBuffer):
+    """Draws what it has not drawn yet."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.n_drawn = 0
+
+    def sample(self, batch_size, env=None):
+        rows = (self.n_drawn + np.arange(batch_size)) % self.size()
+        self.n_drawn += batch_size
+        return self._get_samples(rows, env)
+
+
 class TestSameAsInProcess:
     @pytest.mark.parametrize("name", IDENTICAL)
     def test_bit_identical(self, name):
@@ -245,6 +261,17 @@ class TestSameAsInProcess:
             runs.append(small_model(env, gradient_steps=3, **kwargs).learn(120))
         assert_same_parameters(*runs)
         assert runs[0].logger.name_to_value["train/n_updates"] == runs[1].logger.name_to_value["train/n_updates"] > 60
+
+    @pytest.mark.parametrize("buffer", [None, HerReplayBuffer, Remembers])
+    def test_buffers_of_dictionaries_and_with_attributes_of_their_own(self, buffer):
+        """Batches of a buffer that cannot be shared, as one that computes rewards, come from the main process."""
+        runs = []
+        for kwargs in ({}, {"n_learners": 1, "max_staleness": 0}):
+            env = VecNormalize(DummyVecEnv([GoalEnv] * 2), norm_obs_keys=["observation"])
+            kwargs = {**SMALL, "replay_buffer_class": buffer, "policy_delay": 1, **kwargs}
+            runs.append(MPG("MultiInputPolicy", env, **kwargs).learn(80))
+        assert_same_parameters(*runs)
+        assert runs[0]._n_updates == runs[1]._n_updates > 10
 
 
 class TestAhead:

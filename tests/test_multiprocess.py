@@ -31,7 +31,6 @@ from learner_runs import (
 )
 from lq import LinearEnv, LinearModel
 from models import Breaks
-from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import CheckpointCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv
@@ -65,12 +64,6 @@ class NeedsMuchOnce(HangsOnce):
             self.flag.touch()
             raise MemoryError("too much")
         return states + 0.1 * actions
-
-
-class Remembers(ReplayBuffer):
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.seen = []
 
 
 class TestFaults:
@@ -184,10 +177,6 @@ class TestFaults:
         policy_kwargs = {"net_arch": [8], "features_extractor_class": Normalised, "features_extractor_kwargs": {}}
         with pytest.raises(ValueError, match="n_learners=0"):
             small_model(n_learners=1, policy_kwargs=policy_kwargs).learn(60, callback=Each(never))
-
-    def test_replay_buffers_that_keep_more(self):
-        with pytest.raises(ValueError, match=r"Remembers also keeps \['seen'\].*n_learners=0"):
-            small_model(n_learners=1, replay_buffer_class=Remembers).learn(60, callback=Each(never))
 
     def test_what_cannot_be_pickled(self):
         target = ReplayTarget()

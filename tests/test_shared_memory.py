@@ -7,7 +7,8 @@ import pytest
 import torch as th
 from learner_runs import small_model
 
-from sb3_mpg.common.learners.shared_memory import SharedParameters, SharedReplayBuffer, SharedReplayReader
+from sb3_mpg.common.learners.replay import SharedReplay
+from sb3_mpg.common.learners.shared_memory import SharedParameters
 from sb3_mpg.common.processes import Worker, process_context
 
 pytestmark = pytest.mark.usefixtures("nothing_is_left")
@@ -27,8 +28,8 @@ def read_parameters(connection, parameters, n_reads):
     connection.send((torn, len(versions)))
 
 
-def read_buffer(connection, buffer, parts, n_reads):
-    reader = SharedReplayReader(buffer, *parts)
+def read_buffer(connection, reader, parts, n_reads):
+    reader.attach(*parts)
     np.random.seed(0)
     torn, newest = 0, 0.0
     connection.send("ready")
@@ -66,8 +67,8 @@ def test_transitions_are_never_torn():
 
     for number in range(30):
         add(number)
-    shared = SharedReplayBuffer(buffer)
-    arguments = (shared.stripped_buffer(), shared.shared_parts(), 1000)
+    shared = SharedReplay(buffer)
+    arguments = (shared.reader(), shared.shared_parts(), 1000)
     worker = Worker(process_context(), read_buffer, arguments, "reader")
     assert worker.connection.recv() == "ready"
     number = 30
@@ -80,7 +81,7 @@ def test_transitions_are_never_torn():
     worker.close(1)
     assert torn == 0
     assert newest > 30
-    shared.restore()
+    shared.close()
     assert buffer.rewards.max() == number - 1
 
 

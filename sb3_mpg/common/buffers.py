@@ -6,9 +6,11 @@ from typing import Any
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
+from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
+from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_mpg.common.models.windows import Transitions, Windows, cut_windows, to_tensor
+from sb3_mpg.common.spaces import FlatObservations, shape_of
 
 # Consecutive steps are similar, so steps are held out in blocks
 HELD_OUT_BLOCK = 20
@@ -21,7 +23,8 @@ MAX_DRAWS = 20
 class RecordedSteps:
     """
     The single steps of a replay buffer, split into training steps and held-out steps. They are single steps even if the
-    samples of the buffer are n-step returns. Steps whose next observation is not in the buffer are excluded.
+    samples of the buffer are n-step returns. Steps whose next observation is not in the buffer are excluded. The steps of a
+    ``HerReplayBuffer`` get new goals in the same proportion as in its samples, so that models are fitted to these goals.
 
     :param replay_buffer: the buffer, which is only read
     :param unscale_actions: converts the stored actions in [-1, 1] to the units of the environment
@@ -32,6 +35,7 @@ class RecordedSteps:
         self, replay_buffer: ReplayBuffer, unscale_actions: Callable[[th.Tensor], th.Tensor], device: th.device | str
     ):
         self.replay_buffer = replay_buffer
+        self.flat = FlatObservations(replay_buffer.observation_space)
         self.unscale_actions = unscale_actions
         self.device = device
 
@@ -45,10 +49,10 @@ class RecordedSteps:
 
     def observations(self) -> th.Tensor:
         """
-        :return: all raw observations, float32, ``(N, *obs_shape)``
+        :return: all raw observations, float32, ``(N, O)``
         """
-        stored = self.replay_buffer.observations[: self.replay_buffer.size()]
-        return th.as_tensor(stored.reshape(-1, *stored.shape[2:]), dtype=th.float32, device=self.device)
+        stored = self.flat.gather(self.replay_buffer.observations, slice(self.replay_buffer.size()))
+        return to_tensor(stored.reshape(-1, stored.shape[2]), self.device)
 
     def rewards(self) -> th.Tensor:
         """
@@ -59,9 +63,9 @@ class RecordedSteps:
     def sample_observations(self, n_samples: int) -> th.Tensor:
         """
         :param n_samples: number of observations
-        :return: raw observations of replayed states, sampled as for an update, ``(n_samples, *obs_shape)``
+        :return: raw observations of replayed states, sampled as for an update, ``(n_samples, O)``
         """
-        return self.replay_buffer.sample(n_samples).observations.float()
+        return self.flat.flatten(self.replay_buffer.sample(n_samples).observations)
 
     def _is_usable(self, positions: np.ndarray, envs: np.ndarray, held_out: bool) -> np.ndarray:
         # Shift the blocks between environments, so that some steps are held out early on
@@ -74,15 +78,35 @@ class RecordedSteps:
             usable &= (self.replay_buffer.dones[positions, envs] == 0) & (positions != self.replay_buffer.pos)
         return usable
 
+    def _relabelled(self, steps: Transitions, positions: np.ndarray, envs: np.ndarray) -> Transitions:
+        """
+        :param steps: the recorded steps at these positions
+        :return: the same; with a ``HerReplayBuffer``, some of those in complete episodes have new goals and their rewards
+        """
+        buffer = self.replay_buffer
+        if not isinstance(buffer, HerReplayBuffer):
+            return steps
+        rows = np.flatnonzero((np.random.rand(len(positions)) < buffer.her_ratio) & (buffer.ep_length[positions, envs] > 0))
+        if len(rows) == 0:
+            return steps
+        virtual = buffer._get_virtual_samples(positions[rows], envs[rows])
+        index = th.as_tensor(rows, device=self.device)
+        return Transitions(
+            steps.observations.index_copy(0, index, self.flat.flatten(virtual.observations)),
+            steps.actions,
+            steps.rewards.index_copy(0, index, virtual.rewards.float()),
+            steps.next_observations.index_copy(0, index, self.flat.flatten(virtual.next_observations)),
+        )
+
     def _gather(self, positions: np.ndarray, envs: np.ndarray) -> Transitions:
         buffer = self.replay_buffer
         if buffer.optimize_memory_usage:
-            next_observations = buffer.observations[(positions + 1) % buffer.buffer_size, envs]
+            next_observations = self.flat.gather(buffer.observations, (positions + 1) % buffer.buffer_size, envs)
         else:
-            next_observations = buffer.next_observations[positions, envs]
+            next_observations = self.flat.gather(buffer.next_observations, positions, envs)
 
         return Transitions(
-            to_tensor(buffer.observations[positions, envs], self.device),
+            to_tensor(self.flat.gather(buffer.observations, positions, envs), self.device),
             self.unscale_actions(to_tensor(buffer.actions[positions, envs], self.device)),
             to_tensor(buffer.rewards[positions, envs], self.device).reshape(-1, 1),
             to_tensor(next_observations, self.device),
@@ -104,7 +128,8 @@ class RecordedSteps:
             positions = np.concatenate([positions, new_positions[usable]])
             envs = np.concatenate([envs, new_envs[usable]])
             if len(positions) >= n_samples:
-                return self._gather(positions[:n_samples], envs[:n_samples])
+                positions, envs = positions[:n_samples], envs[:n_samples]
+                return self._relabelled(self._gather(positions, envs), positions, envs)
         return None
 
     def latest(self, n_samples: int) -> Transitions | None:
@@ -117,7 +142,8 @@ class RecordedSteps:
         rows = (buffer.pos - 1 - np.arange(n_rows)) % buffer.buffer_size
         positions, envs = (array.ravel() for array in np.meshgrid(rows, np.arange(buffer.n_envs), indexing="ij"))
         usable = self._is_usable(positions, envs, held_out=False)
-        return self._gather(positions[usable], envs[usable]) if usable.any() else None
+        positions, envs = positions[usable], envs[usable]
+        return self._relabelled(self._gather(positions, envs), positions, envs) if len(positions) > 0 else None
 
     def _has_terminated(self, positions: np.ndarray | slice) -> np.ndarray:
         # Time limits and early resets end an episode without terminating it. A buffer that does not handle timeouts cannot
@@ -135,7 +161,7 @@ class RecordedSteps:
         """
         :param n_samples: largest number of steps
         :param terminated: whether to take steps that are known to have terminated, or steps that are known not to have
-        :return: next observations of these steps, newest first, ``(n, *obs_shape)``; ``None`` if there are none
+        :return: next observations of these steps, newest first, ``(n, O)``; ``None`` if there are none
         """
         buffer = self.replay_buffer
         # Find rows, newest first
@@ -178,8 +204,7 @@ class RecordedSteps:
         ends = dones.copy()
         ends[-1] = True
         # Find resets that the buffer does not record, as at the start of a continued training
-        goes_on = records["next_observations"][:-1] == records["observations"][1:]
-        ends[:-1] |= ~goes_on.all(axis=tuple(range(2, goes_on.ndim)))
+        ends[:-1] |= (records["next_observations"][:-1] != records["observations"][1:]).any(axis=2)
         if buffer.optimize_memory_usage:
             # The last observation of an episode is not in the buffer: windows end one step earlier
             ends[:-1] |= dones[1:]
@@ -210,17 +235,31 @@ def choose_replay_buffer(
     if replay_buffer_class is NStepReplayBuffer and n_steps > 1:
         replay_buffer_class = None
         replay_buffer_kwargs = {k: v for k, v in replay_buffer_kwargs.items() if k not in ("n_steps", "gamma")}
-    if replay_buffer_class in (None, ReplayBuffer):
+    if replay_buffer_class in (None, ReplayBuffer, DictReplayBuffer):
         return None, replay_buffer_kwargs, n_target_steps
     return replay_buffer_class, replay_buffer_kwargs, n_steps
 
 
-def check_buffer_class(replay_buffer_class: type[ReplayBuffer] | None, n_steps: int) -> None:
+def check_buffer_class(
+    replay_buffer_class: type[ReplayBuffer] | None,
+    observation_space: spaces.Space,
+    n_steps: int,
+    optimize_memory_usage: bool,
+) -> None:
     """
     :param replay_buffer_class: argument of the constructor
+    :param observation_space: observation space of the algorithm
     :param n_steps: number of recorded steps that the value target spans
-    :raises ValueError: when the class does not sum rewards over several steps and the value target needs that
+    :param optimize_memory_usage: argument of the constructor
+    :raises ValueError: when the class does not sum rewards over several steps and the value target needs that, or when SB3's
+        buffers do not support the combination
     """
+    if isinstance(observation_space, spaces.Dict) and (n_steps > 1 or optimize_memory_usage):
+        setting = f"a value target of {n_steps} recorded steps" if n_steps > 1 else "optimize_memory_usage=True"
+        raise ValueError(
+            f"SB3's replay buffers support {setting} for a Box of observations only, got {observation_space}; flatten the "
+            "observations (gymnasium.wrappers.FlattenObservation) or do without."
+        )
     if n_steps > 1 and not (replay_buffer_class is None or issubclass(replay_buffer_class, NStepReplayBuffer)):
         raise ValueError(
             f"The value target spans {n_steps} recorded steps and needs an NStepReplayBuffer, "
@@ -240,9 +279,9 @@ def check_replay_buffer(
     :raises ValueError: when the buffer has other spaces, or sums rewards over another number of steps or with another discount
     """
     for name, space in (("observation_space", observation_space), ("action_space", action_space)):
-        shape = getattr(buffer, name).shape
-        if shape != space.shape:
-            raise ValueError(f"The {name} of the replay buffer has the shape {shape}, that of the algorithm {space.shape}.")
+        shape, expected = shape_of(getattr(buffer, name)), shape_of(space)
+        if shape != expected:
+            raise ValueError(f"The {name} of the replay buffer has the shape {shape}, that of the algorithm {expected}.")
     of_buffer = getattr(buffer, "n_steps", 1), getattr(buffer, "gamma", gamma)
     if of_buffer != (n_steps, gamma):
         raise ValueError(

@@ -8,7 +8,6 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch as th
-from gymnasium import spaces
 from stable_baselines3.common.vec_env import VecEnv
 
 # Rewards with a smaller RMS are negligible compared with the initial values of critics
@@ -84,40 +83,14 @@ def check_share(name: str, share: float) -> None:
         raise ValueError(f"`{name}` must lie between 0 and 1, got {share!r}.")
 
 
-def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) -> None:
-    """
-    :param observation_space: observation space of the environment
-    :param action_space: action space of the environment
-    :raises ValueError: when the gradient cannot run through observations and actions of these spaces
-    """
-    if not isinstance(observation_space, spaces.Box) or not np.issubdtype(observation_space.dtype, np.floating):
-        raise ValueError(
-            f"The gradient runs through the observations, which must be a Box of floats, got {observation_space}; "
-            "flatten dictionaries (gymnasium.wrappers.FlattenObservation) and convert integers to floats."
-        )
-    if (
-        not isinstance(action_space, spaces.Box)
-        or len(action_space.shape) != 1
-        or not np.issubdtype(action_space.dtype, np.floating)
-    ):
-        raise ValueError(
-            f"The gradient runs through the actions, which must be a one-dimensional Box of floats, got {action_space}; "
-            "flatten it, give it a float dtype, or take an algorithm for discrete actions."
-        )
-    if not (np.isfinite(action_space.low).all() and np.isfinite(action_space.high).all()):
-        raise ValueError(
-            f"Policies act between the bounds of the action space, which must be finite, got {action_space}; "
-            "set bounds in the environment. (gymnasium.wrappers.ClipAction hides them; SB3 clips by itself.)"
-        )
-
-
 def warn_of_record(step: int, *recorded: np.ndarray) -> bool:
     """
     :param step: number of the environment step
     :param recorded: observation and reward
     :return: whether a value is not finite and a warning was given
     """
-    if all(np.isfinite(array).all() for array in recorded):
+    arrays = [array for part in recorded for array in (part.values() if isinstance(part, dict) else [part])]
+    if all(np.isfinite(array).all() for array in arrays):
         return False
     warnings.warn(
         f"The environment gave an observation or a reward that is not finite (step {step}). It is "

@@ -19,8 +19,7 @@ def choose_action_noise(
     """
 
     def gaussian(std: float) -> NormalActionNoise:
-        n_actions = action_space.shape[0]
-        return NormalActionNoise(np.zeros(n_actions), std * np.ones(n_actions))
+        return NormalActionNoise(np.zeros(action_space.shape), std * np.ones(action_space.shape))
 
     if own_std is not None and own_std != std:
         # `load` got another standard deviation, and perhaps a noise as well

@@ -17,6 +17,7 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TrainFreq
 from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
+from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_mpg.common import checks
 from sb3_mpg.common.buffers import RecordedSteps, check_buffer_class, check_replay_buffer, choose_replay_buffer
@@ -33,9 +34,10 @@ from sb3_mpg.common.optimizer_steps import OptimizerSteps
 from sb3_mpg.common.precision import choose_matmul_precision, matmul_precision
 from sb3_mpg.common.rollouts.exploration import ModelExploration
 from sb3_mpg.common.rollouts.steps import EagerSteps
-from sb3_mpg.common.saved_settings import assign_loaded_settings, settings_as_attributes
+from sb3_mpg.common.saved_settings import assign_loaded_settings, attributes_to_save
 from sb3_mpg.common.settings import SettingOf
-from sb3_mpg.common.training_state import TrainingState, rng_state
+from sb3_mpg.common.spaces import TupleAsDict, check_spaces
+from sb3_mpg.common.training_state import TrainingState
 from sb3_mpg.common.trust import TrustReport, WeightingRule, make_trust, renew_trust
 from sb3_mpg.common.units import Units
 from sb3_mpg.common.update import Update, UpdateSettings
@@ -83,7 +85,6 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
     max_skipped_updates = SettingOf("optimizer_steps")
     n_skipped_updates = SettingOf("optimizer_steps")
     action_space: spaces.Box
-    observation_space: spaces.Box
     replay_buffer: ReplayBuffer
     update: Update
 
@@ -123,8 +124,7 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
     ):
         env = None if env is None else maybe_make_env(env, verbose)
         if env is not None:
-            checks.check_spaces(env.observation_space, env.action_space)
-        check_buffer_class(replay_buffer_class, value_target.replay_n_steps)
+            check_spaces(env.observation_space, env.action_space)
         super().__init__(
             policy,
             env,  # type: ignore[arg-type]  # None when loading for predictions
@@ -164,6 +164,11 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         # `None` unless the model is trainable
         self.model_fitting: ModelFitting | None = None
 
+    @staticmethod
+    def _wrap_env(env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
+        env = OffPolicyAlgorithm._wrap_env(env, verbose, monitor_wrapper)
+        return TupleAsDict(env) if isinstance(env.observation_space, spaces.Tuple) else env
+
     def _check_settings(self) -> None:
         """
         Check the arguments of the constructor, or those given to ``load``.
@@ -193,6 +198,8 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         self.replay_buffer_class, self.replay_buffer_kwargs, self.n_steps = choose_replay_buffer(
             self.replay_buffer_class, self.replay_buffer_kwargs, self.n_steps, self.value_target.replay_n_steps
         )
+        n_steps = self.value_target.replay_n_steps
+        check_buffer_class(self.replay_buffer_class, self.observation_space, n_steps, self.optimize_memory_usage)
         super()._setup_model()
         self._setup_update(prior)
         self._check_replay_buffer()
@@ -220,7 +227,6 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         self.trust = renew_trust(self.trust, self.trust.rule, self.residual, isinstance(prior, TrainableModel))
         self.model_fitting = ModelFitting(model) if isinstance(model, TrainableModel) else None
         if self.model_fitting is not None:
-            self.trust.check_comparison(self.update.n_critics, self.model_fitting.model.n_members)
             if not self.model_fitting.restore(state.fitting):
                 self.trust.forget()
             state.fitting = None
@@ -395,6 +401,8 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         tb_log_name: str = "run",
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
+        if self.model_fitting is not None:
+            self.trust.check_comparison(self.update.n_critics, self.model_fitting.model.n_members)
         keep_freed_memory()
         state = self.training_state
         if reset_num_timesteps:
@@ -460,19 +468,8 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         ``learn(reset_num_timesteps=False)`` continues as if training had not been interrupted, if the replay buffer is loaded
         as well and the environment is in its earlier state. See SB3's ``save`` for the parameters.
         """
-        state = self.training_state
-        self.training_state = replace(
-            state,
-            rng=rng_state(self.device) if state.rng is None else state.rng,
-            fitting=state.fitting if self.model_fitting is None else self.model_fitting.state(),
-            batches=self.update.batches.state(self.batch_reuse),
-            measurements=self.trust.measurements,
-        )
-        try:
-            with settings_as_attributes(self):
-                super().save(path, exclude, include)
-        finally:
-            self.training_state = state
+        with attributes_to_save(self):
+            super().save(path, exclude, include)
 
     def _excluded_save_params(self) -> list[str]:
         # Created by `_setup_model`, or saved setting by setting

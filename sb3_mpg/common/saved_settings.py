@@ -1,16 +1,19 @@
 """
 Settings of parts in files. A file holds them under the names of the constructor's arguments, as those of other algorithms do,
-so that ``load``, ``custom_objects`` and ``exclude`` take these names.
+so that ``load``, ``custom_objects`` and ``exclude`` take these names. The state of training is gathered from the parts.
 """
 
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
 
 import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 from sb3_mpg.common.settings import SettingOf
+from sb3_mpg.common.training_state import TrainingState, rng_state
 from sb3_mpg.common.value_targets import make_value_target
 
 # Constructor arguments that define the weighting rule
@@ -39,11 +42,27 @@ def assign_loaded_settings(algorithm: BaseAlgorithm) -> None:
             setattr(algorithm, name, attributes.pop(name))
 
 
-@contextmanager
-def settings_as_attributes(algorithm: BaseAlgorithm) -> Iterator[None]:
+def gathered_state(algorithm: Any) -> TrainingState:
     """
-    Within this context ``__dict__``, which SB3 saves, holds the settings of parts, and a prior model as a copy on the CPU, so
-    that a file of a GPU can be read without one.
+    :param algorithm: an algorithm
+    :return: its training state, with the states of the random number generators, of the model's fitting, of the reused
+        batches and of the measurements
+    """
+    state: TrainingState = algorithm.training_state
+    return replace(
+        state,
+        rng=rng_state(algorithm.device) if state.rng is None else state.rng,
+        fitting=state.fitting if algorithm.model_fitting is None else algorithm.model_fitting.state(),
+        batches=algorithm.update.batches.state(algorithm.batch_reuse),
+        measurements=algorithm.trust.measurements,
+    )
+
+
+@contextmanager
+def attributes_to_save(algorithm: BaseAlgorithm) -> Iterator[None]:
+    """
+    Within this context ``__dict__``, which SB3 saves, holds the gathered state, the settings of parts, and a prior model as a
+    copy on the CPU, so that a file of a GPU can be read without one.
 
     :param algorithm: an algorithm that is being saved
     """
@@ -52,9 +71,11 @@ def settings_as_attributes(algorithm: BaseAlgorithm) -> Iterator[None]:
     settings = {name: getattr(algorithm, name) for name in [*names, "residual", "weighting_rule"]}
     if isinstance(settings["prior_model"], th.nn.Module):
         settings["prior_model"] = copy.deepcopy(settings["prior_model"]).cpu()
-    attributes.update(settings)
+    state = attributes["training_state"]
+    attributes.update(settings, training_state=gathered_state(algorithm))
     try:
         yield
     finally:
         for name in settings:
             del attributes[name]
+        attributes["training_state"] = state

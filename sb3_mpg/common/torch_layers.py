@@ -7,7 +7,10 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
+
+from sb3_mpg.common.spaces import FlatObservations
 
 # Frequencies of the Fourier features, for inputs that are scaled to about one unit
 FREQUENCIES = (1.0, 2.0, 3.0)
@@ -83,8 +86,8 @@ class ObservationScaler(BaseFeaturesExtractor):
     extrapolate freely at the border of the data, unless they learn from rollouts of a trusted model. Without one, the
     algorithm reduces their scale (``fourier_scale``).
 
-    :param observation_space: float Box
-    :param scale: factors, of the shape of an observation; or ``"auto"``
+    :param observation_space: a ``Box``, or a ``Dict`` of boxes
+    :param scale: factors, as many as an observation has elements (in the order of ``FlatObservations``); or ``"auto"``
     :param frequencies: frequencies of the Fourier features, an empty sequence for none; by default ``FREQUENCIES`` if the
         scale is ``"auto"``, and none if it is given
     """
@@ -100,13 +103,14 @@ class ObservationScaler(BaseFeaturesExtractor):
         scale: "str | list[float] | np.ndarray" = "auto",
         frequencies: Sequence[float] | None = None,
     ):
-        assert isinstance(observation_space, spaces.Box), f"ObservationScaler takes a Box, got {observation_space}"
         is_auto = isinstance(scale, str)
         if frequencies is None:
             frequencies = FREQUENCIES if is_auto else ()
         self.frequencies = tuple(frequencies)
-        n_elements = int(np.prod(observation_space.shape))
+        flat = FlatObservations(observation_space)
+        n_elements = flat.n_elements
         super().__init__(observation_space, n_fourier_features(n_elements, self.frequencies))
+        self.flat = flat
         if isinstance(scale, str):
             if scale != "auto":
                 raise ValueError(f"`scale` of the observations must be 'auto' or one factor for each element, got {scale!r}.")
@@ -127,22 +131,22 @@ class ObservationScaler(BaseFeaturesExtractor):
         """
         Compute shift and scale. Does nothing if they are given or computed already.
 
-        :param observations: observations as the networks see them, ``(N, *obs_shape)``
+        :param observations: observations as the networks see them, ``(N, O)``
         """
         if self.is_fixed:
             return
         self.is_fixed.fill_(True)
-        std, mean = th.std_mean(observations.flatten(1).double(), dim=0, correction=0)
+        std, mean = th.std_mean(observations.double(), dim=0, correction=0)
         wide = std > 1.0
         self.shift.copy_(th.where(wide, mean, 0.0))
         self.scale.copy_(th.where(wide, 1.0 / std.clamp(min=1.0), 1.0))
 
-    def forward(self, observations: th.Tensor) -> th.Tensor:
+    def forward(self, observations: PyTorchObs) -> th.Tensor:
         """
-        :param observations: ``(B, *obs_shape)``
+        :param observations: of the space, ``(B, *obs_shape)``, by key for a ``Dict``; or flat, ``(B, O)``
         :return: features, ``(B, features_dim)``
         """
-        scaled = (observations.flatten(1) - self.shift) * self.scale
+        scaled = (self.flat.flatten(observations) - self.shift) * self.scale
         return fourier_features(scaled, self.frequencies, self.fourier_scale)
 
     def fade(self, is_model_trusted: bool) -> None:

@@ -15,7 +15,7 @@ class TrainingBatch(NamedTuple):
     """
     A batch of transitions with value targets.
 
-    :param observations: raw observations, in the units of the environment, float32, ``(B, *obs_shape)``
+    :param observations: raw observations, in the units of the environment, float32, ``(B, O)``
     :param actions: recorded actions, scaled to [-1, 1], ``(B, A)``
     :param target_q_values: what the critics regress on, ``(B, 1)``
     """
@@ -40,7 +40,7 @@ class GradientResult(NamedTuple):
     share_masked: float = 0.0
 
 
-#: normalised observations (B, *obs_shape) -> actions in [-1, 1] (B, A)
+#: normalised observations (B, O) -> actions in [-1, 1] (B, A)
 Policy = Callable[[th.Tensor], th.Tensor]
 
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import VecNormalize
+
+from sb3_mpg.common.spaces import FlatObservations
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,9 @@ class Units:
     :param action_centre: centre of the action range of the environment, ``(A,)``; ``None`` if the range is [-1, 1] already
     :param action_half_range: half of the width of that range, ``(A,)``
     :param reward_scale: factor of all rewards
-    :param observation_mean: mean of the observations, ``obs_shape``, or ``None`` without normalisation
-    :param observation_std: standard deviation of the observations, ``obs_shape``
+    :param observation_mean: mean of the observations, ``(O,)``, or ``None`` without normalisation
+    :param observation_std: standard deviation of the observations, ``(O,)``
+    :param is_normalized: which elements of the observations are normalised, bool ``(O,)``; ``None`` for all
     :param clip_observation: largest absolute value of a normalised observation
     :param reward_std: divisor of the rewards, a scalar tensor, or ``None`` without normalisation
     :param clip_reward: largest absolute value of a normalised reward
@@ -35,6 +37,7 @@ class Units:
     reward_scale: float = 1.0
     observation_mean: th.Tensor | None = None
     observation_std: th.Tensor | None = None
+    is_normalized: th.Tensor | None = None
     clip_observation: float = float("inf")
     reward_std: th.Tensor | None = None
     clip_reward: float = float("inf")
@@ -44,7 +47,7 @@ class Units:
         cls, action_space: spaces.Box, device: th.device | str, reward_scale: float = 1.0, env: VecNormalize | None = None
     ) -> "Units":
         """
-        :param action_space: the action space of the environment
+        :param action_space: the action space of the environment, of any shape
         :param device: device of the networks
         :param reward_scale: factor of all rewards
         :param env: the ``VecNormalize`` around the environment, if any
@@ -55,17 +58,19 @@ class Units:
             return th.as_tensor(array, dtype=th.float32, device=device)
 
         units = cls(reward_scale=reward_scale)
-        low, high = action_space.low.astype(np.float64), action_space.high.astype(np.float64)
+        low, high = (bound.astype(np.float64).reshape(-1) for bound in (action_space.low, action_space.high))
         if (low != -1).any() or (high != 1).any():
             units = replace(
                 units, action_centre=to_tensor(0.5 * (low + high)), action_half_range=to_tensor(0.5 * (high - low))
             )
         if env is not None and env.norm_obs:
-            assert isinstance(env.obs_rms, RunningMeanStd), "VecNormalize of dictionary observations is not supported"
+            flat = FlatObservations(env.observation_space)
+            mean, std, is_normalized = flat.normalization(env)
             units = replace(
                 units,
-                observation_mean=to_tensor(env.obs_rms.mean),
-                observation_std=to_tensor(np.sqrt(env.obs_rms.var + env.epsilon)),
+                observation_mean=to_tensor(mean),
+                observation_std=to_tensor(std),
+                is_normalized=None if is_normalized.all() else th.as_tensor(is_normalized, device=device),
                 clip_observation=float(env.clip_obs),
             )
         if env is not None and env.norm_reward:
@@ -95,13 +100,14 @@ class Units:
 
     def normalize_observations(self, observations: th.Tensor) -> th.Tensor:
         """
-        :param observations: raw observations, ``(B, *obs_shape)``
-        :return: normalised and clipped observations, the inputs of the networks, ``(B, *obs_shape)``
+        :param observations: raw observations, ``(B, O)``
+        :return: normalised and clipped observations, the inputs of the networks, ``(B, O)``
         """
         if self.observation_mean is None or self.observation_std is None:
             return observations
         normalised = (observations - self.observation_mean) / self.observation_std
-        return normalised.clamp(-self.clip_observation, self.clip_observation)
+        normalised = normalised.clamp(-self.clip_observation, self.clip_observation)
+        return normalised if self.is_normalized is None else th.where(self.is_normalized, normalised, observations)
 
     def scale_rewards(self, rewards: th.Tensor, clip: bool = True) -> th.Tensor:
         """

@@ -18,6 +18,7 @@ from sb3_mpg.common.rollouts.diagnosis import first_non_finite_step
 from sb3_mpg.common.rollouts.exploration import ModelExploration
 from sb3_mpg.common.rollouts.policy_gradient import NEGLIGIBLE_WEIGHT
 from sb3_mpg.common.rollouts.steps import EagerSteps, QFunction, RolloutContext, Steps
+from sb3_mpg.common.spaces import FlatObservations
 from sb3_mpg.common.torch_layers import ObservationScaler
 from sb3_mpg.common.type_aliases import GradientResult, ReplaySampler, Simulator, TrainingBatch
 from sb3_mpg.common.units import Units
@@ -67,6 +68,8 @@ class Update(ABC, Generic[Settings]):
         self.policy = policy
         self.model = model
         self.seed = seed
+        #: Of the environment; models, simulators and rollouts take flat observations
+        self.flat = FlatObservations(policy.observation_space)
         #: Takes the steps of rollouts
         self.steps: Steps = EagerSteps()
         #: Simulator of value targets that need one, with one agent for each row of a batch
@@ -105,7 +108,7 @@ class Update(ABC, Generic[Settings]):
     def q_function(self, index: int) -> QFunction:
         """
         :param index: number of the critic
-        :return: maps normalised observations, ``(B, *obs_shape)``, and actions in [-1, 1], ``(B, A)``, to values ``(B, 1)``
+        :return: maps normalised observations, ``(B, O)``, and actions in [-1, 1], ``(B, A)``, to values ``(B, 1)``
         """
 
     @abstractmethod
@@ -184,7 +187,8 @@ class Update(ABC, Generic[Settings]):
         # Without `VecNormalize`: the model takes raw observations, and `units` normalises those of the networks
         replay_data: ReplayBufferSamples = replay_buffer.sample(batch_size)
         replay_data = replay_data._replace(
-            observations=replay_data.observations.float(), next_observations=replay_data.next_observations.float()
+            observations=self.flat.flatten(replay_data.observations),
+            next_observations=self.flat.flatten(replay_data.next_observations),
         )
         context = self.context(units, settings.gamma)
         target_q_values = settings.value_target(replay_data, context, self.targets(settings), self.simulator)
@@ -196,7 +200,7 @@ class Update(ABC, Generic[Settings]):
         :param batch: transitions
         :param context: policy, model, units and steps
         :param settings: settings of the update
-        :return: raw observations of the start states of rollouts, ``(B, *obs_shape)``
+        :return: raw observations of the start states of rollouts, ``(B, O)``
         """
         return settings.exploration.perturb(batch.observations, context, settings.trust)
 

@@ -58,7 +58,7 @@ def bootstrap_values(
     The values of the target policy's actions,
     :math:`Q_{\omega'}(s, \mathrm{clip}(\pi_{\theta'}(s) + \epsilon))`.
 
-    :param network_inputs: normalised observations, ``(B, *obs_shape)``
+    :param network_inputs: normalised observations, ``(B, O)``
     :param targets: the target networks
     :param noise_std: standard deviation of the noise that smooths the target policy, in [-1, 1] units
     :param noise_clip: largest absolute value of that noise
@@ -205,7 +205,7 @@ class SimulatorTarget(ValueTarget):
 
     def _roll_out(self, replay_data: ReplayBufferSamples, context: RolloutContext) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         """
-        :return: sums of discounted rewards, ``(B, 1)``; last normalised observations, ``(B, *obs_shape)``; whether the row has
+        :return: sums of discounted rewards, ``(B, 1)``; last normalised observations, ``(B, O)``; whether the row has
             not terminated, bool ``(B, 1)``
         """
         rollout = start_rollout(replay_data.observations, context, replay_data.actions)
@@ -269,13 +269,23 @@ VALUE_TARGETS: dict[str, Callable[..., ValueTarget]] = {
 }
 
 
-def make_value_target(value_target: str | ValueTarget, value_target_kwargs: dict[str, Any] | None = None) -> ValueTarget:
+def make_value_target(
+    value_target: str | ValueTarget, value_target_kwargs: dict[str, Any] | None = None, n_steps: int = 1
+) -> ValueTarget:
     """
     :param value_target: name of a value target, or a value target
     :param value_target_kwargs: arguments of the named value target
+    :param n_steps: number of recorded steps that the target spans: SB3's argument, for targets from the replay buffer
     :return: the value target
-    :raises ValueError: for an unknown name, or arguments that the value target does not have
+    :raises ValueError: for an unknown name, arguments that the value target does not have, or a contradiction
     """
+    if check_n_steps(n_steps) > 1:
+        if value_target not in ("clipped_double_q", "n_step_replay") or "n_steps" in (value_target_kwargs or {}):
+            raise ValueError(
+                f"`n_steps={n_steps}` asks for a target from {n_steps} recorded steps, but value_target={value_target!r} with "
+                f"value_target_kwargs={value_target_kwargs} says how many steps it takes; give only one of them."
+            )
+        value_target_kwargs = {**(value_target_kwargs or {}), "n_steps": n_steps}
     if isinstance(value_target, ValueTarget):
         if value_target_kwargs:
             raise ValueError("`value_target_kwargs` goes with the name of a target, but `value_target` is a target.")

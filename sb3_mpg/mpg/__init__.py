@@ -1,4 +1,4 @@
 from sb3_mpg.mpg.mpg import MPG
-from sb3_mpg.mpg.policies import MlpPolicy
+from sb3_mpg.mpg.policies import MlpPolicy, MultiInputPolicy
 
-__all__ = ["MPG", "MlpPolicy"]
+__all__ = ["MPG", "MlpPolicy", "MultiInputPolicy"]

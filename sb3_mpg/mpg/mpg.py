@@ -1,7 +1,6 @@
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch as th
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.noise import ActionNoise
@@ -23,7 +22,7 @@ from sb3_mpg.common.rollouts.steps import EagerSteps
 from sb3_mpg.common.trust.weighting import WeightingRule, check_horizons, make_weighting_rule
 from sb3_mpg.common.type_aliases import Differentiate
 from sb3_mpg.common.value_targets import ValueTarget, make_value_target
-from sb3_mpg.mpg.policies import MlpPolicy, MPGPolicy
+from sb3_mpg.mpg.policies import MlpPolicy, MPGPolicy, MultiInputPolicy
 from sb3_mpg.mpg.update import MPGUpdate, MPGUpdateSettings
 
 # Table VI of the first version
@@ -76,7 +75,7 @@ class MPG(OffPolicyModelAlgorithm):
     As in the papers, and unlike in TD3, both gradients of an update are computed at the same parameters: the actor does not
     follow the critic that was just updated.
 
-    :param policy: The policy model to use (MlpPolicy)
+    :param policy: The policy model to use (MlpPolicy, or MultiInputPolicy for observations of several parts)
     :param env: The environment to learn from (if registered in Gym, can be str)
     :param learning_rate: learning rate of the actor, a number or a function of the progress remaining (from 1 to 0)
     :param buffer_size: size of the replay buffer
@@ -92,6 +91,7 @@ class MPG(OffPolicyModelAlgorithm):
     :param replay_buffer_class: Replay buffer class to use. If ``None``, it will be automatically selected.
     :param replay_buffer_kwargs: Keyword arguments to pass to the replay buffer on creation.
     :param optimize_memory_usage: Enable a memory efficient variant of the replay buffer
+    :param n_steps: number of recorded steps of the value target. With more than one, the value target is ``"n_step_replay"``
     :param critic_learning_rate: learning rate of the critics
     :param prior_model: model of the system: a ``PriorModel``, a class or factory of one, a dotted path
         ``"package.module:Class"``, or ``"auto"``, the model that the environment offers with a method ``prior_model()``
@@ -142,7 +142,7 @@ class MPG(OffPolicyModelAlgorithm):
     :raises ValueError: before the first environment step, for spaces, models or settings that cannot work
     """
 
-    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"MlpPolicy": MlpPolicy}
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"MlpPolicy": MlpPolicy, "MultiInputPolicy": MultiInputPolicy}
     policy: MPGPolicy
     update: MPGUpdate
 
@@ -162,6 +162,7 @@ class MPG(OffPolicyModelAlgorithm):
         replay_buffer_class: type[ReplayBuffer] | None = None,
         replay_buffer_kwargs: dict[str, Any] | None = None,
         optimize_memory_usage: bool = False,
+        n_steps: int = 1,
         critic_learning_rate: float | Schedule = CRITIC_LEARNING_RATE,
         prior_model: PriorModelLike = "auto",
         prior_model_kwargs: dict[str, Any] | None = None,
@@ -210,7 +211,7 @@ class MPG(OffPolicyModelAlgorithm):
             critic_learning_rate=critic_learning_rate,
             model_settings=ModelSettings(prior_model, prior_model_kwargs, residual, residual_kwargs),
             weighting_rule=make_weighting_rule(weighting, horizons, weighting_kwargs),
-            value_target=make_value_target(value_target, value_target_kwargs),
+            value_target=make_value_target(value_target, value_target_kwargs, n_steps),
             batch_reuse=batch_reuse,
             reward_scale=reward_scale,
             exploration_noise=exploration_noise,
@@ -268,15 +269,13 @@ class MPG(OffPolicyModelAlgorithm):
         common = vars(super().update_settings(n_updates))
         return MPGUpdateSettings(**common, policy_delay=self.policy_delay, differentiate=self.differentiate)
 
-    def policy_gradient(
-        self, observations: np.ndarray | th.Tensor, horizon: int, differentiate: Differentiate = "first_action"
-    ) -> th.Tensor:
+    def policy_gradient(self, observations: Any, horizon: int, differentiate: Differentiate = "first_action") -> th.Tensor:
         r"""
         The policy gradient of one horizon at the given states, for analysis: :math:`\nabla_\theta J_n` (eq. 6), or
         the model policy gradient (eq. 5 of the first version). The model is in evaluation mode: without noise, and an
         ensemble predicts the mean of its members.
 
-        :param observations: raw observations, ``(B, *obs_shape)``
+        :param observations: raw observations, ``(B, *obs_shape)``, by key for a ``Dict``
         :param horizon: number of model steps, 0 for the data-driven gradient
         :param differentiate: ``"first_action"`` or ``"all_actions"``
         :return: the gradient of the mean return (the direction of ascent), flat, ``(n_actor_parameters,)``
@@ -292,7 +291,9 @@ class MPG(OffPolicyModelAlgorithm):
         if model is None:
             raise ValueError("There is no model: give the algorithm an environment first (`set_env`).")
         context = self.update.context(self.units(), self.gamma)._replace(steps=EagerSteps())
-        states = th.as_tensor(observations, dtype=th.float32, device=self.device)
+        if not isinstance(observations, th.Tensor):
+            observations = self.policy.obs_to_tensor(observations)[0]
+        states = self.update.flat.flatten(observations)
         with evaluated(model):
             gradients = mixed_policy_gradient(states, context, {horizon: 1.0}, differentiate).gradients
         return -th.cat([gradient.flatten() for gradient in gradients])

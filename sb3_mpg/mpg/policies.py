@@ -2,15 +2,25 @@ from typing import Any
 
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.policies import ContinuousCritic
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.type_aliases import Schedule
-from stable_baselines3.td3.policies import TD3Policy
+from stable_baselines3.td3.policies import Actor, TD3Policy
 from torch import nn
 
+from sb3_mpg.common.policies import FlatInputs, ModelBasePolicy
 from sb3_mpg.common.torch_layers import ELU, ObservationScaler
 
 
-class MPGPolicy(TD3Policy):
+class MPGActor(FlatInputs, Actor):
+    """The actor of TD3, which takes flat observations, too. See ``Actor`` for the parameters."""
+
+
+class MPGCritic(FlatInputs, ContinuousCritic):
+    """The critics of TD3, which take flat observations, too. See ``ContinuousCritic`` for the parameters."""
+
+
+class MPGPolicy(ModelBasePolicy, TD3Policy):
     """
     Policy class (with both actor and critic) for MPG: that of TD3 with the papers' networks, two hidden layers of
     256 ELU units. The rollout needs dQ/ds and dπ/ds, which are continuous with ELU and not with ReLU.
@@ -22,7 +32,7 @@ class MPGPolicy(TD3Policy):
     :param activation_fn: Activation function
     :param features_extractor_class: Features extractor to use; ``ObservationScaler`` by default
     :param features_extractor_kwargs: Keyword arguments to pass to the features extractor.
-    :param normalize_images: Ignored: MPG takes float observations
+    :param normalize_images: Ignored: MPG takes no images
     :param optimizer_class: The optimizer to use, ``th.optim.Adam`` by default
     :param optimizer_kwargs: Additional keyword arguments, excluding the learning rate, to pass to the optimizer;
         by default Adam is ``fused``
@@ -68,5 +78,12 @@ class MPGPolicy(TD3Policy):
             share_features_extractor,
         )
 
+    def make_actor(self, features_extractor: BaseFeaturesExtractor | None = None) -> MPGActor:
+        return MPGActor(**self._update_features_extractor(self.actor_kwargs, features_extractor)).to(self.device)
+
+    def make_critic(self, features_extractor: BaseFeaturesExtractor | None = None) -> MPGCritic:
+        return MPGCritic(**self._update_features_extractor(self.critic_kwargs, features_extractor)).to(self.device)
+
 
 MlpPolicy = MPGPolicy
+MultiInputPolicy = MPGPolicy

@@ -223,7 +223,7 @@ def even_rows(tensors: Iterable[th.Tensor], model: PriorModel) -> list[th.Tensor
 
 def act(network_inputs: th.Tensor, actor: th.nn.Module) -> th.Tensor:
     """
-    :param network_inputs: normalised observations, ``(B, *obs_shape)``
+    :param network_inputs: normalised observations, ``(B, O)``
     :param actor: the policy
     :return: its actions, in [-1, 1], ``(B, A)``
     """

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import cloudpickle
 import torch as th
 
-from sb3_mpg.common.learners.shared_memory import SharedParameters, SharedReplayReader, SharedTensors
+from sb3_mpg.common.learners.shared_memory import SharedParameters, SharedTensors
 from sb3_mpg.common.models.trainable import TrainableModel
 from sb3_mpg.common.precision import set_matmul_precision
 from sb3_mpg.common.processes import Ready, SharedBytes
@@ -26,6 +26,7 @@ class Task(NamedTuple):
     :param slot: index of the slot that the gradients are written to
     :param settings: settings of the update, pickled, because only cloudpickle can pickle some objects in them
     :param scalars: what ``Units.scalars`` returned
+    :param drawn: what ``LearnersReplay.draw`` returned
     """
 
     n_updates: int
@@ -33,6 +34,7 @@ class Task(NamedTuple):
     slot: int
     settings: bytes
     scalars: dict[str, float]
+    drawn: bytes | None
 
 
 class Outcome(NamedTuple):
@@ -95,16 +97,16 @@ def run_learner(
     Main loop of a learner: fetch the newest parameters, compute the gradients and write them, until ``None`` is received.
 
     :param connection: connection to the main process
-    :param payload: the update, its units, the replay buffer without its arrays and the precision of products, pickled
-    :param replay: what ``SharedReplayBuffer.shared_parts`` returned
+    :param payload: the update, its units, the reader of the replay buffer and the precision of products, pickled
+    :param replay: what ``LearnersReplay.shared_parts`` returned
     :param parameters: the parameters that the main process publishes
     :param slots: slots that the gradients are written to
     """
     _avoid_semaphores()
     keep_freed_memory()
-    update, units, buffer, precision = payload.load()
+    update, units, reader, precision = payload.load()
     set_matmul_precision(precision)
-    reader = SharedReplayReader(buffer, *replay)
+    reader.attach(*replay)
     update.policy.set_training_mode(True)
     update.model.train()
     tensors = update.tensors() + units.statistics()
@@ -121,6 +123,7 @@ def run_learner(
         version = parameters.fetch(tensors)
         if isinstance(update.model, TrainableModel):
             update.model.refresh()
+        reader.receive(task.drawn)
         # Compute the gradients, and write them to the slot
         settings, scaled = cloudpickle.loads(task.settings), units.with_scalars(task.scalars)
         result: GradientResult = update.gradients_of_update(task.n_updates, task.batch_size, reader, scaled, settings)

@@ -16,12 +16,9 @@ from stable_baselines3.common.logger import Logger
 
 from sb3_mpg.common.learners.base import Learners, LearnerSettings, TrainingInputs
 from sb3_mpg.common.learners.learner_process import Outcome, Slot, Task, run_learner
+from sb3_mpg.common.learners.replay import replay_for_learners
 from sb3_mpg.common.learners.scheduler import Assignment, Scheduler
-from sb3_mpg.common.learners.shared_memory import (
-    SharedParameters,
-    SharedReplayBuffer,
-    check_shareable,
-)
+from sb3_mpg.common.learners.shared_memory import SharedParameters
 from sb3_mpg.common.precision import get_matmul_precision
 from sb3_mpg.common.processes import (
     GRACE_SECONDS,
@@ -81,10 +78,10 @@ class _Pool:
         self.networks = update.tensors()
         self.layout = _layout(update, inputs)
         self.parameters = SharedParameters(self.networks + inputs.units.statistics())
-        self.replay = SharedReplayBuffer(inputs.replay_buffer)
+        self.replay = replay_for_learners(inputs.replay_buffer)
         self.learners: list[_Learner] = []
         try:
-            content = (update.for_learner(), inputs.units, self.replay.stripped_buffer(), get_matmul_precision())
+            content = (update.for_learner(), inputs.units, self.replay.reader(), get_matmul_precision())
             self.payload = SharedBytes(pickled(content))
             for index in range(settings.n_learners):
                 slots = [Slot(update.parameters()) for _ in range(SLOTS_PER_LEARNER)]
@@ -131,7 +128,7 @@ class _Pool:
         deadline = time.monotonic() + GRACE_SECONDS
         for worker in workers:
             worker.close(max(deadline - time.monotonic(), 0.0))
-        self.replay.restore()
+        self.replay.close()
 
 
 def _layout(update: Update, inputs: TrainingInputs) -> tuple[Any, ...]:
@@ -178,7 +175,6 @@ class MultiprocessLearners(Learners):
 
     def __init__(self, update: Update, inputs: TrainingInputs, settings: LearnerSettings):
         exit_without_main_guard()
-        check_shareable(inputs.replay_buffer)
         if any(isinstance(module, th.nn.modules.batchnorm._NormBase) for module in update.policy.modules()):
             raise ValueError("Batch normalisation gathers statistics with each gradient, which needs n_learners=0.")
         # Fail before the first step
@@ -249,7 +245,8 @@ class MultiprocessLearners(Learners):
             if assignment is None:
                 return
             settings = pickled(inputs.settings_of(assignment.n_updates))
-            task = Task(assignment.n_updates, inputs.batch_size, assignment.slot, settings, inputs.units.scalars())
+            drawn = pool.replay.draw(self.update, assignment.n_updates, inputs.batch_size)
+            task = Task(assignment.n_updates, inputs.batch_size, assignment.slot, settings, inputs.units.scalars(), drawn)
             learner = pool.learners[assignment.learner]
             if idle[assignment.learner]:
                 learner.since = time.monotonic()

@@ -6,7 +6,6 @@ readers compare the counter before and after, and read again if it has changed. 
 their order, as they do on x86.
 """
 
-import copy
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -16,9 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch as th
-from gymnasium import spaces
-from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
-from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
 # Alignment of tensors and arrays in bytes, as in torch
 ALIGNMENT = 64
@@ -161,123 +157,4 @@ class SharedParameters:
             version = int(self.header.numbers[1])
             if self.header.is_intact(sequence):
                 return version
-        raise AssertionError("attempts never end")
-
-
-def check_shareable(buffer: ReplayBuffer) -> None:
-    """
-    :param buffer: a replay buffer
-    :raises ValueError: when it has other attributes than SB3's buffers, which would not be shared
-    """
-    reference = ReplayBuffer(1, spaces.Box(-1, 1, (1,)), spaces.Box(-1, 1, (1,)))
-    additional = sorted(vars(buffer).keys() - vars(reference).keys() - {"n_steps", "gamma"})
-    if additional:
-        raise ValueError(
-            f"Learners share what SB3's ReplayBuffer keeps, but {type(buffer).__name__} also keeps {additional}, which they "
-            "would never see change; compute in process with n_learners=0."
-        )
-
-
-class SharedReplayBuffer:
-    """
-    Moves the arrays of a replay buffer into shared memory, in place. :meth:`restore` moves them back.
-
-    :param buffer: the replay buffer
-    """
-
-    def __init__(self, buffer: ReplayBuffer):
-        self.buffer = buffer
-        arrays = {name: value for name, value in vars(buffer).items() if isinstance(value, np.ndarray) and value.ndim > 0}
-        arrays = {name: value for name, value in arrays.items() if value.shape[0] == buffer.buffer_size}
-        self.names = list(arrays)
-        self.shared = SharedArrays([array.shape for array in arrays.values()], [array.dtype for array in arrays.values()])
-        self.header = SeqlockHeader(2)
-        self._replace_arrays(self.shared.views())
-        self.publish()
-
-    def _n_rows(self) -> int:
-        # With `optimize_memory_usage`, the observation after the last step is in the next row
-        return min(self.buffer.size() + 1, self.buffer.buffer_size)
-
-    def _replace_arrays(self, arrays: list[np.ndarray]) -> None:
-        """
-        :param arrays: new arrays of the buffer, which the filled rows are copied to
-        """
-        n_rows = self._n_rows()
-        for name, array in zip(self.names, arrays, strict=True):
-            array[:n_rows] = getattr(self.buffer, name)[:n_rows]
-            setattr(self.buffer, name, array)
-
-    @contextmanager
-    def writing(self) -> Iterator[None]:
-        """Context in which the buffer is written to. Learners do not read meanwhile."""
-        with self.header.writing() as numbers:
-            yield
-            numbers[:] = self.buffer.pos, self.buffer.full
-
-    def publish(self) -> None:
-        """Publish the fill level of the buffer, which may have changed outside of :meth:`writing`."""
-        if tuple(self.header.numbers[1:]) != (self.buffer.pos, self.buffer.full):
-            with self.writing():
-                pass
-
-    def restore(self) -> None:
-        """Move the arrays of the buffer back to private memory."""
-        layout = zip(self.shared.shapes, self.shared.dtypes, strict=True)
-        self._replace_arrays([np.zeros(shape, dtype) for shape, dtype in layout])
-
-    def stripped_buffer(self) -> ReplayBuffer:
-        """
-        :return: the buffer without its arrays, for a :class:`SharedReplayReader`
-        """
-        buffer = copy.copy(self.buffer)
-        for name in self.names:
-            delattr(buffer, name)
-        return buffer
-
-    def shared_parts(self) -> tuple[list[str], SharedArrays, SeqlockHeader]:
-        """
-        :return: the other arguments of a :class:`SharedReplayReader`; they can be passed to a process when it is started
-        """
-        return self.names, self.shared, self.header
-
-
-class SharedReplayReader:
-    """
-    A learner's view of the replay buffer.
-
-    :param buffer: the replay buffer without its arrays
-    :param names: names of the arrays
-    :param shared: the arrays
-    :param header: position in the buffer, and whether it is full
-    """
-
-    def __init__(self, buffer: ReplayBuffer, names: list[str], shared: SharedArrays, header: SeqlockHeader):
-        self.buffer = buffer
-        self.header = header
-        for name, array in zip(names, shared.views(), strict=True):
-            array.flags.writeable = False
-            setattr(buffer, name, array)
-
-    def sample(self, batch_size: int) -> ReplayBufferSamples:
-        """
-        As ``ReplayBuffer.sample``. The batch is read again if the buffer was written to meanwhile.
-
-        :param batch_size: number of transitions
-        :return: the transitions
-        """
-        shared_timeouts = self.buffer.timeouts
-        random_state = np.random.get_state()
-        for sequence in self.header.attempts():
-            np.random.set_state(random_state)
-            self.buffer.pos, self.buffer.full = int(self.header.numbers[1]), bool(self.header.numbers[2])
-            if isinstance(self.buffer, NStepReplayBuffer):
-                # While it samples, it marks the newest step as a timeout: in a copy, which is not shared
-                self.buffer.timeouts = shared_timeouts.copy()
-            try:
-                samples = self.buffer.sample(batch_size)
-            finally:
-                self.buffer.timeouts = shared_timeouts
-            if self.header.is_intact(sequence):
-                return samples
         raise AssertionError("attempts never end")

@@ -11,6 +11,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_mpg.common.models.base import PriorModel
 from sb3_mpg.common.models.double_precision import InDoublePrecision
 from sb3_mpg.common.models.trainable import CorrectedModel
+from sb3_mpg.common.spaces import FlatObservations, flat_box
 
 #: What the ``prior_model`` argument of the algorithms may be.
 PriorModelLike = PriorModel | type[PriorModel] | Callable[..., PriorModel] | str
@@ -56,14 +57,14 @@ def with_spaces(make: Callable[..., PriorModel], kwargs: dict[str, Any], env: Ve
     :param make: a class or factory of models
     :param kwargs: arguments that the user gives
     :param env: the environment
-    :return: these arguments, and the spaces of the environment if the class or factory has parameters called
+    :return: these arguments, and the boxes of flat observations and actions if the class or factory has parameters called
         ``observation_space`` or ``action_space``, as learned dynamics need their sizes
     """
     try:
         parameters = inspect.signature(make).parameters
     except (TypeError, ValueError):
         return kwargs  # a callable that does not tell its parameters
-    spaces = {"observation_space": env.observation_space, "action_space": env.action_space}
+    spaces = {"observation_space": FlatObservations(env.observation_space).box, "action_space": flat_box(env.action_space)}
     return {**{name: space for name, space in spaces.items() if name in parameters}, **kwargs}
 
 

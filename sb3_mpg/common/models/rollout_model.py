@@ -5,6 +5,7 @@ from typing import Any
 
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_mpg.common.checks import check_keywords, warn_of_wrappers
@@ -13,6 +14,7 @@ from sb3_mpg.common.models.checking.checker import validate_prior_model
 from sb3_mpg.common.models.loading import PriorModelLike, make_prior_model
 from sb3_mpg.common.models.residual import ResidualModel
 from sb3_mpg.common.models.trainable import TrainableModel
+from sb3_mpg.common.spaces import FlatObservations, flat_box
 from sb3_mpg.common.value_targets import ValueTarget
 
 
@@ -64,7 +66,7 @@ class ModelSettings:
         """
         model = make_prior_model(self.prior_model, env, self.prior_model_kwargs).to(device)
         try:
-            validate_prior_model(model, env.observation_space, env.action_space, device)
+            validate_prior_model(model, FlatObservations(env.observation_space).box, flat_box(env.action_space), device)
         except ValueError as error:
             if self.prior_model != "auto":
                 raise
@@ -75,7 +77,7 @@ class ModelSettings:
         return model
 
     def make_trainable(
-        self, model: PriorModel, observation_space: spaces.Box, action_space: spaces.Box, device: th.device
+        self, model: PriorModel, observation_space: spaces.Space, action_space: spaces.Box, device: th.device
     ) -> TrainableModel:
         """
         :param model: the prior model
@@ -87,8 +89,9 @@ class ModelSettings:
         """
         if isinstance(model, TrainableModel):
             return model
-        observation = th.zeros(1, *observation_space.shape, device=device)
+        observation = th.zeros(1, FlatObservations(observation_space).n_elements, device=device)
         n_states = model.state_from_observation(observation).shape[1]
-        corrected = ResidualModel(model, n_states, action_space.shape[0], **(self.residual_kwargs or {})).to(device)
+        n_actions = get_action_dim(action_space)
+        corrected = ResidualModel(model, n_states, n_actions, **(self.residual_kwargs or {})).to(device)
         corrected.use_correction(self.residual)
         return corrected

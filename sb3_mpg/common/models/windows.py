@@ -16,10 +16,10 @@ class Transitions(NamedTuple):
     """
     Recorded transitions, in the units of the environment. None of them crosses a reset.
 
-    :param observations: ``(B, *obs_shape)``
+    :param observations: ``(B, O)``
     :param actions: ``(B, A)``
     :param rewards: ``(B, 1)``
-    :param next_observations: ``(B, *obs_shape)``
+    :param next_observations: ``(B, O)``
     """
 
     observations: th.Tensor
@@ -32,9 +32,9 @@ class Windows(NamedTuple):
     """
     Trajectory segments: recorded transitions, each followed by the rest of its episode, up to ``horizon`` steps.
 
-    :param observations: ``(B, *obs_shape)``
+    :param observations: ``(B, O)``
     :param actions: in the units of the environment, ``(horizon, B, A)``
-    :param next_observations: ``(horizon, B, *obs_shape)``
+    :param next_observations: ``(horizon, B, O)``
     :param rewards: ``(horizon, B, 1)``
     :param terminated: whether the first step terminated the episode, ``(B, 1)``
     :param lengths: number of recorded steps, ``(B,)``; the steps after them are padding

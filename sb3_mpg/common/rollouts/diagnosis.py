@@ -10,7 +10,7 @@ def first_non_finite_step(observations: th.Tensor, context: RolloutContext, hori
     """
     Find where a rollout or its gradient becomes non-finite. This is slow: each step is checked.
 
-    :param observations: raw observations, ``(B, *obs_shape)``
+    :param observations: raw observations, ``(B, O)``
     :param context: policy, critic, model, units and discount factor
     :param horizon: number of model steps
     :return: a clause that names the first model step with a non-finite value, or the step at which back-propagation first

@@ -22,22 +22,21 @@ def explore_in_model(
     Perturb replayed states by some model steps with a repeated action. A row stops before it leaves the bounds or terminates.
     A row that takes no step keeps its recorded observation.
 
-    :param observations: raw observations, ``(B, *obs_shape)``
+    :param observations: raw observations, ``(B, O)``
     :param actions: repeated actions, in [-1, 1], ``(B, A)``
     :param context: model, units and steps
     :param n_steps: numbers of model steps, whole numbers, ``(B, 1)``
-    :param low: lower bounds of raw observations, ``obs_shape``
-    :param high: upper bounds of raw observations, ``obs_shape``
+    :param low: lower bounds of raw observations, ``(O,)``
+    :param high: upper bounds of raw observations, ``(O,)``
     :param max_steps: the largest number of steps
-    :return: raw observations, ``(B, *obs_shape)``
+    :return: raw observations, ``(B, O)``
     """
     model = context.model
     held = HeldState(model.state_from_observation(observations), n_steps)
     held, is_taken = context.steps.hold(held, max_steps, context.units.unscale_actions(actions), model, low, high)
     # Without a step, keep the recorded observation: the model may not reproduce all elements of it. A row that does not take
     # the first step takes none
-    takes_steps = is_taken[0].reshape(-1, *[1] * (observations.ndim - 1))
-    return th.where(takes_steps, model.observation(held.states), observations)
+    return th.where(is_taken[0], model.observation(held.states), observations)
 
 
 class ModelExploration(NamedTuple):
@@ -67,10 +66,10 @@ class ModelExploration(NamedTuple):
     @th.no_grad()
     def perturb(self, observations: th.Tensor, context: RolloutContext, trust: float) -> th.Tensor:
         """
-        :param observations: raw observations of replayed states, ``(B, *obs_shape)``
+        :param observations: raw observations of replayed states, ``(B, O)``
         :param context: policy, model, units and steps
         :param trust: trust in the model, from 0 to 1: the probability that a chosen row is perturbed
-        :return: raw observations, ``(B, *obs_shape)``
+        :return: raw observations, ``(B, O)``
         """
         n_explored = round(self.share * len(observations))
         if n_explored == 0 or trust == 0:

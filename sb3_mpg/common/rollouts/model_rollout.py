@@ -10,7 +10,7 @@ from sb3_mpg.common.type_aliases import Differentiate
 
 def start_rollout(observations: th.Tensor, context: RolloutContext, first_actions: th.Tensor | None = None) -> RolloutState:
     """
-    :param observations: raw observations, ``(B, *obs_shape)``
+    :param observations: raw observations, ``(B, O)``
     :param context: policy, model and units
     :param first_actions: in [-1, 1], ``(B, A)``; the policy's by default
     :return: the rollout before its first step
@@ -39,7 +39,7 @@ def model_rollout(
     The model is stepped only ``max(horizons)`` times: all horizons share one rollout. Terminal states are followed by neither
     reward nor value.
 
-    :param observations: raw observations, ``(B, *obs_shape)``
+    :param observations: raw observations, ``(B, O)``
     :param context: policy, critic, model, units, discount factor and steps
     :param horizons: numbers of model steps, each 0 or more; 0 is :math:`Q(s_t, \pi(s_t))` itself
     :param differentiate: ``"first_action"``: the gradient with respect to the actor's parameters runs through the first action

@@ -58,7 +58,7 @@ def mixed_policy_gradient(
     below ``NEGLIGIBLE_WEIGHT`` are not computed. With ``differentiate="first_action"``, states with a non-finite gradient are
     masked, unless more than half of them are.
 
-    :param observations: raw observations, ``(B, *obs_shape)``
+    :param observations: raw observations, ``(B, O)``
     :param context: policy, critic, model, units, discount factor and steps
     :param weights: weight of each horizon
     :param differentiate: as in :func:`~sb3_mpg.common.rollouts.model_rollout.model_rollout`

@@ -11,7 +11,7 @@ from sb3_mpg.common.models.base import PriorModel
 from sb3_mpg.common.type_aliases import Policy
 from sb3_mpg.common.units import Units
 
-#: (normalised observations (B, *obs_shape), actions in [-1, 1] (B, A)) -> values (B, 1)
+#: (normalised observations (B, O), actions in [-1, 1] (B, A)) -> values (B, 1)
 QFunction = Callable[[th.Tensor, th.Tensor], th.Tensor]
 
 
@@ -19,7 +19,7 @@ class RolloutContext(NamedTuple):
     """
     What all rollouts of an update have in common.
 
-    :param actor: the policy, from normalised observations, ``(B, *obs_shape)``, to actions in [-1, 1], ``(B, A)``
+    :param actor: the policy, from normalised observations, ``(B, O)``, to actions in [-1, 1], ``(B, A)``
     :param q_function: the critic, in the units of the networks
     :param model: the model, in the units of the environment
     :param units: conversions between the units of the environment and those of the networks
@@ -40,7 +40,7 @@ class RolloutState(NamedTuple):
     State of a rollout between two steps.
 
     :param states: states of the model, ``(B, S)``
-    :param network_inputs: normalised observations of these states, ``(B, *obs_shape)``
+    :param network_inputs: normalised observations of these states, ``(B, O)``
     :param actions: actions of the policy in these states, in [-1, 1], ``(B, A)``
     :param alive: rows that have not terminated, bool ``(B, 1)``
     :param start: first states of the rollout, without gradient, ``(B, S)``; terminated rows are reset to them
@@ -118,8 +118,8 @@ def hold(
     :param n_steps: number of steps, at least 1
     :param env_actions: actions in the units of the environment, ``(B, A)``
     :param model: the model
-    :param low: lower bounds of raw observations, ``obs_shape``
-    :param high: upper bounds of raw observations, ``obs_shape``
+    :param low: lower bounds of raw observations, ``(O,)``
+    :param high: upper bounds of raw observations, ``(O,)``
     :return: state after these steps, and whether each row took each step, bool ``(n_steps, B, 1)``. A row whose next step
         would leave the bounds or terminate has no steps left.
     """
@@ -129,7 +129,7 @@ def hold(
         next_states, _ = model.step(states, env_actions)
         observations = model.observation(next_states)
         # NaN fails both comparisons
-        goes_on = ((observations >= low) & (observations <= high)).flatten(1).all(dim=1, keepdim=True) & (n_left > 0)
+        goes_on = ((observations >= low) & (observations <= high)).all(dim=1, keepdim=True) & (n_left > 0)
         if model.may_terminate:
             goes_on = goes_on & ~model.terminal(next_states)
         states, n_left = th.where(goes_on, next_states, states), th.where(goes_on, n_left - 1, 0)

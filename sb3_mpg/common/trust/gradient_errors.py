@@ -90,7 +90,7 @@ def action_gradients(
     Independent estimates of :math:`\nabla_a X_n(s, a)` at the same states. The rows of the batch are repeated once for each
     critic. An ensemble deals rows to its members in equal parts, so that each member is paired with one critic.
 
-    :param observations: raw observations, ``(B, *obs_shape)``
+    :param observations: raw observations, ``(B, O)``
     :param context: policy, model with dealt members, units, discount factor and steps
     :param q_functions: :math:`E` critics
     :param horizons: numbers of model steps

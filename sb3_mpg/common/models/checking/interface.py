@@ -50,7 +50,7 @@ def checked_calls(
     Call all methods of a model, each on outputs of the previous ones, and check what they return.
 
     :param model: the model, in evaluation mode
-    :param observations: ``(B, *obs_shape)``
+    :param observations: ``(B, O)``
     :param actions: ``(B, A)``
     :param allow_some_non_finite: accept outputs that are finite in some rows only
     :return: yields the calls that passed; not ``terminal``, which has no gradient

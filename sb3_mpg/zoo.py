@@ -62,7 +62,9 @@ PASSED_BY_ZOO = frozenset(["self", "env", "tensorboard_log", "seed", "verbose", 
 
 LEARNING_RATES = ("learning_rate", "critic_learning_rate")
 #: Hyperparameters whose text needs no second pair of quotes in ``-params``: ``-params prior_model:package.module:Class``
-TEXT_KEYS = frozenset([*LEARNING_RATES, "prior_model", "weighting", "value_target", "differentiate", "compile"])
+TEXT_KEYS = frozenset(
+    [*LEARNING_RATES, *"prior_model weighting value_target differentiate compile policy replay_buffer_class".split()]
+)
 #: Hyperparameters that are saved with the agent and cannot be changed when training is continued
 SET_AT_CONSTRUCTION = ("horizons", "weighting", "weighting_kwargs", "value_target", "value_target_kwargs", "n_steps")
 
@@ -163,13 +165,13 @@ def sample_mpg_params(trial: "optuna.Trial", n_actions: int, n_envs: int, additi
     :param trial: Optuna trial
     :param n_actions: number of action dimensions, not used
     :param n_envs: number of environments, not used
-    :param additional_args: further arguments of RL Zoo, not used
+    :param additional_args: whether the replay buffer is a ``HerReplayBuffer``, and its arguments
     :return: arguments of the constructor
     """
     sampled_params = _sample_common(trial)
     sampled_params["horizon"] = trial.suggest_int("horizon", 1, 40)
     sampled_params["policy_delay"] = trial.suggest_int("policy_delay", 1, 3)
-    return convert_params(sampled_params)
+    return _with_her(trial, convert_params(sampled_params), additional_args)
 
 
 def sample_n_step_params(trial: "optuna.Trial", n_actions: int, n_envs: int, additional_args: dict) -> dict[str, Any]:
@@ -179,13 +181,21 @@ def sample_n_step_params(trial: "optuna.Trial", n_actions: int, n_envs: int, add
     :param trial: Optuna trial
     :param n_actions: number of action dimensions, not used
     :param n_envs: number of environments, not used
-    :param additional_args: further arguments of RL Zoo, not used
+    :param additional_args: whether the replay buffer is a ``HerReplayBuffer``, and its arguments
     :return: arguments of the constructor
     """
     sampled_params = _sample_common(trial)
     sampled_params["n_steps"] = trial.suggest_int("n_steps", 1, 40)
     sampled_params["batch_reuse"] = trial.suggest_int("batch_reuse", 1, 20)
-    return convert_params(sampled_params)
+    return _with_her(trial, convert_params(sampled_params), additional_args)
+
+
+def _with_her(trial: "optuna.Trial", hyperparams: dict[str, Any], additional_args: dict) -> dict[str, Any]:
+    from rl_zoo3.hyperparams_opt import sample_her_params
+
+    if not additional_args.get("using_her_replay_buffer"):
+        return hyperparams
+    return sample_her_params(trial, hyperparams, additional_args["her_kwargs"])
 
 
 def convert_params(sampled_params: dict[str, Any]) -> dict[str, Any]:

@@ -90,6 +90,17 @@ class TestContract:
             check_hyperparameters(cls, entry, f"{name}.yml, {key}")
             assert entry["policy"] in cls.policy_aliases
 
+    def test_rl_zoo_samples_what_the_constructor_takes(self, cls):
+        """Also the settings of relabelled goals."""
+        optuna = pytest.importorskip("optuna")
+        (sampler,) = [SAMPLERS[name] for name, algorithm in ALGORITHMS.items() if algorithm is cls]
+        for uses_her in (False, True):
+            study = optuna.create_study(sampler=optuna.samplers.RandomSampler(0))
+            her = {"using_her_replay_buffer": uses_her, "her_kwargs": {"copy_info_dict": True}}
+            sampled = sampler(study.ask(), 1, 1, her)
+            assert sampled.keys() <= inspect.signature(cls).parameters.keys()
+            assert ("n_sampled_goal" in sampled.get("replay_buffer_kwargs", {})) == uses_her
+
     def test_every_argument_is_documented(self, cls):
         documented = set(re.findall(r":param (\w+):", inspect.getdoc(cls)))
         # As in "The other parameters are those of :class:`~sb3_mpg.mpg.mpg.MPG`."

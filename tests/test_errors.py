@@ -42,13 +42,16 @@ def env_with(**space):
 @pytest.mark.parametrize(
     ("space", "message"),
     [
-        ({"action_space": spaces.Discrete(3)}, "actions, which must be a one-dimensional Box of floats, got Discrete"),
+        ({"action_space": spaces.Discrete(3)}, "actions, which must be a Box of floats, got Discrete"),
         ({"action_space": spaces.Box(-np.inf, np.inf, (1,))}, "must be finite.*ClipAction hides them"),
-        ({"action_space": spaces.Box(-1, 1, (1, 2))}, "one-dimensional Box"),
-        ({"action_space": spaces.Box(-1, 1, (2,), np.int64)}, "one-dimensional Box of floats, got.*float dtype"),
-        ({"observation_space": spaces.Discrete(3)}, "must be a Box of floats, got Discrete"),
-        ({"observation_space": spaces.Dict(a=spaces.Box(-1, 1, (2,)))}, "must be a Box of floats, got Dict"),
-        ({"observation_space": spaces.Box(0, 255, (8, 8, 3), np.uint8)}, "must be a Box of floats"),
+        ({"action_space": spaces.Box(-3e38, 3e38, (1,))}, "must be finite.*ClipAction hides them"),
+        ({"action_space": spaces.Box(-1, 1, (2,), np.int64)}, "Box of floats, got.*float dtype"),
+        (
+            {"observation_space": spaces.Discrete(3)},
+            "must be a Box of numbers, or a Dict or Tuple.*got Discrete",
+        ),
+        ({"observation_space": spaces.Dict(a=spaces.Box(-1, 1, (2,)))}, "You must use `MultiInputPolicy`"),
+        ({"observation_space": spaces.Box(0, 255, (8, 8, 3), np.uint8)}, "models of images are not supported"),
     ],
 )
 def test_spaces(space, message):

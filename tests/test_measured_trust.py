@@ -244,13 +244,6 @@ def test_members_that_are_compared_have_different_critics(n_members, monkeypatch
     assert len(seen[0]) == n_members and seen[0][0] != seen[0][-1]
 
 
-def test_measured_weights_need_two_critics():
-    kwargs = {**SMALL, "policy_kwargs": {"net_arch": [16], "n_critics": 1}}
-    with pytest.raises(ValueError, match="compare the critics with each other, of which there is one"):
-        MPG("MlpPolicy", LinearEnv(), **kwargs)
-    MPG("MlpPolicy", LinearEnv(), weighting="rule_based", **kwargs)
-
-
 class Overflows(Wrong):
     def transition(self, states, actions):
         return 1e30 * states + actions

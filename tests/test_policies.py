@@ -7,7 +7,7 @@ from gymnasium import spaces
 from lq import LinearEnv
 from settings import PAPERS, SMALL
 
-from sb3_mpg import MPG, PriorModel
+from sb3_mpg import MPG
 from sb3_mpg.common.torch_layers import ELU, ObservationScaler
 from sb3_mpg.mpg.policies import MPGPolicy
 
@@ -19,24 +19,6 @@ class ShapedEnv(LinearEnv):
         super().__init__()
         self.dtype, self.shape = dtype, shape
         self.observation_space = spaces.Box(-np.inf, np.inf, shape, dtype)
-
-    def prior_model(self):
-        shape, linear = self.shape, LinearEnv().prior_model()
-
-        class Shaped(PriorModel):
-            def transition(self, states, actions):
-                return linear.transition(states, actions)
-
-            def reward(self, states, actions, next_states):
-                return linear.reward(states, actions, next_states)
-
-            def observation(self, states):
-                return states.reshape(-1, *shape)
-
-            def state_from_observation(self, observations):
-                return observations.flatten(1)
-
-        return Shaped()
 
     def reset(self, **kwargs):
         obs, info = super().reset(**kwargs)
@@ -56,6 +38,10 @@ def test_critic_has_a_slope_in_the_state(shape, dtype):
     slope = th.autograd.grad(model.update.q_function(0)(observations, th.zeros(8, 1)).sum(), observations)[0]
     assert slope.shape == (8, *shape)
     assert (slope != 0).all()
+    # Rollouts evaluate it at flat observations
+    numbers = observations.detach().flatten(1).requires_grad_()
+    flat_slope = th.autograd.grad(model.update.q_function(0)(numbers, th.zeros(8, 1)).sum(), numbers)[0]
+    th.testing.assert_close(flat_slope, slope.flatten(1))
     flat = MPG("MlpPolicy", LinearEnv(), horizons=(0, 2), **SMALL, **PAPERS)
     flat.policy.load_state_dict(model.policy.state_dict())
     expected = flat.policy_gradient(observations.detach().reshape(8, 2), 2)

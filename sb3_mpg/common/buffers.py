@@ -240,19 +240,12 @@ def choose_replay_buffer(
     return replay_buffer_class, replay_buffer_kwargs, n_steps
 
 
-def check_buffer_class(
-    replay_buffer_class: type[ReplayBuffer] | None,
-    observation_space: spaces.Space,
-    n_steps: int,
-    optimize_memory_usage: bool,
-) -> None:
+def check_support(observation_space: spaces.Space, n_steps: int, optimize_memory_usage: bool) -> None:
     """
-    :param replay_buffer_class: argument of the constructor
     :param observation_space: observation space of the algorithm
     :param n_steps: number of recorded steps that the value target spans
-    :param optimize_memory_usage: argument of the constructor
-    :raises ValueError: when the class does not sum rewards over several steps and the value target needs that, or when SB3's
-        buffers do not support the combination
+    :param optimize_memory_usage: argument of the algorithm
+    :raises ValueError: when SB3's replay buffers do not support the combination
     """
     if isinstance(observation_space, spaces.Dict) and (n_steps > 1 or optimize_memory_usage):
         setting = f"a value target of {n_steps} recorded steps" if n_steps > 1 else "optimize_memory_usage=True"
@@ -260,6 +253,14 @@ def check_buffer_class(
             f"SB3's replay buffers support {setting} for a Box of observations only, got {observation_space}; flatten the "
             "observations (gymnasium.wrappers.FlattenObservation) or do without."
         )
+
+
+def check_buffer_class(replay_buffer_class: type[ReplayBuffer] | None, n_steps: int) -> None:
+    """
+    :param replay_buffer_class: argument of the constructor
+    :param n_steps: number of recorded steps that the value target spans
+    :raises ValueError: when the class does not sum rewards over several steps and the value target needs that
+    """
     if n_steps > 1 and not (replay_buffer_class is None or issubclass(replay_buffer_class, NStepReplayBuffer)):
         raise ValueError(
             f"The value target spans {n_steps} recorded steps and needs an NStepReplayBuffer, "

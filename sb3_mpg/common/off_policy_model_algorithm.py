@@ -17,10 +17,9 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TrainFreq
 from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
-from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_mpg.common import checks
-from sb3_mpg.common.buffers import RecordedSteps, check_buffer_class, check_replay_buffer, choose_replay_buffer
+from sb3_mpg.common.buffers import RecordedSteps, check_buffer_class, check_replay_buffer, check_support, choose_replay_buffer
 from sb3_mpg.common.callbacks import close_evaluators
 from sb3_mpg.common.compilation.step_compiler import COMPILE_FROM_MODEL_STEPS, StepCompiler
 from sb3_mpg.common.learners import InProcessLearner, Learners, LearnerSettings, MultiprocessLearners, TrainingInputs
@@ -36,7 +35,7 @@ from sb3_mpg.common.rollouts.exploration import ModelExploration
 from sb3_mpg.common.rollouts.steps import EagerSteps
 from sb3_mpg.common.saved_settings import assign_loaded_settings, attributes_to_save
 from sb3_mpg.common.settings import SettingOf
-from sb3_mpg.common.spaces import TupleAsDict, check_spaces
+from sb3_mpg.common.spaces import check_spaces, wrap_env
 from sb3_mpg.common.training_state import TrainingState
 from sb3_mpg.common.trust import TrustReport, WeightingRule, make_trust, renew_trust
 from sb3_mpg.common.units import Units
@@ -87,6 +86,7 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
     action_space: spaces.Box
     replay_buffer: ReplayBuffer
     update: Update
+    _wrap_env = staticmethod(wrap_env)
 
     def __init__(
         self,
@@ -125,6 +125,7 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         env = None if env is None else maybe_make_env(env, verbose)
         if env is not None:
             check_spaces(env.observation_space, env.action_space)
+        check_buffer_class(replay_buffer_class, value_target.replay_n_steps)
         super().__init__(
             policy,
             env,  # type: ignore[arg-type]  # None when loading for predictions
@@ -164,11 +165,6 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         # `None` unless the model is trainable
         self.model_fitting: ModelFitting | None = None
 
-    @staticmethod
-    def _wrap_env(env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
-        env = OffPolicyAlgorithm._wrap_env(env, verbose, monitor_wrapper)
-        return TupleAsDict(env) if isinstance(env.observation_space, spaces.Tuple) else env
-
     def _check_settings(self) -> None:
         """
         Check the arguments of the constructor, or those given to ``load``.
@@ -195,14 +191,14 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
             # The prior model may create networks
             self.set_random_seed(self.seed)
             prior = self.model_settings.find_prior(self.env, self.device, self.trust.uses_model, self.value_target)
-        self.replay_buffer_class, self.replay_buffer_kwargs, self.n_steps = choose_replay_buffer(
-            self.replay_buffer_class, self.replay_buffer_kwargs, self.n_steps, self.value_target.replay_n_steps
-        )
         n_steps = self.value_target.replay_n_steps
-        check_buffer_class(self.replay_buffer_class, self.observation_space, n_steps, self.optimize_memory_usage)
+        check_support(self.observation_space, n_steps, self.optimize_memory_usage)
+        self.replay_buffer_class, self.replay_buffer_kwargs, self.n_steps = choose_replay_buffer(
+            self.replay_buffer_class, self.replay_buffer_kwargs, self.n_steps, n_steps
+        )
         super()._setup_model()
         self._setup_update(prior)
-        self._check_replay_buffer()
+        check_replay_buffer(self.replay_buffer, self.observation_space, self.action_space, n_steps, self.gamma)
         self.action_noise, self.training_state.own_noise = choose_action_noise(
             self.action_noise, self.training_state.own_noise, self.exploration_noise, self.action_space
         )
@@ -240,13 +236,10 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         :return: the update, which computes the gradients
         """
 
-    def _check_replay_buffer(self) -> None:
-        n_steps = self.value_target.replay_n_steps
-        check_replay_buffer(self.replay_buffer, self.observation_space, self.action_space, n_steps, self.gamma)
-
     def load_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase, truncate_last_traj: bool = True) -> None:
         super().load_replay_buffer(path, truncate_last_traj)
-        self._check_replay_buffer()
+        n_steps = self.value_target.replay_n_steps
+        check_replay_buffer(self.replay_buffer, self.observation_space, self.action_space, n_steps, self.gamma)
 
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
         # The model, the simulator and the targets of reused batches depend on the environment

@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.preprocessing import is_image_space
-from stable_baselines3.common.type_aliases import PyTorchObs
+from stable_baselines3.common.type_aliases import GymEnv, PyTorchObs
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 
@@ -190,3 +191,14 @@ class TupleAsDict(VecEnvWrapper):
             if "terminal_observation" in info:
                 info["terminal_observation"] = self._as_dict(info["terminal_observation"])
         return self._as_dict(observations), rewards, dones, infos
+
+
+def wrap_env(env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
+    """
+    :param env: an environment
+    :param verbose: verbosity level
+    :param monitor_wrapper: whether to wrap it in a ``Monitor``
+    :return: as SB3 wraps it, and with a ``Dict`` of observations in place of a ``Tuple``
+    """
+    wrapped = BaseAlgorithm._wrap_env(env, verbose, monitor_wrapper)
+    return TupleAsDict(wrapped) if isinstance(wrapped.observation_space, spaces.Tuple) else wrapped

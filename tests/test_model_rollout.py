@@ -50,6 +50,33 @@ def test_model_gradient_equals_finite_differences(problem, horizon):
     np.testing.assert_allclose(gradient.numpy(), expected, rtol=1e-5, atol=1e-7)
 
 
+class SharingActor(th.nn.Module):
+    """A module of two names, as of a user's extractor, and a parameter of two modules."""
+
+    def __init__(self, k):
+        super().__init__()
+        self.first, last = th.nn.Linear(3, 2, bias=False), th.nn.Linear(2, 2, bias=False)
+        self.layers = th.nn.Sequential(self.first, last, last)
+        self.first.weight = th.nn.Parameter(k)
+        last.weight = self.mix = th.nn.Parameter(th.eye(2, dtype=th.float64))
+
+    def forward(self, observations):
+        return self.layers(observations) + 0 * self.mix.sum()
+
+
+@pytest.mark.parametrize("differentiate", ["first_action", "all_actions"])
+def test_parameters_may_be_shared(problem, differentiate):
+    (_, _, _, _, k, _), context = problem
+    states = th.as_tensor(np.random.default_rng(1).normal(size=(8, 3)))
+    actor = SharingActor(th.as_tensor(k))
+    parameters = list(actor.parameters())
+    returns = model_rollout(states, context._replace(actor=actor), [5], differentiate)[5]
+    # They are in place again, and have the gradient of an actor that shares nothing
+    assert all(ours is before for ours, before in zip(actor.parameters(), parameters, strict=True))
+    (gradient,) = th.autograd.grad(returns.mean(), actor.first.weight)
+    th.testing.assert_close(gradient, rollout_gradient(states, context, 5, differentiate))
+
+
 def rotation_problem(n_points=7, gamma=0.9):
     """
     The closed loop turns the plane by 2 pi / n_points, so the uniform distribution over an orbit is stationary, exactly:

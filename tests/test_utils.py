@@ -16,6 +16,7 @@ from sb3_mpg.common.utils import (
     expected_updates,
     finite_mean,
     gradient_of,
+    parameters_of_modules,
     polyak_update_all,
     trainable_parameters,
 )
@@ -93,6 +94,14 @@ def test_gradients_are_those_of_trainable_parameters():
     # In two factors
     by_parts = gradient_of(network[1](network[0](inputs)), network, 2 * outputs.detach())
     th.testing.assert_close(by_parts, gradients)
+
+
+def test_parameters_by_their_modules():
+    network = th.nn.Sequential(th.nn.Linear(2, 2), th.nn.Linear(2, 2))
+    assert parameters_of_modules(network) == dict(network.named_parameters())
+    network[1].weight = network[0].weight
+    network.append(network[0])
+    assert list(parameters_of_modules(network)) == ["0.weight", "0.bias", "1.weight", "1.bias"]
 
 
 def test_mean_of_what_is_finite():

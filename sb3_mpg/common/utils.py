@@ -58,6 +58,22 @@ def trainable_parameters(network: th.nn.Module) -> list[th.nn.Parameter]:
     return [parameter for parameter in network.parameters() if parameter.requires_grad]
 
 
+def parameters_of_modules(network: th.nn.Module) -> dict[str, th.Tensor]:
+    """
+    The parameters as ``functional_call(..., tie_weights=False)`` replaces them. A parameter that two modules share is listed
+    once for each of them, and the parameters of a module with two names are listed once. With ``tie_weights=True``, torch
+    (2.13) does not restore those of a module with two names: they would remain replaced and would not be trained.
+
+    :param network: a network
+    :return: its parameters, by name
+    """
+    return {
+        f"{prefix}.{name}" if prefix else name: parameter
+        for prefix, module in network.named_modules()
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
+    }
+
+
 def gradient_of(output: th.Tensor, network: th.nn.Module, output_gradient: th.Tensor | None = None) -> list[th.Tensor]:
     """
     :param output: a loss, or an output of the network that a loss is computed from

@@ -16,6 +16,7 @@ from sb3_mpg.common.models.double_precision import InDoublePrecision
 from sb3_mpg.common.rollouts.model_rollout import start_rollout
 from sb3_mpg.common.rollouts.steps import QFunction, RolloutContext
 from sb3_mpg.common.type_aliases import Policy, Simulator
+from sb3_mpg.common.utils import parameters_of_modules
 
 
 def target_values_of(critic_target: ContinuousCritic, pessimism: float = 1.0) -> QFunction:
@@ -209,8 +210,7 @@ class SimulatorTarget(ValueTarget):
             not terminated, bool ``(B, 1)``
         """
         rollout = start_rollout(replay_data.observations, context, replay_data.actions)
-        actor_parameters: dict[str, th.Tensor] = dict(context.actor.named_parameters())
-        rollout, returns = context.steps.advance(rollout, self.n_steps, actor_parameters, context)
+        rollout, returns = context.steps.advance(rollout, self.n_steps, parameters_of_modules(context.actor), context)
         return returns, rollout.network_inputs, rollout.alive
 
     def _simulate(

@@ -6,6 +6,7 @@ import torch as th
 
 from sb3_mpg.common.rollouts.steps import RolloutContext, RolloutState
 from sb3_mpg.common.type_aliases import Differentiate
+from sb3_mpg.common.utils import parameters_of_modules
 
 
 def start_rollout(observations: th.Tensor, context: RolloutContext, first_actions: th.Tensor | None = None) -> RolloutState:
@@ -51,7 +52,7 @@ def model_rollout(
     """
     model, gamma = context.model, context.gamma
     actor_parameters: dict[str, th.Tensor] = {}
-    for name, parameter in context.actor.named_parameters():
+    for name, parameter in parameters_of_modules(context.actor).items():
         tensor = parameter.detach() if differentiate == "first_action" else parameter
         # With few inputs, as in a first layer, the gradient takes a third of the time if columns are contiguous in memory
         is_tall = tensor.ndim == 2 and tensor.shape[0] > tensor.shape[1]

@@ -80,7 +80,7 @@ def advance(
     :param rollout: state of the rollout
     :param n_steps: number of steps, at least 1
     :param actor: the policy
-    :param actor_parameters: parameters of the policy for these steps
+    :param actor_parameters: parameters of the policy for these steps, by the names of ``parameters_of_modules``
     :param model: the model
     :param units: conversions between environment and networks
     :param gamma: discount factor
@@ -101,7 +101,7 @@ def advance(
         rewards_of_steps.append(rewards)
         states = next_states
         network_inputs = units.normalize_observations(model.observation(states))
-        actions = functional_call(actor, actor_parameters, (network_inputs,))
+        actions = functional_call(actor, actor_parameters, (network_inputs,), tie_weights=False)
     total = rewards_of_steps[-1]
     for rewards in reversed(rewards_of_steps[:-1]):
         total = rewards + gamma * total

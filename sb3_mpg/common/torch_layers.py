@@ -1,6 +1,5 @@
 """Layers and features of networks."""
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,7 +13,6 @@ from sb3_mpg.common.spaces import FlatObservations
 
 # Frequencies of the Fourier features, for inputs that are scaled to about one unit
 FREQUENCIES = (1.0, 2.0, 3.0)
-LOG2_E = math.log2(math.e)
 # Scale of the Fourier features while no model is trusted
 UNTRUSTED_FOURIER_SCALE = 0.3
 # Number of updates in which the scale would rise from 0 to 1
@@ -51,25 +49,10 @@ def fourier_features(
 
 
 class ELU(nn.ELU):
-    """
-    An ELU that overwrites its input. Its derivative is then computed from its output, without another exponential.
-
-    Without gradients, as in value targets, it is computed from a power of two on a CPU. That is up to four times as fast as
-    ``expm1`` and, on some processors, more than twice as fast as ``exp``. The result differs by the rounding error of 1.
-    """
+    """An ELU that overwrites its input. Its derivative is then computed from its output, without another exponential."""
 
     def __init__(self) -> None:
         super().__init__(inplace=True)
-
-    def forward(self, inputs: th.Tensor) -> th.Tensor:
-        """
-        :param inputs: any shape; overwritten
-        :return: the same tensor
-        """
-        if th.is_grad_enabled() or th.compiler.is_compiling() or inputs.device.type != "cpu":
-            return super().forward(inputs)
-        below = inputs.clamp(max=0.0).mul_(LOG2_E).exp2_().sub_(1.0)
-        return th.maximum(inputs, below, out=inputs)
 
 
 class ObservationScaler(BaseFeaturesExtractor):
@@ -124,7 +107,8 @@ class ObservationScaler(BaseFeaturesExtractor):
                 )
         self.register_buffer("shift", th.zeros(n_elements))
         self.register_buffer("scale", th.as_tensor(factors.reshape(-1), dtype=th.float32))
-        self.register_buffer("is_fixed", th.tensor(not is_auto))
+        # Zero until shift and scale are known. A float, because tools that average or perturb state dictionaries expect floats
+        self.register_buffer("is_fixed", th.tensor(float(not is_auto)))
         self.register_buffer("fourier_scale", th.ones(()))
 
     def fit(self, observations: th.Tensor) -> None:
@@ -135,7 +119,7 @@ class ObservationScaler(BaseFeaturesExtractor):
         """
         if self.is_fixed:
             return
-        self.is_fixed.fill_(True)
+        self.is_fixed.fill_(1.0)
         std, mean = th.std_mean(observations.double(), dim=0, correction=0)
         wide = std > 1.0
         self.shift.copy_(th.where(wide, mean, 0.0))

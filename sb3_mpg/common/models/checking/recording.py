@@ -10,6 +10,8 @@ from sb3_mpg.common.models.windows import Windows, cut_windows
 
 # Larger bounds are taken for none: many environments write a large number for "unbounded"
 LARGEST_BOUND = 1e6
+# Of samples of unbounded dimensions, which may have any unit
+SIZES = (1.0, 10.0, 1.0, 1000.0)
 
 
 def check_box(space: spaces.Space, name: str) -> spaces.Box:
@@ -29,12 +31,14 @@ def sample_box(box: spaces.Box, n_rows: int, rng: np.random.Generator) -> np.nda
     :param box: a box; its dimensions may be unbounded
     :param n_rows: number of samples
     :param rng: random number generator
-    :return: samples, ``(n_rows, *box.shape)``: uniform in bounded dimensions, standard normal in all others
+    :return: samples, ``(n_rows, *box.shape)``: uniform in bounded dimensions, normal in all others. The standard deviation of
+        a row is one of ``SIZES``.
     """
     low, high = box.low.astype(np.float64), box.high.astype(np.float64)
     is_bounded = (low > -LARGEST_BOUND) & (high < LARGEST_BOUND)
     uniform = rng.uniform(np.where(is_bounded, low, 0.0), np.where(is_bounded, high, 1.0), size=(n_rows, *box.shape))
-    normal = np.clip(rng.standard_normal((n_rows, *box.shape)), low, high)
+    sizes = np.resize(SIZES, n_rows).reshape(n_rows, *[1] * len(box.shape))
+    normal = np.clip(sizes * rng.standard_normal((n_rows, *box.shape)), low, high)
     return np.where(is_bounded, uniform, normal)
 
 

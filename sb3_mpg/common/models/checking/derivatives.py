@@ -54,7 +54,7 @@ def check_gradient_flow(model: PriorModel, call: Call, allow_some_non_finite: bo
                     "them but carries no gradient; remove `.detach()`, `th.no_grad`, `.item()` and NumPy from it."
                 )
             continue
-        is_finite = th.isfinite(gradient.flatten(1)).all(dim=1)
+        is_finite = th.isfinite(gradient).all(dim=1)
         if not (is_finite.any() if allow_some_non_finite else is_finite.all()):
             raise ValueError(
                 f"{where_of(model, call.method)} has gradients with respect to {name}s that are not finite, expected finite "
@@ -73,10 +73,10 @@ def check_finite_differences(model: PriorModel, call: Call) -> None:
     jacobians = _jacobians(model, call)
     for name, inputs, jacobian in zip(call.method.inputs, call.inputs, jacobians, strict=True):
         position = call.method.inputs.index(name)
-        for dim in range(inputs[0].numel()):
-            directions = th.zeros_like(inputs).flatten(1)
+        for dim in range(inputs.shape[1]):
+            directions = th.zeros_like(inputs)
             directions[:, dim] = 1.0
-            expected, is_smooth, noise = _finite_difference(model, call, position, directions.reshape(inputs.shape))
+            expected, is_smooth, noise = _finite_difference(model, call, position, directions)
             got = jacobian[:, :, dim]
             is_wrong = is_smooth & ((got - expected).abs() > 1e-3 * th.maximum(got.abs(), expected.abs()) + noise)
             if is_wrong.any():
@@ -95,14 +95,13 @@ def _jacobians(model: PriorModel, call: Call) -> list[th.Tensor]:
     :param call: the call
     :return: for each input, the derivatives of each output row with respect to the same input row, ``(B, n_out, n_in)``
     """
-    n_rows = len(call.inputs[0])
-    n_outputs = call_unmodified(model, call.method, call.inputs)[0].numel()
+    n_outputs = call_unmodified(model, call.method, call.inputs).shape[1]
     columns: list[list[th.Tensor]] = [[] for _ in call.inputs]
     for dim in range(n_outputs):
-        _, gradients = _gradients(model, call, lambda output, dim=dim: output.flatten(1)[:, dim].sum())  # type: ignore[misc]
+        _, gradients = _gradients(model, call, lambda output, dim=dim: output[:, dim].sum())  # type: ignore[misc]
         for column, gradient, inputs in zip(columns, gradients, call.inputs, strict=True):
             column.append(th.zeros_like(inputs) if gradient is None else gradient)
-    return [th.stack([gradient.reshape(n_rows, -1) for gradient in column], dim=1) for column in columns]
+    return [th.stack(column, dim=1) for column in columns]
 
 
 def _has_slope(model: PriorModel, call: Call, position: int) -> bool:
@@ -131,16 +130,15 @@ def _finite_difference(
     """
     inputs = call.inputs[position]
     # As large a step for all elements of a row that are varied
-    sizes = (inputs * directions).abs().flatten(1).amax(dim=1).clamp(min=1.0)
-    step = (STEPS[inputs.dtype] * sizes).reshape(-1, *[1] * (inputs.ndim - 1))
+    sizes = (inputs * directions).abs().amax(dim=1, keepdim=True).clamp(min=1.0)
+    step = STEPS[inputs.dtype] * sizes
 
     def run(sign: float) -> th.Tensor:
         arguments = list(call.inputs)
         arguments[position] = inputs + sign * step * directions
-        return call_unmodified(model, call.method, tuple(arguments)).flatten(1)
+        return call_unmodified(model, call.method, tuple(arguments))
 
     here, ahead, behind = run(0.0), run(1.0), run(-1.0)
-    step = step.reshape(-1, 1)
     forward, backward = (ahead - here) / step, (here - behind) / step
     noise = 1e-6 + 50 * th.finfo(inputs.dtype).eps * here.abs() / step
     is_smooth = (forward - backward).abs() <= 1e-2 * (forward.abs() + backward.abs()) + 10 * noise

@@ -15,6 +15,8 @@ ROUNDING = 1e-4
 SMALL_GAP = 0.1
 # A gap is a function of something that explains more than this share of it
 EXPLAINED_SHARE = 0.5
+# The other elements determine an element if they explain this share of its gap
+DETERMINED_SHARE = 0.8
 # An element is ignored if its restored value follows it by less than this share
 IGNORED_SHARE = 1e-3
 
@@ -34,13 +36,13 @@ def find_encoding_gaps(
     """
     before, after = windows.observations, windows.next_observations[0]
     every = th.cat([before, after])
-    sizes = np.abs(to_numpy(every.flatten(1))).max(axis=0)
+    sizes = np.abs(to_numpy(every)).max(axis=0)
     has_gap = np.abs(_gaps(model, every)) > ROUNDING * (sizes + 1e-2)
     gaps = _gaps(model, after)
-    by_past = explained_shares(gaps, to_numpy(th.cat([before.flatten(1), windows.actions[0]], dim=1)))
+    by_past = explained_shares(gaps, to_numpy(th.cat([before, windows.actions[0]], dim=1)))
     findings = {}
     for dim in np.flatnonzero(has_gap.any(axis=0)).tolist():
-        others = np.delete(to_numpy(after.flatten(1)), dim, axis=1)
+        others = np.delete(to_numpy(after), dim, axis=1)
         by_others = explained_shares(gaps[:, [dim]], others)[0] if others.size else 0.0
         share, is_ignored = has_gap[:, dim].mean(), _is_ignored(model, after, dim)
         findings[dim] = _finding(gaps[:, dim], changes[dim], by_others, by_past[dim], share, is_ignored)._replace(
@@ -53,7 +55,7 @@ def find_encoding_gaps(
 def _gaps(model: PriorModel, observations: th.Tensor) -> np.ndarray:
     """
     :param model: the model, in evaluation mode
-    :param observations: ``(B, *obs_shape)``
+    :param observations: ``(B, O)``
     :return: what ``observation`` makes of the states that the observations describe, minus the observations; zero where a row
         is not finite, ``(B, O)``
     """
@@ -65,18 +67,15 @@ def _gaps(model: PriorModel, observations: th.Tensor) -> np.ndarray:
 def _is_ignored(model: PriorModel, observations: th.Tensor, dim: int) -> bool:
     """
     :param model: the model, in evaluation mode
-    :param observations: ``(B, *obs_shape)``
+    :param observations: ``(B, O)``
     :param dim: a dimension of the flat observations
     :return: whether the restored value of the dimension does not depend on its own value
     """
-    moved = observations.flatten(1).clone()
+    moved = observations.clone()
     moved[:, dim] = moved[:, dim].roll(1)
-    moved = moved.reshape(observations.shape)
     with th.no_grad():
-        restored = [model.observation(model.state_from_observation(part)).flatten(1) for part in (observations, moved)]
-    follows, differences = (
-        to_numpy(pair[1].flatten(1) - pair[0].flatten(1))[:, dim] for pair in (restored, (observations, moved))
-    )
+        restored = [model.observation(model.state_from_observation(part)) for part in (observations, moved)]
+    follows, differences = (to_numpy(pair[1] - pair[0])[:, dim] for pair in (restored, (observations, moved)))
     return bool(rms(follows) <= IGNORED_SHARE * rms(differences))
 
 
@@ -109,10 +108,11 @@ def _finding(gaps: np.ndarray, change: float, by_others: float, by_past: float, 
     if by_others < EXPLAINED_SHARE and by_past < EXPLAINED_SHARE and share > 0.5:
         return finding(
             "noisy",
-            f"there seems to be noise in {{names}}: {differs}, and neither the other elements nor the step before tell how",
+            f"there seems to be noise or rounding in {{names}}: {differs}, and neither the other elements nor the step before "
+            "tell how",
             "If it matters, filter it in the environment, or make it a dimension of the state.",
         )
-    if is_ignored and by_others >= EXPLAINED_SHARE and by_others > by_past - 0.1:
+    if is_ignored and by_others >= DETERMINED_SHARE:
         return finding(
             "redundant",
             f"the other elements determine {{names}}, but `observation` computes it differently: {differs}",
@@ -121,7 +121,7 @@ def _finding(gaps: np.ndarray, change: float, by_others: float, by_past: float, 
     if is_ignored and by_past >= EXPLAINED_SHARE:
         return finding(
             "not in the state",
-            f"the state of the model lacks {{names}}, and the other elements do not determine it: {differs}",
+            f"the state of the model lacks {{names}}, which the other elements do not seem to determine: {differs}",
             "Make it a dimension of the state.",
         )
     return finding(

@@ -192,12 +192,12 @@ def _judge_flat_reward(model: PriorModel, points: _Points, gradients: _Gradients
     if not is_flat.all():
         if is_flat.mean() < FLAT_SHARE:
             return None
-        percent = f"{100 * is_flat.mean():.0f}%"
+        percent = 100 * is_flat.mean()
         hint = (
-            f"the gradient of the reward with respect to states vanishes at {percent} of the checked steps, as if it were "
+            f"the gradient of the reward with respect to states vanishes at {percent:.0f}% of the checked steps, as if it were "
             f"clipped or had a dead zone: the rewards of the model teach the policy nothing there. {SMOOTH_REWARD}"
         )
-        return Finding(Cost.FLAT, f"flat at {percent}", hint)
+        return Finding(Cost.FLAT, f"flat at {percent:.0f}%", hint)
     with th.no_grad():
         ends = model.may_terminate and bool(model.terminal(points.next_states).any())
         moved = model.reward(points.states.roll(1, dims=0), points.actions, points.next_states.roll(1, dims=0))

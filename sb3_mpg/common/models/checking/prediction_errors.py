@@ -84,11 +84,11 @@ def n_better_than_no_change(relative_errors: np.ndarray) -> int:
 def observation_differences(model: PriorModel, observations: th.Tensor, others: th.Tensor) -> np.ndarray:
     """
     :param model: the model; where its states are the observations, it defines what their difference is
-    :param observations: ``(B, *obs_shape)``
-    :param others: ``(B, *obs_shape)``
+    :param observations: ``(B, O)``
+    :param others: ``(B, O)``
     :return: differences, ``(B, O)``
     """
-    observations, others = observations.double().flatten(1), others.double().flatten(1)
+    observations, others = observations.double(), others.double()
     if type(model).observation is PriorModel.observation:
         return to_numpy(model.state_difference(observations, others))
     return to_numpy(observations - others)
@@ -98,14 +98,14 @@ def observation_differences(model: PriorModel, observations: th.Tensor, others: 
 def _one_step(model: PriorModel, observations: th.Tensor, actions: th.Tensor, next_observations: th.Tensor) -> Steps:
     """
     :param model: the model, in evaluation mode
-    :param observations: ``(B, *obs_shape)``
+    :param observations: ``(B, O)``
     :param actions: ``(B, A)``
-    :param next_observations: ``(B, *obs_shape)``
+    :param next_observations: ``(B, O)``
     :return: the steps, predicted from these observations
     """
     predicted = model.observation(model.transition(model.state_from_observation(observations), actions))
     return Steps(
-        inputs=to_numpy(th.cat([observations.flatten(1), actions], dim=1)),
+        inputs=to_numpy(th.cat([observations, actions], dim=1)),
         changes=observation_differences(model, next_observations, observations),
         predicted_changes=observation_differences(model, predicted, observations),
     )
@@ -143,7 +143,7 @@ def compare_predictions(model: PriorModel, windows: Windows, horizon: int) -> Re
         rms_errors=np.stack(rms_errors),
         biases=np.stack(biases),
         rms_changes=np.stack(rms_changes),
-        rounding=rounding_errors(to_numpy(windows.observations.flatten(1))),
+        rounding=rounding_errors(to_numpy(windows.observations)),
         steps=steps,
         pairs=(first, second),
     )

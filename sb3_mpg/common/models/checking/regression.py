@@ -4,6 +4,7 @@ import numpy as np
 
 # Cosines of each input in the regression of errors
 N_COSINES = 4
+N_NEIGHBOURS = 4
 # Rows of consecutive steps resemble each other: whole blocks of them are held out
 BLOCK_LENGTH = 16
 # A regression needs this many rows for each factor
@@ -36,23 +37,41 @@ def correlation(first: np.ndarray, second: np.ndarray) -> float:
 
 def explained_shares(targets: np.ndarray, inputs: np.ndarray) -> np.ndarray:
     """
-    How far targets are a function of some inputs: quadratic, with cosines of each input if there are enough rows. It is
-    fitted to one half of the rows and evaluated on the other half.
+    How far targets are a function of some inputs. Least squares (quadratic, with cosines of each input if there are enough
+    rows) and nearest neighbours predict one half of the rows from the other half, and the better one counts.
 
     :param targets: ``(B, n)``
     :param inputs: ``(B, m)``
-    :return: share of the mean square of each target that the function explains, from 0 to 1, ``(n,)``; NaN if there are too
-        few rows to tell
+    :return: share of the variance of each target that the function explains, from 0 to 1, ``(n,)``: all of it if the target
+        is constant; NaN if there are too few rows to tell
     """
     n_rows = len(inputs)
     features = next((f for f in _feature_sets(inputs) if ROWS_FOR_EACH_FACTOR * f.shape[1] <= n_rows), None)
     if features is None:
         return np.full(targets.shape[1], np.nan)
     is_fitted = np.arange(n_rows) // min(BLOCK_LENGTH, max(n_rows // 4, 1)) % 2 == 0
-    factors = np.linalg.lstsq(features[is_fitted], targets[is_fitted], rcond=1e-6)[0]
-    rest = targets[~is_fitted] - features[~is_fitted] @ factors
-    power = np.maximum((targets[~is_fitted] ** 2).mean(axis=0), 1e-300)
-    return np.clip(1 - (rest**2).mean(axis=0) / power, 0.0, 1.0)
+    fitted, held_out = targets[is_fitted], targets[~is_fitted]
+    factors = np.linalg.lstsq(features[is_fitted], fitted, rcond=1e-6)[0]
+    varies = np.ptp(inputs, axis=0) > 0
+    scaled = inputs[:, varies] / inputs[:, varies].std(axis=0)
+    predictions = (features[~is_fitted] @ factors, _of_neighbours(scaled[is_fitted], fitted, scaled[~is_fitted]))
+    # Rounding errors of a constant are no variance
+    variances = np.maximum(held_out.var(axis=0), 1e-6 * (held_out**2).mean(axis=0) + 1e-300)
+    shares = [1 - ((held_out - predicted) ** 2).mean(axis=0) / variances for predicted in predictions]
+    return np.clip(np.maximum(*shares), 0.0, 1.0)
+
+
+def _of_neighbours(inputs: np.ndarray, targets: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """
+    :param inputs: ``(B, m)``
+    :param targets: ``(B, n)``
+    :param at: other inputs, ``(C, m)``
+    :return: mean targets of the nearest neighbours of the other inputs, the nearer ones counting more, ``(C, n)``
+    """
+    squares = (at**2).sum(axis=1)[:, None] + (inputs**2).sum(axis=1) - 2 * at @ inputs.T
+    nearest = np.argpartition(squares, N_NEIGHBOURS, axis=1)[:, :N_NEIGHBOURS]
+    weights = 1 / (np.take_along_axis(squares, nearest, axis=1).clip(min=0.0) + 1e-12)
+    return (targets[nearest] * weights[..., None]).sum(axis=1) / weights.sum(axis=1, keepdims=True)
 
 
 def _feature_sets(inputs: np.ndarray) -> list[np.ndarray]:

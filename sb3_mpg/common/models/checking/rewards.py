@@ -77,8 +77,10 @@ def _judge_wrong_reward(predicted: np.ndarray, actual: np.ndarray) -> Finding:
     if bias**2 > 0.5 * error**2:
         hint = f"the reward is predicted {bias:+.3g} off on average: a constant term is missing or too much."
         return Finding(Cost.REWARD, "biased", hint)
-    hint = "check the terms of the reward, and whether it is of the state before or after the step."
-    return Finding(Cost.REWARD, "worse than a constant" if error >= actual.std() else "rough", hint)
+    std = float(actual.std())
+    size = f"{error:.3g} off ({error / std:.0%} of its standard deviation)" if std > 0 else f"{error:.3g} off"
+    hint = f"the reward is {size}: check its terms, and whether it is of the state before or after the step."
+    return Finding(Cost.REWARD, "worse than a constant" if error >= std else "rough", hint)
 
 
 @th.no_grad()

@@ -125,9 +125,9 @@ def _judge_errors(
             or _judge_size(residuals, dim, relative_errors[0], inputs)
         )
     if drifts:
-        return finding._replace(verdict=f"{finding.verdict}, {WORSE} after step {n_good_steps}")
+        return finding._replace(verdict=f"{finding.verdict}, worse than no change after step {n_good_steps}")
     is_said = relative_errors[0] < 1 or finding.verdict == WORSE
-    return finding if is_said else finding._replace(verdict=f"{finding.verdict}, {WORSE}")
+    return finding if is_said else finding._replace(verdict=f"{finding.verdict}, worse than no change")
 
 
 def _judge_drift(residuals: Residuals, dim: int, n_good_steps: int) -> Finding:
@@ -311,7 +311,7 @@ def _judge_cause(cause: str | None, relative_error: float) -> Finding | None:
         return Finding(Cost.HIDDEN, cause, hint, values=(100 * relative_error,))
     if cause == "noisy":
         hint = (
-            f"observation and action explain hardly any of {size}. It may be noise, or the effect of something that "
+            f"observation and action explain hardly any of {size}. It may be noise, rounding, or the effect of something that "
             "observations do not show, and not a mistake of the model."
         )
         return Finding(Cost.ROUGH, cause, hint, values=(100 * relative_error,))

@@ -43,7 +43,7 @@ N_UNITS = 8
 MAX_README_LINES = 150
 BASELINES = ("td3", "sac", "tqc", "crossq")
 # Tables whose first column quotes the library, by its heading
-QUOTING = ("message", "in the report", "verdict of a dimension")
+QUOTING = ("message", "in the report", "verdict of a dimension", "verdict of the reward", "verdict")
 
 
 class Block(NamedTuple):
@@ -317,7 +317,7 @@ def quotations_of(page):
         if first in QUOTING:
             is_quoting = True
         elif is_quoting and first.startswith("`"):
-            yield first.strip("`")
+            yield from re.findall(r"`([^`]+)`", first)
 
 
 @pytest.mark.parametrize("name", ["faults", "trust", "checking_models"])

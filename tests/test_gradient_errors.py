@@ -11,8 +11,8 @@ from models import Known, batch_of, truth
 from recorded import filled_buffer
 
 from sb3_mpg.common.models.residual import ResidualModel
+from sb3_mpg.common.models.terminations import ends_matter
 from sb3_mpg.common.trust.gradient_errors import (
-    MATTERING_ENDS,
     GradientErrors,
     action_gradients,
     gradient_errors,
@@ -110,8 +110,8 @@ def test_terminations_that_few_rollouts_reach_do_not_matter():
     recorded = filled_buffer(n_steps=200)
     blind, horizon = LinearEnv().prior_model(), 10
     rate = recorded.termination_rate()
-    assert rate * horizon > MATTERING_ENDS and misjudges_ends(blind, recorded, horizon)
-    assert rate * 1 < MATTERING_ENDS and not misjudges_ends(blind, recorded, 1)
+    assert ends_matter(rate, horizon) and misjudges_ends(blind, recorded, horizon)
+    assert not ends_matter(rate, 1) and not misjudges_ends(blind, recorded, 1)
 
 
 def errors_of(errors=(1.0, 1.0), is_useless=(False, False), misjudges_ends=False):

@@ -46,7 +46,7 @@ def test_biased_dimension_is_named():
     np.testing.assert_allclose(report.biases[0], [0.0, 0.2], atol=1e-5)
     np.testing.assert_allclose(report.biases[4], [0.2 * TIME_STEP * 10, 1.0], atol=1e-4)
     np.testing.assert_allclose(report.rms_errors[0], [0.0, 0.2], atol=1e-5)
-    assert any("observation[1] is predicted too high by 0.2" in hint for hint in report.hints)
+    assert any("the model predicts observation[1] too high by 0.2 in each step" in hint for hint in report.hints)
     assert "biased" in str(report)
 
 
@@ -64,7 +64,7 @@ def test_flipped_action_is_recognised_beside_a_bias():
 def test_flipped_change_is_recognised():
     report = measure(velocity_sign=-1.0)
     assert report.verdicts[0] == "wrong sign"
-    assert any("observation[0] seems to change in the opposite direction" in hint for hint in report.hints)
+    assert any("the model seems to change observation[0] in the opposite direction" in hint for hint in report.hints)
 
 
 def test_wrong_scales_are_recognised():
@@ -101,10 +101,9 @@ class Falls(Cart):
     ("function", "verdict", "hint"),
     [
         (lambda a: a, "good", None),
-        (lambda a: 3 * a, "wrong gain of action 0", "acts 0.33 times as strongly on observation[1]"),
+        (lambda a: 3 * a, "wrong gain of action 0", "acts only 0.33 times as strongly on observation[1]"),
         (lambda a: a / 2, "wrong gain of action 0", "acts 2 times as strongly on observation[1]"),
-        (lambda a: 0 * a, "misses action 0", "action 0 moves observation[1], but not in the model"),
-        (lambda a: a.sign(), "rough", "action 0 moves states in the model, but the gradient"),
+        (lambda a: 0 * a, "misses action 0", "the effect of action 0 on observation[1] is missing in the model"),
     ],
 )
 def test_actions_of_the_wrong_strength_are_recognised(function, verdict, hint):
@@ -117,16 +116,10 @@ def test_noise_is_no_mistake_of_the_model():
     env = Falls()
     env.noise = 0.05
     (hint,) = check_prior_model(Scaled(lambda a: a), env, n_samples=400, verbose=False).hints
-    assert "rough" in hint and "It may be noise" in hint
+    assert "It may be noise" in hint
     # As before: nothing that the model could know is missing above, and is here
     report = check_prior_model(Scaled(lambda a: a + 0.5 * a**2), env, n_samples=400, verbose=False)
     assert not any("It may be noise" in hint for hint in report.hints) and len(report.hints) > 0
-
-
-def test_a_reward_that_never_changes():
-    report = check_prior_model(KnowsNothing(), Cart(), n_samples=200, verbose=False)
-    assert report.reward_verdict == "constant"
-    assert "the predicted reward is 0 everywhere, the actual one is not." in report.hints
 
 
 def test_rms_error_of_no_change():

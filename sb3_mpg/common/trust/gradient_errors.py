@@ -14,6 +14,7 @@ import torch as th
 
 from sb3_mpg.common.buffers import RecordedSteps
 from sb3_mpg.common.models.base import PriorModel
+from sb3_mpg.common.models.terminations import MAX_MISJUDGED_ENDS, ends_matter
 from sb3_mpg.common.models.trainable import CorrectedModel, TrainableModel
 from sb3_mpg.common.models.windows import Transitions
 from sb3_mpg.common.rollouts.model_rollout import model_rollout
@@ -25,10 +26,6 @@ USELESS_ERROR = 3.0
 SILENT_GRADIENT = 0.01
 # Number of recorded steps at which the terminations of a model are compared
 N_JUDGED_ENDS = 256
-# Largest share of these steps at which a model may be wrong
-MAX_MISJUDGED_ENDS = 0.5
-# Missed terminations are ignored if they would occur in less than this share of the rollouts
-MATTERING_ENDS = 0.1
 
 
 class GradientErrors(NamedTuple):
@@ -78,7 +75,7 @@ def misjudges_ends(model: PriorModel, recorded: RecordedSteps, horizon: int) -> 
         predicted = model.terminal(model.state_from_observation(observations))
         return (predicted != terminated).float().mean().item()
 
-    if recorded.termination_rate() * horizon > MATTERING_ENDS and share_misjudged(True) > MAX_MISJUDGED_ENDS:
+    if ends_matter(recorded.termination_rate(), horizon) and share_misjudged(True) > MAX_MISJUDGED_ENDS:
         return True
     return model.may_terminate and share_misjudged(False) > MAX_MISJUDGED_ENDS
 

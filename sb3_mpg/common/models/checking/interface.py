@@ -194,8 +194,8 @@ def _check_states(model: PriorModel, observations: th.Tensor, states: th.Tensor)
     if states.ndim != 2 or len(states) != len(observations):
         raise ValueError(
             f"{where_of(model, STATE_FROM_OBSERVATION)} returned shape {tuple(states.shape)} for observations of shape "
-            f"{tuple(observations.shape)}, expected (B, S) with B={len(observations)}: write `state_from_observation` (for "
-            "example `observations.flatten(1)`) and its inverse `observation`."
+            f"{tuple(observations.shape)}, expected (B, S) with B={len(observations)}: return one row of states for each "
+            "observation."
         )
 
 
@@ -240,7 +240,7 @@ def _shape_hint(method: Method, output: th.Tensor, shape: tuple[int, ...]) -> st
 
 
 def _check_finite(where: str, method: Method, values: th.Tensor, allow_some: bool) -> None:
-    is_broken = ~th.isfinite(values.flatten(1))
+    is_broken = ~th.isfinite(values)
     is_broken = is_broken.all(dim=0) if allow_some else is_broken.any(dim=0)
     if is_broken.any():
         dim = int(is_broken.nonzero()[0])

@@ -26,15 +26,16 @@ class PriorModelReport:
     :param action_gains: effect of each action in the environment, divided by its effect in the model, on each
         observation dimension after one step, ``(A, O)``: 1 is right, a negative gain is the wrong sign, an infinite one an
         effect that the model does not have; NaN is unknown
-    :param verdicts: one for each dimension
+    :param verdicts: one for each dimension: what costs most of what was found
     :param reward_rms_error: RMS error of the reward of recorded transitions
     :param reward_bias: mean of predicted minus actual reward
     :param reward_std: standard deviation of the actual reward
-    :param reward_verdict: verdict on the reward
+    :param reward_verdict: verdict on the reward, and on its gradient if that vanishes
     :param terminal_errors: number of terminations that the model misses, and number of steps that it terminates wrongly
     :param requested_horizon: number of steps that should have been checked; ``H`` is smaller when episodes are short
     :param supported_horizon: the largest horizon up to which the model beats predicting no change, all dimensions together
-    :param hints: how to fix what is wrong
+    :param hints: how to fix what is wrong, the most costly first, in the order of ``Cost``. Dimensions with the same cause
+        share a hint.
     """
 
     dimensions: tuple[str, ...]

@@ -111,19 +111,9 @@ CHANGES = {
 #: Arguments of the constructor that need not reach learners: what is fixed when networks, model, rule, buffer or processes are
 #: made, and what only the main process uses
 NOT_FOR_LEARNERS = {
-    *["policy", "env", "buffer_size", "replay_buffer_class", "replay_buffer_kwargs", "optimize_memory_usage"],
+    *["policy", "env", "buffer_size", "replay_buffer_class", "replay_buffer_kwargs", "optimize_memory_usage", "n_steps"],
     *["prior_model", "prior_model_kwargs", "residual_kwargs", "horizons", "weighting", "weighting_kwargs"],
-    *[
-        "value_target_kwargs",
-        "n_steps",
-        "n_learners",
-        "max_staleness",
-        "learner_kwargs",
-        "compile",
-        "policy_kwargs",
-        "seed",
-        "device",
-    ],
+    *["value_target_kwargs", "n_learners", "max_staleness", "learner_kwargs", "compile", "policy_kwargs", "seed", "device"],
     *["learning_rate", "critic_learning_rate", "learning_starts", "train_freq", "gradient_steps", "action_noise"],
     *["exploration_noise", "max_skipped_updates", "stats_window_size", "tensorboard_log", "verbose", "_init_setup_model"],
 }

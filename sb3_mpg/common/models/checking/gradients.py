@@ -194,8 +194,8 @@ def _judge_flat_reward(model: PriorModel, points: _Points, gradients: _Gradients
             return None
         percent = 100 * is_flat.mean()
         hint = (
-            f"the gradient of the reward with respect to states vanishes at {percent:.0f}% of the checked steps, as if it were "
-            f"clipped or had a dead zone: the rewards of the model teach the policy nothing there. {SMOOTH_REWARD}"
+            f"the gradient of the reward with respect to states vanishes at {percent:.0f}% of the checked steps, as if it "
+            f"were clipped or had a dead zone: the rewards of the model teach the policy nothing there. {SMOOTH_REWARD}"
         )
         return Finding(Cost.FLAT, f"flat at {percent:.0f}%", hint)
     with th.no_grad():

@@ -169,8 +169,9 @@ def _with_drift(finding: Finding, residuals: Residuals, dim: int) -> Finding:
     n_good_steps = n_better_than_no_change(relative_errors)
     if n_good_steps == len(relative_errors) or finding.verdict == WORSE:
         return finding
-    after = f" after step {n_good_steps}" if n_good_steps > 0 else ""
-    return finding._replace(verdict=f"{finding.verdict}, worse than no change{after}")
+    if n_good_steps == 0:
+        return finding._replace(verdict=f"{finding.verdict}, worse than no change")
+    return finding._replace(verdict=f"{finding.verdict}, worse than no change after step {n_good_steps}")
 
 
 def _judge_drift(residuals: Residuals, dim: int) -> Finding | None:

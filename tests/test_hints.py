@@ -24,8 +24,8 @@ def costs_of(hints):
         "the predicted reward": Cost.REWARD,
         "the model does not move": Cost.WORSE_THAN_NO_CHANGE,
         "in each step": Cost.BIASED,
-        "worse than no change after step": Cost.DRIFT,
         "is rough": Cost.ROUGH,
+        "worse than no change after step": Cost.DRIFT,
     }
     return [next(cost for word, cost in words.items() if word in hint) for hint in hints]
 
@@ -144,7 +144,7 @@ class TestSharedCauses:
 
         report = check_prior_model(KnowsNothing(), Pushed(), n_samples=400, verbose=False)
         assert sum("the effect of action" in hint for hint in report.hints) == 1
-        assert any("the effect of action 0 to 1 on observation[0] and observation[1]" in hint for hint in report.hints)
+        assert any("the effect of actions 0 to 1 on observation[0] and observation[1]" in hint for hint in report.hints)
 
 
 class TestCauses:

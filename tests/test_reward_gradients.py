@@ -7,6 +7,7 @@ import pytest
 import torch as th
 from cart import ACTION_SPACE, OBSERVATION_SPACE, Cart, CartModel
 from goals import GoalEnv, GoalModel
+from gymnasium import spaces
 from settings import SMALL
 
 from sb3_mpg import MPG, check_prior_model
@@ -171,6 +172,15 @@ class TestNotDecidedByChance:
 
         validate_prior_model(Boiler(), OBSERVATION_SPACE, ACTION_SPACE, "cpu")
 
+    def test_narrow_domains_are_found(self):
+        """A tenth of the space."""
+
+        class Corner(CartModel):
+            def transition(self, states, actions):
+                return super().transition(states, actions) + 0 * (states[:, :1] - 0.8).sqrt()
+
+        validate_prior_model(Corner(), spaces.Box(-1, 1, (2,)), ACTION_SPACE, "cpu")
+
 
 class Acts(CartModel):
     def __init__(self, function):
@@ -256,6 +266,28 @@ class TestNotFinite:
         (hint,) = report.hints
         assert re.match(rf"the gradient of `{method}` is not finite at [2-5]\S*% of the checked steps", hint)
         assert report.reward_verdict == ("good, gradient not finite" if method == "reward" else "good")
+
+    @pytest.mark.parametrize(("every", "is_too_often"), [(50, False), (2, True)])
+    def test_the_environment(self, every, is_too_often):
+        """Training records such steps; a check leaves them out."""
+
+        class Fails(Cart):
+            n_total = 0
+
+            def step(self, action):
+                observation, *rest = super().step(action)
+                self.n_total += 1
+                return (observation * np.float32(np.nan) if self.n_total % every == 0 else observation), *rest
+
+        if is_too_often:
+            with pytest.raises(
+                ValueError, match=r"Too few steps were recorded.*400 of 400 recorded windows are left out.*check_env"
+            ):
+                check_prior_model(CartModel(), Fails(), n_samples=400)
+        else:
+            report = check_prior_model(CartModel(), Fails(), n_samples=400, horizon=2, verbose=False)
+            assert report.verdicts == ("good", "good")
+            assert re.search(r"2[0-4] of 400 recorded windows are left out", report.hints[0])
 
 
 def test_goals_that_are_reached_or_not():

@@ -15,11 +15,11 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_mpg.common.models.base import PriorModel
 from sb3_mpg.common.models.checking.derivatives import check_finite_differences, check_gradient_flow
 from sb3_mpg.common.models.checking.encoding import find_encoding_gaps
-from sb3_mpg.common.models.checking.findings import hints_of, verdict_of
+from sb3_mpg.common.models.checking.findings import Cost, Finding, hints_of, verdict_of
 from sb3_mpg.common.models.checking.gradients import judge_transition_gradient
-from sb3_mpg.common.models.checking.interface import TERMINAL, Call, call_unmodified, checked_calls, where_of
+from sb3_mpg.common.models.checking.interface import TERMINAL, Call, NotFiniteError, call_unmodified, checked_calls, where_of
 from sb3_mpg.common.models.checking.prediction_errors import action_gains, compare_predictions, n_better_than_no_change
-from sb3_mpg.common.models.checking.recording import as_vec_env, record_windows, sample_box
+from sb3_mpg.common.models.checking.recording import as_vec_env, finite_windows, record_windows, sample_box
 from sb3_mpg.common.models.checking.report import PriorModelReport
 from sb3_mpg.common.models.checking.rewards import judge_reward, judge_terminal
 from sb3_mpg.common.models.checking.verdicts import judge_dimensions
@@ -30,6 +30,8 @@ from sb3_mpg.common.spaces import FlatObservations, flat_box
 N_CHECKED_ROWS = 8
 # Rows of the cheap check: enough for the model to be finite at some of them
 N_INVENTED_ROWS = 64
+# Of its invented observations: nothing tells the unit of unbounded ones
+SIZES = (1.0, 30.0, 1000.0)
 
 
 def check_prior_model(
@@ -79,8 +81,10 @@ def check_prior_model(
         finally:
             if isinstance(env, str):
                 venv.close()
-        _check_thoroughly(model, windows)
-        report = _make_report(_copy_in_eval_mode(model), windows, flat.names, horizon)
+        finite = finite_windows(windows)
+        of_env = _judge_records(len(windows.lengths), len(finite.lengths))
+        _check_thoroughly(model, finite)
+        report = _make_report(_copy_in_eval_mode(model), finite, flat.names, horizon, of_env)
     if verbose:
         print(report)
     return report
@@ -103,12 +107,28 @@ def validate_prior_model(
     """
     _check_is_prior_model(model)
     rng = np.random.default_rng(0)
-    observations = to_tensor(sample_box(observation_box, N_INVENTED_ROWS, rng), device)
-    actions = to_tensor(sample_box(action_box, N_INVENTED_ROWS, rng), device)
     with _preserved_rng(device):
         model = _copy_in_eval_mode(model)
-        for call in checked_calls(model, observations, actions, allow_some_non_finite=True):
-            check_gradient_flow(model, call, allow_some_non_finite=True)
+        actions = to_tensor(sample_box(action_box, N_INVENTED_ROWS, rng), device)
+        errors = []
+        for size in SIZES:
+            observations = to_tensor(sample_box(observation_box, N_INVENTED_ROWS, rng, size), device)
+            try:
+                return _check_calls(model, observations, actions)
+            except NotFiniteError as error:
+                errors.append(error)
+        raise errors[0]
+
+
+def _check_calls(model: PriorModel, observations: th.Tensor, actions: th.Tensor) -> None:
+    """
+    :param model: the model, in evaluation mode
+    :param observations: ``(B, O)``
+    :param actions: ``(B, A)``
+    :raises ValueError: when the model breaks the rules of the interface; a ``NotFiniteError`` if it is finite nowhere
+    """
+    for call in checked_calls(model, observations, actions, allow_some_non_finite=True):
+        check_gradient_flow(model, call, allow_some_non_finite=True)
 
 
 def _check_is_prior_model(model: PriorModel) -> None:
@@ -158,8 +178,7 @@ def _check_thoroughly(model: PriorModel, windows: Windows) -> None:
     :raises ValueError: when the model breaks the rules of the interface
     """
     model = _copy_in_eval_mode(model)
-    for call in checked_calls(model, windows.observations, windows.actions[0], allow_some_non_finite=True):
-        check_gradient_flow(model, call, allow_some_non_finite=True)
+    _check_calls(model, windows.observations, windows.actions[0])
     observations, actions = _rows_to_check(model, windows)
     double_model = _copy_in_eval_mode(model).double()
     calls = list(checked_calls(double_model, observations.double(), actions.double()))
@@ -220,12 +239,33 @@ def _check_batch_equals_loop(model: PriorModel, call: Call) -> None:
             )
 
 
-def _make_report(model: PriorModel, windows: Windows, names: tuple[str, ...], horizon: int) -> PriorModelReport:
+def _judge_records(n_windows: int, n_finite: int) -> list[Finding]:
+    """
+    :param n_windows: number of recorded windows
+    :param n_finite: number of those that are finite
+    :return: that the environment gave values that are not finite, if it did
+    :raises ValueError: when too few are finite
+    """
+    if n_finite == n_windows:
+        return []
+    text = (
+        f"the environment gave observations or rewards that are not finite: {n_windows - n_finite} of {n_windows} recorded "
+        "windows are left out. gymnasium.utils.env_checker.check_env helps to find out why."
+    )
+    if n_finite < MIN_WINDOWS:
+        raise ValueError(f"Too few steps were recorded to check a model: {text}")
+    return [Finding(Cost.NOT_FINITE, "", text)]
+
+
+def _make_report(
+    model: PriorModel, windows: Windows, names: tuple[str, ...], horizon: int, of_env: list[Finding]
+) -> PriorModelReport:
     """
     :param model: the model, in evaluation mode
     :param windows: recorded windows
     :param names: names of the observation dimensions
     :param horizon: number of steps that should be checked
+    :param of_env: what was found about the environment
     :return: the report
     """
     residuals = compare_predictions(model, windows, horizon)
@@ -236,7 +276,7 @@ def _make_report(model: PriorModel, windows: Windows, names: tuple[str, ...], ho
     of_dimensions = judge_dimensions(residuals, gains, names, gaps, encoding)
     reward = judge_reward(model, windows)
     terminal_errors, of_terminal = judge_terminal(model, windows, horizon)
-    findings = [*of_terminal, *reward.findings, *judge_transition_gradient(model, windows), *chain(*of_dimensions)]
+    of_model = [*of_terminal, *reward.findings, *judge_transition_gradient(model, windows)]
     return PriorModelReport(
         dimensions=names,
         n_windows=residuals.n_windows,
@@ -252,5 +292,5 @@ def _make_report(model: PriorModel, windows: Windows, names: tuple[str, ...], ho
         terminal_errors=terminal_errors,
         requested_horizon=horizon,
         supported_horizon=n_better_than_no_change(together),
-        hints=hints_of(findings),
+        hints=hints_of([*of_env, *of_model, *chain(*of_dimensions)]),
     )

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch as th
 
 from sb3_mpg.common.models.base import PriorModel
-from sb3_mpg.common.models.checking.interface import Call, call_method, call_unmodified, where_of
+from sb3_mpg.common.models.checking.interface import Call, NotFiniteError, call_method, call_unmodified, where_of
 
 # Steps of finite differences, relative to inputs of one or more: rounding and curvature cost about the same
 STEPS = {th.float32: 1e-3, th.float64: 1e-5}
@@ -56,7 +56,7 @@ def check_gradient_flow(model: PriorModel, call: Call, allow_some_non_finite: bo
             continue
         is_finite = th.isfinite(gradient).all(dim=1)
         if not (is_finite.any() if allow_some_non_finite else is_finite.all()):
-            raise ValueError(
+            raise NotFiniteError(
                 f"{where_of(model, call.method)} has gradients with respect to {name}s that are not finite, expected finite "
                 "numbers: look for roots, norms and divisions at zero, and add a small constant inside."
             )

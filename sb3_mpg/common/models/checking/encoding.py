@@ -102,7 +102,7 @@ def _finding(gaps: np.ndarray, change: float, by_others: float, by_past: float, 
         else:
             hint = f"{cause}. {DIFFERENT_INPUTS} {remedy}"
         return Finding(
-            Cost.ROUGH if is_small else Cost.ENCODING, verdict, hint, values=(gap, gap / max(change, 1e-300), 100 * share)
+            Cost.NOISE if is_small else Cost.ENCODING, verdict, hint, values=(gap, gap / max(change, 1e-300), 100 * share)
         )
 
     if by_others < EXPLAINED_SHARE and by_past < EXPLAINED_SHARE and share > 0.5:

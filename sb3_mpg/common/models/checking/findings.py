@@ -39,10 +39,12 @@ class Cost(IntEnum):
     BIASED = 12
     #: A dimension is right in nearly all steps and far off in others
     RARE_JUMPS = 13
-    #: A dimension is good in one step, but errors add up
-    DRIFT = 14
-    #: Noise, and errors that can be good enough to train with
-    ROUGH = 15
+    #: A term or a parameter is off; this can be good enough to train with
+    ROUGH = 14
+    #: A dimension is good in one step, but errors add up, often those of other dimensions
+    DRIFT = 15
+    #: Noise, and differences that can stay
+    NOISE = 16
 
 
 class Finding(NamedTuple):
@@ -52,7 +54,7 @@ class Finding(NamedTuple):
     :param cost: what it costs the user
     :param verdict: what it is called in the table
     :param hint: what is wrong, what follows, and what to do. Dimensions with the same hint share one: ``{names}`` stands for
-        their names, ``{values[0]}`` for the range of their first value.
+        their names, ``{values[0]}`` for the range of their first value, ``{values[0].plural}`` for an "s" if it is one.
     :param name: name of the dimension
     :param values: measured numbers
     """
@@ -69,6 +71,11 @@ class _Range(NamedTuple):
 
     low: float
     high: float
+
+    @property
+    def plural(self) -> str:
+        """What is appended to the noun of the numbers."""
+        return "" if self.low == self.high else "s"
 
     def __format__(self, spec: str) -> str:
         low, high = format(self.low, spec), format(self.high, spec)

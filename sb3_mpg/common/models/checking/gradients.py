@@ -256,9 +256,9 @@ def judge_transition_gradient(model: PriorModel, windows: Windows) -> list[Findi
         others = windows.actions[0].clone()
         others[:, action_dim] = others[:, action_dim].roll(1)
         with th.no_grad():
-            is_moved = (model.transition(states, others) != next_states).any(dim=1)
+            is_moved = (model.transition(states, others) != next_states).any(dim=1).cpu().numpy()[is_finite]
         is_flat = _vanishing(gradients.inputs[1][is_finite, action_dim : action_dim + 1])
-        if not is_finite.any() or not is_moved.any() or is_flat.mean() < FLAT_SHARE:
+        if not is_finite.any() or (is_flat & is_moved).mean() < FLAT_SHARE:
             continue
         where = "everywhere" if is_flat.all() else f"at {100 * is_flat.mean():.0f}% of the recorded steps"
         hint = (

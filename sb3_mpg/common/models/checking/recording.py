@@ -14,23 +14,20 @@ from sb3_mpg.common.spaces import FlatObservations, TupleAsDict, check_spaces
 
 # Larger bounds are taken for none: many environments write a large number for "unbounded"
 LARGEST_BOUND = 1e6
-# Of samples of unbounded dimensions, which may have any unit
-SIZES = (1.0, 10.0, 1.0, 1000.0)
 
 
-def sample_box(box: spaces.Box, n_rows: int, rng: np.random.Generator) -> np.ndarray:
+def sample_box(box: spaces.Box, n_rows: int, rng: np.random.Generator, size: float = 1.0) -> np.ndarray:
     """
     :param box: a box; its dimensions may be unbounded
     :param n_rows: number of samples
     :param rng: random number generator
-    :return: samples, ``(n_rows, *box.shape)``: uniform in bounded dimensions, normal in all others. The standard deviation of
-        a row is one of ``SIZES``.
+    :param size: standard deviation in unbounded dimensions
+    :return: samples, ``(n_rows, *box.shape)``: uniform in bounded dimensions, normal in all others
     """
     low, high = box.low.astype(np.float64), box.high.astype(np.float64)
     is_bounded = (low > -LARGEST_BOUND) & (high < LARGEST_BOUND)
     uniform = rng.uniform(np.where(is_bounded, low, 0.0), np.where(is_bounded, high, 1.0), size=(n_rows, *box.shape))
-    sizes = np.resize(SIZES, n_rows).reshape(n_rows, *[1] * len(box.shape))
-    normal = np.clip(sizes * rng.standard_normal((n_rows, *box.shape)), low, high)
+    normal = np.clip(size * rng.standard_normal((n_rows, *box.shape)), low, high)
     return np.where(is_bounded, uniform, normal)
 
 
@@ -58,6 +55,16 @@ def as_vec_env(env: gym.Env | VecEnv | str) -> VecEnv:
             break
         inner = getattr(inner, "venv", None)
     return TupleAsDict(venv) if isinstance(venv.observation_space, spaces.Tuple) else venv
+
+
+def finite_windows(windows: Windows) -> Windows:
+    """
+    :param windows: recorded windows
+    :return: those without observations or rewards that are not finite
+    """
+    flat = th.cat([windows.next_observations, windows.rewards], dim=2).transpose(0, 1).flatten(1)
+    is_finite = th.isfinite(th.cat([windows.observations, flat], dim=1)).all(dim=1)
+    return windows.select(is_finite.cpu().numpy())
 
 
 def record_windows(venv: VecEnv, horizon: int, n_samples: int, seed: int, device: th.device) -> Windows:

@@ -23,6 +23,8 @@ CLEAR_FACTOR = 0.95
 RANDOM_SHARE = 0.1
 # Something hidden causes errors if the step before explains this share more of them
 HIDDEN_SHARE = 0.25
+# ... and if consecutive errors are correlated as much as this
+PERSISTENCE = 0.3
 # Errors are proportional to an input that explains this share of them
 SOURCE_SHARE = 0.9
 # Errors are those of a few steps if these are at most this share of all
@@ -56,11 +58,43 @@ def judge_dimensions(
     judged = []
     for dim, name in enumerate(names):
         findings = [encoding_findings[dim]] if dim in encoding_findings else []
-        finding = _judge_sign(residuals, gains[:, dim], dim)
-        if finding is None and encoding_gaps[dim] <= ENCODING_SHARE * residuals.rms_errors[0, dim]:
+        is_explained = encoding_gaps[dim] > ENCODING_SHARE * residuals.rms_errors[0, dim]
+        # Before signs: a few jumps can turn the sign of a regression
+        finding = None if is_explained else _judge_jumps(residuals, dim)
+        finding = finding or _judge_sign(residuals, gains[:, dim], dim)
+        if finding is None and not is_explained:
             finding = _judge_errors(residuals, gains[:, dim], dim, factors.get(dim), causes[dim], inputs)
         judged.append(findings if finding is None else [*findings, finding._replace(name=name)])
     return judged
+
+
+def _judge_jumps(residuals: Residuals, dim: int) -> Finding | None:
+    """
+    :param residuals: predictions compared with records
+    :param dim: the dimension
+    :return: that its errors are those of a few steps, if they are
+    """
+    sizes, width = np.sort(np.abs(residuals.steps.errors[:, dim])), np.ptp(residuals.steps.inputs[:, dim])
+    error, relative_error = residuals.rms_errors[0, dim], residuals.relative_errors()[0, dim]
+    if (
+        relative_error < GOOD_RELATIVE_ERROR
+        or not np.isfinite(error)
+        or rms(sizes[: int((1 - MAX_JUMPS) * len(sizes))]) >= 0.2 * error
+    ):
+        return None
+    jumps = sizes[sizes > 0.5 * error]
+    values = (100 * (1 - len(jumps) / len(sizes)), float(jumps.mean()))
+    if len(jumps) >= MIN_JUMPS and jumps.std() < SAME_JUMP * values[1] and values[1] > (1 - SAME_JUMP) * width:
+        hint = (
+            "predictions of {names} are right in {values[0]:.0f}% of the steps and {values[1]:.3g} off in others. It is "
+            "probably an angle that wraps: write `state_difference`, and wrap it in `transition` as the environment does."
+        )
+    else:
+        hint = (
+            "predictions of {names} are right in most steps ({values[0]:.0f}%) and far off in others: look for a contact, or "
+            "for an angle that wraps."
+        )
+    return _with_drift(Finding(Cost.RARE_JUMPS, "rare jumps", hint, values=values), residuals, dim)
 
 
 def _judge_sign(residuals: Residuals, gains: np.ndarray, dim: int) -> Finding | None:
@@ -109,88 +143,84 @@ def _judge_errors(
     :param inputs: names of the observation dimensions and actions
     :return: what is wrong, if anything is
     """
+    relative_error = float(residuals.relative_errors()[0, dim])
+    if relative_error < GOOD_RELATIVE_ERROR:
+        return _judge_drift(residuals, dim)
+    finding = (
+        _judge_time_step(common_factor)
+        or _judge_gains(gains)
+        or _judge_hidden_cause(cause, relative_error)
+        or _judge_bias(residuals, dim)
+        or _judge_scale(residuals, dim)
+        or _judge_noise(cause, relative_error)
+        or _judge_size(residuals, dim, relative_error, inputs)
+    )
+    return _with_drift(finding, residuals, dim)
+
+
+def _with_drift(finding: Finding, residuals: Residuals, dim: int) -> Finding:
+    """
+    :param finding: what is wrong with a dimension
+    :param residuals: predictions compared with records
+    :param dim: the dimension
+    :return: the same, with a verdict that says when predictions become worse than no change
+    """
     relative_errors = residuals.relative_errors()[:, dim]
     n_good_steps = n_better_than_no_change(relative_errors)
-    drifts = 0 < n_good_steps < len(relative_errors)
-    if relative_errors[0] < GOOD_RELATIVE_ERROR:
-        if not drifts:
-            return None
-        finding = _judge_drift(residuals, dim, n_good_steps)
-    else:
-        finding = (
-            _judge_changes(residuals, dim, common_factor)
-            or _judge_gains(gains)
-            or _judge_scale(residuals, dim)
-            or _judge_cause(cause, relative_errors[0])
-            or _judge_size(residuals, dim, relative_errors[0], inputs)
-        )
-    if drifts:
-        return finding._replace(verdict=f"{finding.verdict}, worse than no change after step {n_good_steps}")
-    is_said = relative_errors[0] < 1 or finding.verdict == WORSE
-    return finding if is_said else finding._replace(verdict=f"{finding.verdict}, worse than no change")
+    if n_good_steps == len(relative_errors) or finding.verdict == WORSE:
+        return finding
+    if n_good_steps == 0:
+        return finding._replace(verdict=f"{finding.verdict}, worse than no change")
+    return finding._replace(verdict=f"{finding.verdict}, worse than no change after step {n_good_steps}")
 
 
-def _judge_drift(residuals: Residuals, dim: int, n_good_steps: int) -> Finding:
+def _judge_drift(residuals: Residuals, dim: int) -> Finding | None:
     """
     :param residuals: predictions compared with records
     :param dim: a dimension that is good in one step
-    :param n_good_steps: number of steps for which it is better than no change
-    :return: why it drifts
+    :return: why it drifts, if it does
     """
     error, bias = residuals.rms_errors[0, dim], residuals.biases[0, dim]
-    start = "predictions of {names} are good in one step, but worse than no change after step {values[0]:.0f}: "
+    relative_errors = residuals.relative_errors()[:, dim]
+    n_good_steps = n_better_than_no_change(relative_errors)
+    if n_good_steps == len(relative_errors):
+        return None
+    values: tuple[float, ...] = (n_good_steps,)
+    hint = "predictions of {names} are good in one step, but worse than no change after step {values[0]:.0f}: "
     if bias**2 > 0.5 * error**2:
-        hint = "a bias of {values[1]:+.2g} accumulates."
-        return Finding(Cost.DRIFT, "good", start + hint, values=(n_good_steps, bias))
-    return Finding(
-        Cost.DRIFT, "good", f"{start}errors accumulate, its own or those of other dimensions.", values=(n_good_steps,)
+        hint += "a bias of {values[1]:+.2g} accumulates."
+        values = (*values, bias)
+    else:
+        hint += "errors accumulate, its own or those of other dimensions."
+    return _with_drift(Finding(Cost.DRIFT, "good", hint, values=values), residuals, dim)
+
+
+def _judge_time_step(common_factor: float | None) -> Finding | None:
+    """
+    :param common_factor: that the change of a dimension is scaled by, as the changes of other dimensions
+    :return: that the time step may be wrong, if there is such a factor
+    """
+    if common_factor is None:
+        return None
+    hint = (
+        "the change of {names} is {values[0]:.2g} times what the model predicts, all alike: check that a model step is as "
+        "long as an environment step (time step, skipped frames)."
     )
+    return Finding(Cost.WRONG_SCALE, "wrong scale", hint, values=(common_factor,))
 
 
-def _judge_changes(residuals: Residuals, dim: int, common_factor: float | None) -> Finding | None:
+def _judge_bias(residuals: Residuals, dim: int) -> Finding | None:
     """
     :param residuals: predictions compared with records
     :param dim: a dimension with large errors
-    :param common_factor: that its change is scaled by, as the changes of other dimensions
-    :return: what is wrong with its change as a whole, if it is that
+    :return: that a constant explains them, if it does
     """
     error, bias = residuals.rms_errors[0, dim], residuals.biases[0, dim]
-    if common_factor is not None:
-        hint = (
-            "the change of {names} is {values[0]:.2g} times what the model predicts, all alike: check that a model step is as "
-            "long as an environment step (time step, skipped frames)."
-        )
-        return Finding(Cost.WRONG_SCALE, "wrong scale", hint, values=(common_factor,))
-    if bias**2 > 0.5 * error**2:
-        direction = "high" if bias > 0 else "low"
-        hint = f"the model predicts {{names}} too {direction} by {{values[0]:.3g}} in each step: look for a constant term."
-        return Finding(Cost.BIASED, "biased", hint, values=(abs(bias),))
-    return _judge_jumps(residuals.steps.errors[:, dim], float(np.ptp(residuals.steps.inputs[:, dim])))
-
-
-def _judge_jumps(errors: np.ndarray, width: float) -> Finding | None:
-    """
-    :param errors: of a dimension, ``(B,)``
-    :param width: of the range of its recorded values
-    :return: that they are errors of a few steps, if they are
-    """
-    sizes = np.sort(np.abs(errors))
-    error = float(rms(sizes))
-    if rms(sizes[: int((1 - MAX_JUMPS) * len(sizes))]) >= 0.2 * error:
+    if bias**2 <= 0.5 * error**2:
         return None
-    jumps = sizes[sizes > 0.5 * error]
-    values = (100 * (1 - len(jumps) / len(sizes)), float(jumps.mean()))
-    if len(jumps) >= MIN_JUMPS and jumps.std() < SAME_JUMP * values[1] and values[1] > (1 - SAME_JUMP) * width:
-        hint = (
-            "predictions of {names} are right in {values[0]:.0f}% of the steps and {values[1]:.3g} off in others. It is "
-            "probably an angle that wraps: write `state_difference`, and wrap it in `transition` as the environment does."
-        )
-    else:
-        hint = (
-            "predictions of {names} are right in most steps ({values[0]:.0f}%) and far off in others: look for a contact, or "
-            "for an angle that wraps."
-        )
-    return Finding(Cost.RARE_JUMPS, "rare jumps", hint, values=values)
+    direction = "high" if bias > 0 else "low"
+    hint = f"the model predicts {{names}} too {direction} by {{values[0]:.3g}} in each step: look for a constant term."
+    return Finding(Cost.BIASED, "biased", hint, values=(abs(bias),))
 
 
 def _judge_gains(gains: np.ndarray) -> Finding | None:
@@ -201,7 +231,10 @@ def _judge_gains(gains: np.ndarray) -> Finding | None:
     missed_actions = np.flatnonzero(np.isinf(gains))
     if len(missed_actions) > 0:
         action = missed_actions[0]
-        hint = "the effect of action {values[0]:.0f} on {names} is missing in the model: add its term to `transition`."
+        hint = (
+            "the effect of action{values[0].plural} {values[0]:.0f} on {names} is missing in the model: add its term to "
+            "`transition`."
+        )
         return Finding(Cost.MISSED_ACTION, f"misses action {action}", hint, values=(action,))
     is_off = np.isfinite(gains) & ~((gains > 1 / WRONG_GAIN) & (gains < WRONG_GAIN))
     if is_off.any():
@@ -243,7 +276,9 @@ def _judge_scale(residuals: Residuals, dim: int) -> Finding | None:
     factor = scale_factor(residuals.steps.changes[:, dim], residuals.steps.predicted_changes[:, dim])
     if factor is None or not is_wrong_scale(factor):
         return None
-    hint = "the change of {names} is {values[0]:.3g} times what the model predicts: check factors and units in `transition`."
+    hint = (
+        "the change of {names} is {values[0]:.3g} times what the model predicts: check signs, factors and units of its terms."
+    )
     return Finding(Cost.WRONG_SCALE, "wrong scale", hint, values=(factor,))
 
 
@@ -266,7 +301,7 @@ def _common_factors(residuals: Residuals, gains: np.ndarray) -> dict[int, float]
     def is_same(values: np.ndarray) -> bool:
         return bool((np.abs(values - middle) < SAME_SCALE * abs(middle)).all())
 
-    if not is_wrong_scale(middle) or not is_same(np.array(list(factors.values()))):
+    if middle < 0 or not is_wrong_scale(middle) or not is_same(np.array(list(factors.values()))):
         return {}
     # Dimensions that have other errors, too, but whose actions are scaled alike
     known = {dim: part[np.isfinite(part)] for dim, part in enumerate(gains.T)}
@@ -282,40 +317,51 @@ def _causes_of_errors(residuals: Residuals) -> list[str | None]:
     :return: ``"noisy"`` or ``"hidden cause"`` for each dimension, ``None`` if it is neither
     """
     steps, (first, second) = residuals.steps, residuals.pairs
-    errors, later_errors = (np.where(np.isfinite(part.errors), part.errors, 0.0) for part in (steps, second))
+    errors, earlier_errors, later_errors = (
+        np.where(np.isfinite(part.errors), part.errors, 0.0) for part in (steps, first, second)
+    )
     is_random = explained_shares(errors, steps.inputs) < RANDOM_SHARE
     is_hidden = np.zeros_like(is_random)
     if len(first.inputs) >= MIN_WINDOWS:
         now = explained_shares(later_errors, second.inputs)
         with_past = explained_shares(later_errors, np.concatenate([first.inputs, second.inputs], axis=1))
         # Noise of a sensor is in two consecutive errors, with opposite signs
-        persists = np.array([correlation(*pair) > 0 for pair in zip(first.errors.T, later_errors.T, strict=True)])
+        persists = np.array([correlation(*pair) > PERSISTENCE for pair in zip(earlier_errors.T, later_errors.T, strict=True)])
         is_hidden = persists & (with_past > now + HIDDEN_SHARE)
     return [
         "hidden cause" if hidden else "noisy" if random else None for hidden, random in zip(is_hidden, is_random, strict=True)
     ]
 
 
-def _judge_cause(cause: str | None, relative_error: float) -> Finding | None:
+def _judge_hidden_cause(cause: str | None, relative_error: float) -> Finding | None:
     """
     :param cause: of the errors of a dimension, see :func:`_causes_of_errors`
     :param relative_error: of the dimension
-    :return: that it is no mistake of the model, if it looks like that
+    :return: that something hidden acts on it, if it looks like that
     """
-    size = "the errors of {names} ({values[0]:.0f}% of the change)"
-    if cause == "hidden cause":
-        hint = (
-            f"the step before tells more of {size} than observation and action do: something acts there that observations "
-            "do not show, such as a velocity, a delay or a disturbance. Let the environment show it, or earlier observations."
-        )
-        return Finding(Cost.HIDDEN, cause, hint, values=(100 * relative_error,))
-    if cause == "noisy":
-        hint = (
-            f"observation and action explain hardly any of {size}. It may be noise, rounding, or the effect of something that "
-            "observations do not show, and not a mistake of the model."
-        )
-        return Finding(Cost.ROUGH, cause, hint, values=(100 * relative_error,))
-    return None
+    if cause != "hidden cause":
+        return None
+    hint = (
+        "the step before tells more of the errors of {names} ({values[0]:.0f}% of the change) than observation and action do: "
+        "something acts there that observations do not show, such as a velocity, a delay or a disturbance. Let the "
+        "environment show it, or earlier observations."
+    )
+    return Finding(Cost.HIDDEN, cause, hint, values=(100 * relative_error,))
+
+
+def _judge_noise(cause: str | None, relative_error: float) -> Finding | None:
+    """
+    :param cause: of the errors of a dimension, see :func:`_causes_of_errors`
+    :param relative_error: of the dimension
+    :return: that they are no mistake of the model, if it looks like that
+    """
+    if cause != "noisy":
+        return None
+    hint = (
+        "observation and action explain hardly any of the errors of {names} ({values[0]:.0f}% of the change). It may be "
+        "noise, rounding, or the effect of something that observations do not show, and not a mistake of the model."
+    )
+    return Finding(Cost.NOISE, cause, hint, values=(100 * relative_error,))
 
 
 def _judge_size(residuals: Residuals, dim: int, relative_error: float, inputs: tuple[str, ...]) -> Finding:

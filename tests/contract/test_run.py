@@ -7,6 +7,7 @@ import pytest
 import torch as th
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise, VectorizedActionNoise
+from stable_baselines3.common.utils import get_device
 from stable_baselines3.common.vec_env import SubprocVecEnv
 
 
@@ -24,16 +25,20 @@ def test_all_networks_move(any_case):
         assert np.isfinite(log[key]), key
 
 
-@pytest.mark.parametrize("noise_class", [NormalActionNoise, OrnsteinUhlenbeckActionNoise])
-def test_action_noise(case, noise_class):
-    noise = noise_class(np.full(1, 0.5), np.full(1, 1e-9), **({"dt": 1.0} if noise_class is not NormalActionNoise else {}))
+@pytest.mark.parametrize(
+    ("noise", "last"),
+    [
+        (NormalActionNoise(np.full(1, 0.5), np.full(1, 1e-9)), 0.5),
+        # It starts at zero and tends to its mean
+        (OrnsteinUhlenbeckActionNoise(np.full(1, 0.5), np.full(1, 1e-9), theta=0.15, dt=1.0), 0.5 * (1 - 0.85**10)),
+    ],
+)
+def test_action_noise(case, noise, last):
     model = case.make(action_noise=noise, learning_starts=0, gradient_steps=0).learn(10)
     assert model.action_noise is noise and model._n_updates == 0
     buffer = model.replay_buffer
     without = model.policy.scale_action(model.predict(buffer.observations[:10, 0], deterministic=True)[0])
-    added = buffer.actions[:10, 0] - without
-    # Correlated noise starts at zero and tends to its mean
-    assert added[-1] == pytest.approx(0.5 if noise_class is NormalActionNoise else 0.5 * (1 - 0.85**10), abs=1e-3)
+    assert (buffer.actions[:10, 0] - without)[-1] == pytest.approx(last, abs=1e-3)
 
 
 @pytest.mark.parametrize("n_critics", [1, 3])
@@ -48,21 +53,21 @@ def test_number_of_critics(case, n_critics):
         assert model.learn(14)._n_updates == 4
 
 
-@pytest.mark.parametrize(("train_freq", "n_updates"), [(4, 3), ((4, "step"), 3), ((1, "episode"), 1)])
+@pytest.mark.parametrize(("train_freq", "n_updates"), [(4, 3), ((4, "step"), 3), ((1, "episode"), 2)])
 def test_train_freq(case, tmp_path, train_freq, n_updates):
     model = case.make(case.env(max_steps=8), train_freq=train_freq).learn(20)
     # Whole rollouts are collected, and trained on after `learning_starts`
-    assert model._n_updates == (n_updates if train_freq != (1, "episode") else 2)
+    assert model._n_updates == n_updates
     model.save(tmp_path / "model.zip")
     for kwargs in ({}, {"train_freq": train_freq}):
         loaded = case.cls.load(tmp_path / "model.zip", env=model.get_env(), **kwargs).learn(20)
-        assert loaded._n_updates == 2 * model._n_updates
+        assert loaded._n_updates == 2 * n_updates
         assert loaded.train_freq == model.train_freq
 
 
 @pytest.mark.parametrize("train_freq", ["4", ("1", "episode"), "episode", (1, "update")])
 def test_impossible_train_freq(case, train_freq):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="`train_freq` must be"):
         case.make(train_freq=train_freq)
 
 
@@ -91,5 +96,4 @@ def test_environment_by_name(case):
 def test_the_device_of_networks_and_buffer(case):
     for device in ("auto", "cpu"):
         model = case.make(device=device)
-        assert model.policy.device == model.device == model.replay_buffer.device
-    assert model.device.type == "cpu"
+        assert model.policy.device == model.device == model.replay_buffer.device == get_device(device)

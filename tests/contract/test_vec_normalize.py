@@ -37,17 +37,15 @@ def test_goal_environments_are_exchanged(case):
 
 def test_the_buffer_is_raw_and_the_networks_are_not(case):
     env = VecNormalize(make_vec_env(case.env, 2, seed=0))
-    seen = []
-    model = case.make(env)
-    model.learn(40)
+    model = case.make(env).learn(40)
     buffer, newest = model.replay_buffer, env.get_original_obs()
     np.testing.assert_array_equal(buffer.next_observations[buffer.pos - 1], newest)
     np.testing.assert_array_equal(buffer.rewards[buffer.pos - 1], env.get_original_reward())
     everything = np.concatenate([buffer.observations[: buffer.pos].reshape(-1, 2), newest])
     np.testing.assert_allclose(env.obs_rms.mean, everything.mean(axis=0), atol=1e-3)
     # The next action is that of the normalised observation
-    expected = env.normalize_obs(newest)
-    model.actor.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach().numpy().copy()))
+    expected, seen = env.normalize_obs(newest), []
+    model.actor.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach().cpu().numpy().copy()))
     model.learn(2, reset_num_timesteps=False)
     np.testing.assert_allclose(seen[0], expected, rtol=1e-5)
     assert np.abs(expected - newest).max() > 0.1

@@ -58,11 +58,3 @@ def test_networks_are_those_of_the_papers():
     assert len(policy.critic.q_networks) == 2
     assert isinstance(policy.actor.features_extractor, ObservationScaler)
     assert policy.actor.optimizer.defaults["fused"]
-
-
-def test_an_optimizer_of_the_users_is_left_alone():
-    kwargs = {"net_arch": [8], "optimizer_class": th.optim.SGD, "optimizer_kwargs": {"momentum": 0.5}}
-    policy = MPG("MlpPolicy", LinearEnv(), buffer_size=10, policy_kwargs=kwargs).policy
-    for network in (policy.actor, policy.critic):
-        assert isinstance(network.optimizer, th.optim.SGD)
-        assert network.optimizer.defaults["momentum"] == 0.5

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
+from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_mpg.common.models.windows import Transitions, Windows, cut_windows, to_tensor
@@ -235,7 +235,7 @@ def choose_replay_buffer(
     if replay_buffer_class is NStepReplayBuffer and n_steps > 1:
         replay_buffer_class = None
         replay_buffer_kwargs = {k: v for k, v in replay_buffer_kwargs.items() if k not in ("n_steps", "gamma")}
-    if replay_buffer_class in (None, ReplayBuffer, DictReplayBuffer):
+    if replay_buffer_class in (None, ReplayBuffer):
         return None, replay_buffer_kwargs, n_target_steps
     return replay_buffer_class, replay_buffer_kwargs, n_steps
 

@@ -1,4 +1,4 @@
-"""What is true of every algorithm of the library."""
+"""What is true of every algorithm of this library, beyond the contract of SB3."""
 
 import inspect
 import re
@@ -6,81 +6,63 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import settings
 import yaml
 from helpers import assert_same_parameters
 from lq import LinearEnv
-from stable_baselines3.common import utils
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.logger import Logger
 
 import sb3_mpg
+from contract.cases import OWN_CASES, SMALL
 from sb3_mpg import MPG, NStepADP, NStepDPG
 from sb3_mpg.common.off_policy_model_algorithm import OffPolicyModelAlgorithm
 from sb3_mpg.zoo import ALGORITHMS, SAMPLERS, check_hyperparameters
 
-pytestmark = pytest.mark.usefixtures("nothing_is_left")
-
-ROOT = Path(__file__).parent.parent
-SMALL = {**settings.SMALL, "policy_kwargs": {"net_arch": [8]}, "batch_size": 16}
-#: Settings with which each algorithm steps its model, if it has one, a few times
-CLASSES = {MPG: {"horizons": (0, 2)}, NStepDPG: {"n_steps": 2}, NStepADP: {"n_steps": 2}}
-
-
-def make(cls, env=None, **kwargs):
-    return cls("MlpPolicy", LinearEnv(noise=0.1) if env is None else env, **{**SMALL, **CLASSES[cls], **kwargs})
+ROOT = Path(__file__).parent.parent.parent
+CLASSES = list(dict.fromkeys(case.cls for case in OWN_CASES))
 
 
 def test_every_algorithm_keeps_the_contract():
     exported = (getattr(sb3_mpg, name) for name in sb3_mpg.__all__)
     algorithms = {thing for thing in exported if inspect.isclass(thing) and issubclass(thing, OffPolicyModelAlgorithm)}
-    assert algorithms == CLASSES.keys()
+    assert algorithms == set(CLASSES)
+
+
+def test_no_update_is_skipped(own_case):
+    model = own_case.make().learn(26)
+    assert model._n_updates == 16 and model.n_skipped_updates == 0
+    for key in ("train/actor_grad_norm", "train/critic_grad_norm"):
+        assert model.logger.name_to_value[key] > 0, key
+
+
+def test_resuming_equals_not_stopping(own_case, tmp_path):
+    def make_env(seed):
+        return make_vec_env(lambda: own_case.env(max_steps=8), 1, seed=seed)
+
+    def second_half(model):
+        model.env.seed(7)
+        model._last_obs = None
+        return model.learn(20, reset_num_timesteps=False)
+
+    model = own_case.make(make_env(0)).learn(30)
+    model.save(tmp_path / "model.zip")
+    model.save_replay_buffer(tmp_path / "buffer.pkl")
+    uninterrupted = second_half(model)
+    np.random.seed(99)
+    resumed = own_case.cls.load(tmp_path / "model.zip", env=make_env(5))
+    resumed.load_replay_buffer(tmp_path / "buffer.pkl")
+    resumed = second_half(resumed)
+    assert resumed._n_updates == uninterrupted._n_updates == 40
+    assert_same_parameters(uninterrupted, resumed)
+
+
+@pytest.mark.usefixtures("nothing_is_left")
+def test_learners_compute_the_same(own_case):
+    models = [own_case.make(**kwargs).learn(26) for kwargs in ({}, {"n_learners": 1, "max_staleness": 0})]
+    assert_same_parameters(*models)
 
 
 @pytest.mark.parametrize("cls", CLASSES)
-class TestContract:
-    def test_it_runs(self, cls):
-        model = make(cls)
-        initial = {name: tensor.clone() for name, tensor in model.policy.state_dict().items()}
-        assert model.learn(60) is model
-        assert model._n_updates == 20 and model.n_skipped_updates == 0
-        for network in ("actor", "critic", "actor_target", "critic_target"):
-            moved = [name for name, tensor in model.policy.state_dict().items() if (tensor != initial[name]).any()]
-            assert any(name.startswith(f"{network}.") for name in moved), network
-        for key in ("train/critic_loss", "train/actor_loss", "train/actor_grad_norm", "train/critic_grad_norm"):
-            assert np.isfinite(model.logger.name_to_value[key]), key
-
-    def test_it_is_saved_and_predicts_without_an_environment(self, cls, tmp_path):
-        model = make(cls).learn(60)
-        model.save(tmp_path / "model.zip")
-        loaded = cls.load(tmp_path / "model.zip")
-        assert loaded.env is None and loaded.rollout_model is None
-        assert_same_parameters(model, loaded)
-        observations = np.random.default_rng(0).normal(size=(5, 2)).astype(np.float32)
-        actions, _ = loaded.predict(observations, deterministic=True)
-        np.testing.assert_array_equal(actions, model.predict(observations, deterministic=True)[0])
-        assert actions.shape == (5, 1)
-
-    def test_resuming_equals_not_stopping(self, cls, tmp_path):
-        def second_half(model):
-            model.env.seed(7)
-            model._last_obs = None
-            return model.learn(30, reset_num_timesteps=False)
-
-        model = make(cls, make_vec_env(LinearEnv, 1, seed=0)).learn(60)
-        model.save(tmp_path / "model.zip")
-        model.save_replay_buffer(tmp_path / "buffer.pkl")
-        uninterrupted = second_half(model)
-        np.random.seed(99)
-        resumed = cls.load(tmp_path / "model.zip", env=make_vec_env(LinearEnv, 1, seed=5))
-        resumed.load_replay_buffer(tmp_path / "buffer.pkl")
-        resumed = second_half(resumed)
-        assert resumed._n_updates == uninterrupted._n_updates == 50
-        assert_same_parameters(uninterrupted, resumed)
-
-    def test_learners_compute_the_same(self, cls):
-        assert_same_parameters(make(cls).learn(60), make(cls, n_learners=1, max_staleness=0).learn(60))
-
+class TestOfEachClass:
     def test_rl_zoo_knows_it(self, cls):
         (name,) = [name for name, algorithm in ALGORITHMS.items() if algorithm is cls]
         assert name in SAMPLERS
@@ -114,17 +96,6 @@ class TestContract:
         own = set(re.findall(r":param (\w+):", inspect.getdoc(cls)))
         assert own <= arguments, f"documented, but no argument: {sorted(own - arguments)}"
 
-    def test_logs_are_named_after_it(self, cls, monkeypatch):
-        names = []
-
-        def configure_logger(verbose, tensorboard_log, tb_log_name, reset_num_timesteps):
-            names.append(tb_log_name)
-            return Logger(None, [])
-
-        monkeypatch.setattr(utils, "configure_logger", configure_logger)
-        make(cls).learn(5).learn(5, tb_log_name="other")
-        assert names == [cls.__name__, "other"]
-
     def test_the_arguments_of_the_constructor_are_those_of_sb3_first(self, cls):
         """As in SB3's algorithms, so that positional arguments mean the same."""
         names = list(inspect.signature(cls).parameters)
@@ -157,7 +128,7 @@ class TestContract:
     ],
 )
 def test_variants_are_mpg_with_pinned_values(cls, differences):
-    variant = make(cls, n_steps=3, batch_reuse=2).learn(60)
+    variant = cls("MlpPolicy", LinearEnv(), n_steps=3, batch_reuse=2, **SMALL).learn(30)
     kwargs = {"value_target_kwargs": {"n_steps": 3}, "policy_delay": 1, "batch_reuse": 2, **differences}
-    mpg = make(MPG, **kwargs).learn(60)
+    mpg = MPG("MlpPolicy", LinearEnv(), **kwargs, **SMALL).learn(30)
     assert_same_parameters(variant, mpg)

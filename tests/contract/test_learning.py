@@ -1,0 +1,36 @@
+"""Every algorithm learns the simplest task."""
+
+import inspect
+
+import numpy as np
+from gymnasium import spaces
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.noise import NormalActionNoise
+
+STATES, ACTIONS = spaces.Box(-10, 10, (1,), np.float32), spaces.Box(-2, 2, (1,), np.float32)
+
+
+def test_it_learns_to_brake(case):
+    """Within ten steps, the best policy returns -3.4, no action -11.8, and the untrained networks less than -20."""
+    env = make_vec_env(lambda: case.env(STATES, ACTIONS, max_steps=10), 1, seed=0)
+    learning_rates = {"learning_rate", "critic_learning_rate"} & inspect.signature(case.cls).parameters.keys()
+    model = case.make(
+        env,
+        gamma=0.5,
+        tau=0.1,
+        policy_kwargs={"net_arch": [16]},
+        buffer_size=1000,
+        batch_size=32,
+        learning_starts=100,
+        action_noise=NormalActionNoise(np.zeros(1), np.full(1, 0.3)),
+        **dict.fromkeys(learning_rates, 2e-2),
+    )
+
+    def mean_return():
+        env.seed(1)
+        return evaluate_policy(model, env, 20)[0]
+
+    assert mean_return() < -20
+    model.learn(300)
+    assert mean_return() > -9

@@ -57,6 +57,7 @@ LAYERS = [
     ("sb3_mpg.common.trust", 5),
     ("sb3_mpg.common.update", 5),
     ("sb3_mpg.common.learners", 6),
+    ("sb3_mpg.common.export", 6),
     ("sb3_mpg.common.off_policy_model_algorithm", 7),
     ("sb3_mpg.mpg", 8),
     ("sb3_mpg.ndpg", 8),

@@ -22,6 +22,7 @@ from sb3_mpg.common import checks
 from sb3_mpg.common.buffers import RecordedSteps, check_buffer_class, check_replay_buffer, check_support, choose_replay_buffer
 from sb3_mpg.common.callbacks import close_evaluators
 from sb3_mpg.common.compilation.step_compiler import COMPILE_FROM_MODEL_STEPS, StepCompiler
+from sb3_mpg.common.export import Exported, export_onnx
 from sb3_mpg.common.learners import InProcessLearner, Learners, LearnerSettings, MultiprocessLearners, TrainingInputs
 from sb3_mpg.common.model_fitting import ModelFitting
 from sb3_mpg.common.models.base import PriorModel
@@ -463,6 +464,16 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         """
         with attributes_to_save(self):
             super().save(path, exclude, include)
+
+    def export_onnx(self, path: str | pathlib.Path, what: Exported = "policy") -> None:
+        """
+        Write the policy or the model as an ONNX file, which takes and gives the units of the environment.
+
+        :param path: path of the file
+        :param what: ``"policy"``, or ``"model"`` for one step of the model
+        :raises ValueError: when there is no model, when torch cannot convert it, or when there can be no file
+        """
+        export_onnx(self, pathlib.Path(path), what)
 
     def _excluded_save_params(self) -> list[str]:
         # Created by `_setup_model`, or saved setting by setting

@@ -181,9 +181,17 @@ class AsyncEvalCallback(EvalCallback):
                 "use a DummyVecEnv."
             )
         self._worker: Worker | None = None
+        self._last_resort: weakref.finalize | None = None
         self._is_ready = False
         self._running: Snapshot | None = None
         self._waiting: deque[Snapshot] = deque()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy starts an evaluator of its own, which evaluates again what the present one has not finished
+        unfinished = deque([*([] if self._running is None else [self._running]), *self._waiting])
+        state = {**vars(self), "_worker": None, "_is_ready": False, "_running": None, "_waiting": unfinished}
+        # The variables of `learn`, which cannot be pickled
+        return {**state, "_last_resort": None, "locals": {}, "globals": {}}
 
     def _init_callback(self) -> None:
         exit_without_main_guard()
@@ -394,10 +402,9 @@ class AsyncEvalCallback(EvalCallback):
 
         :param keep_waiting: whether to keep the snapshots that wait
         """
-        if self._worker is not None:
-            self._last_resort.detach()
-            self._worker.close()
-        self._worker = self._running = None
+        if self._last_resort is not None:
+            self._last_resort()
+        self._worker = self._running = self._last_resort = None
         self._is_ready = False
         if not keep_waiting:
             self._waiting.clear()

@@ -445,7 +445,9 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         self, replay_buffer: ReplayBuffer, buffer_action: np.ndarray, new_obs: Any, reward: np.ndarray, *args: Any
     ) -> None:
         if not self.training_state.has_warned_of_records:
-            self.training_state.has_warned_of_records = checks.warn_of_record(self.num_timesteps, new_obs, reward)
+            given = (self._last_obs, self._last_original_obs, new_obs, reward)
+            has_warned = checks.warn_of_record(self.num_timesteps, args[-1], self._vec_normalize_env, *given)
+            self.training_state.has_warned_of_records = has_warned
         with self.learners.writing(replay_buffer):
             super()._store_transition(replay_buffer, buffer_action, new_obs, reward, *args)
 

@@ -1,5 +1,6 @@
 """The simulators as Gymnasium's environments and vector environments and as SB3's ``VecEnv``."""
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -36,8 +37,26 @@ def test_import_registers_and_nothing_else():
         "assert 'PathTracking-v0' in gymnasium.registry and 'InvertedPendulumConti-v0' in gymnasium.registry\n"
         "heavy = {'mujoco', 'torch', 'pygame', 'matplotlib', 'sb3_mpg', 'stable_baselines3'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
+        # Also when somebody looks for what is not there, or lists what is
+        "assert not hasattr(sb3_mpg_envs, '__path_tracking__') and 'PathTrackingVecEnv' in dir(sb3_mpg_envs)\n"
+        "from sb3_mpg_envs import PathTrackingVecEnv\n"
+        "assert PathTrackingVecEnv(2).reset().shape == (2, 6)\n"
+        "assert 'mujoco' not in sys.modules\n"
+        "from sb3_mpg_envs import InvertedPendulumContiEnv, path_tracking\n"
     )
     subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, check=True, timeout=60)
+
+
+def test_what_can_be_imported():
+    public = {
+        *importlib.import_module("sb3_mpg_envs.path_tracking").__all__,
+        *importlib.import_module("sb3_mpg_envs.inverted_pendulum").__all__,
+    }
+    assert public < set(dir(sb3_mpg_envs))
+    assert all(getattr(sb3_mpg_envs, name).__name__ == name for name in public)
+    assert sb3_mpg_envs.path_tracking.PathTrackingVecEnv is sb3_mpg_envs.PathTrackingVecEnv
+    with pytest.raises(ImportError, match="NoSuchEnv"):
+        from sb3_mpg_envs import NoSuchEnv  # noqa: F401
 
 
 # The checkers must not warn: pytest turns warnings into errors

@@ -64,6 +64,7 @@ class SimulatorAdapter:
                 "render() needs a render mode: pass render_mode='human' or 'rgb_array' when making the environment"
             )
             return []
+        self.simulator.check_reset()
         if not self._renderers:
             n_rendered = min(self.simulator.num_agents, 1 if self.render_mode == "human" else MAX_RENDERED_AGENTS)
             self._renderers = [self.simulator.make_renderer(self.render_mode) for _ in range(n_rendered)]

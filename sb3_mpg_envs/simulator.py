@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from gymnasium import spaces
+from gymnasium.error import ResetNeeded
 
 from sb3_mpg.common.models.base import PriorModel
 
@@ -103,7 +104,8 @@ class BatchSimulator(ABC):
             raise ValueError(f"num_agents must be at least 1, got {num_agents}")
         self.num_agents = num_agents
         self.np_random = np.random.default_rng()
-        # NaN until the first reset, so that a forgotten reset shows
+        # Which agents have no state, ``None`` as soon as all have one
+        self._is_stateless: np.ndarray | None = np.ones(num_agents, dtype=bool)
         self._states = np.full((self.observation_space.shape[0], num_agents), np.nan)
         self._controls = np.zeros((self.action_space.shape[0], num_agents))
 
@@ -126,6 +128,14 @@ class BatchSimulator(ABC):
         :param seed: seed; ``None`` takes one from the operating system
         """
         self.np_random = np.random.default_rng(seed)
+
+    def check_reset(self, columns: Columns = slice(None)) -> None:
+        """
+        :param columns: the agents that are about to be used
+        :raises ResetNeeded: when one of them has no state yet
+        """
+        if self._is_stateless is not None and self._is_stateless[columns].any():
+            raise ResetNeeded("There is no state yet: call reset() before the first step() or render().")
 
     @property
     def last_controls(self) -> np.ndarray:
@@ -187,6 +197,7 @@ class BatchSimulator(ABC):
         :param indices: indices of the agents to step, without repetition; ``None`` steps all agents
         :return: observations ``(n, O)`` float32, rewards ``(n,)`` float64, terminated ``(n,)`` bool and truncated ``(n,)``
             bool of the stepped agents. The two flags report early resets only.
+        :raises ResetNeeded: when an agent has no state yet
         """
         n_stepped = self.num_agents if indices is None else len(indices)
         columns = columns_of(indices)
@@ -200,6 +211,7 @@ class BatchSimulator(ABC):
         # np.clip has several times the overhead of these two functions
         controls = self._max_controls * np.minimum(np.maximum(actions, -1.0), 1.0)
 
+        self.check_reset(columns)
         states = self._states[:, columns]
         next_states, rewards = self._transition(states, controls, columns)
         self._states[:, columns] = next_states
@@ -219,6 +231,10 @@ class BatchSimulator(ABC):
     def _write_states(self, states: np.ndarray, columns: Columns) -> None:
         self._states[:, columns] = states
         self._controls[:, columns] = 0.0
+        if self._is_stateless is not None:
+            self._is_stateless[columns] = False
+            if not self._is_stateless.any():
+                self._is_stateless = None
 
     @staticmethod
     def _observations(states: np.ndarray) -> np.ndarray:

@@ -1,5 +1,6 @@
 """The simulators as Gymnasium's environments and vector environments and as SB3's ``VecEnv``."""
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import pytest
+from gymnasium.error import ResetNeeded
 from gymnasium.utils.env_checker import check_env as gym_check_env
 from gymnasium.vector import AutoresetMode
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
@@ -35,8 +37,26 @@ def test_import_registers_and_nothing_else():
         "assert 'PathTracking-v0' in gymnasium.registry and 'InvertedPendulumConti-v0' in gymnasium.registry\n"
         "heavy = {'mujoco', 'torch', 'pygame', 'matplotlib', 'sb3_mpg', 'stable_baselines3'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
+        # Also when somebody looks for what is not there, or lists what is
+        "assert not hasattr(sb3_mpg_envs, '__path_tracking__') and 'PathTrackingVecEnv' in dir(sb3_mpg_envs)\n"
+        "from sb3_mpg_envs import PathTrackingVecEnv\n"
+        "assert PathTrackingVecEnv(2).reset().shape == (2, 6)\n"
+        "assert 'mujoco' not in sys.modules\n"
+        "from sb3_mpg_envs import InvertedPendulumContiEnv, path_tracking\n"
     )
     subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, check=True, timeout=60)
+
+
+def test_what_can_be_imported():
+    public = {
+        *importlib.import_module("sb3_mpg_envs.path_tracking").__all__,
+        *importlib.import_module("sb3_mpg_envs.inverted_pendulum").__all__,
+    }
+    assert public < set(dir(sb3_mpg_envs))
+    assert all(getattr(sb3_mpg_envs, name).__name__ == name for name in public)
+    assert sb3_mpg_envs.path_tracking.PathTrackingVecEnv is sb3_mpg_envs.PathTrackingVecEnv
+    with pytest.raises(ImportError, match="NoSuchEnv"):
+        from sb3_mpg_envs import NoSuchEnv  # noqa: F401
 
 
 # The checkers must not warn: pytest turns warnings into errors
@@ -323,3 +343,32 @@ def test_make_vec_early_reset(env_id):
     assert not truncated.any() and not terminated.any()
     assert rewards[0] == 0.0 and rewards[1] < 0
     assert not np.allclose(observations[0], LOST_STATE[env_id], atol=0.1)
+
+
+@pytest.mark.parametrize("env_id", ENV_IDS)
+def test_steps_and_images_before_the_first_reset(env_id):
+    """As Gymnasium's own wrapper says it, in every adapter and for a part of the agents."""
+    env_class, vec_env_class = dict(zip(ENV_IDS, zip(ENV_CLASSES, VEC_ENV_CLASSES, strict=True), strict=True))[env_id]
+    vector_env = gym.make_vec(env_id, num_envs=2)
+    for env in (gym.make(env_id), env_class(render_mode="rgb_array"), vec_env_class(2, render_mode="rgb_array"), vector_env):
+        shape = env.action_space.shape if isinstance(env, (gym.Env, gym.vector.VectorEnv)) else (2, *env.action_space.shape)
+        actions = np.zeros(shape, dtype=np.float32)
+        with pytest.raises(ResetNeeded):
+            env.step(actions)
+        if env.render_mode is not None:
+            with pytest.raises(ResetNeeded):
+                env.render()
+        env.reset()
+        env.step(actions)
+        env.close()
+
+    simulator = vec_env_class(2).simulator
+    simulator.reset(np.array([1]))
+    actions = np.zeros((2, *simulator.action_space.shape))
+    with pytest.raises(ResetNeeded, match="call reset"):
+        simulator.step(actions)
+    simulator.step(actions[1:], np.array([1]))
+    simulator.set_state(SAFE_STATE[env_id][None], np.array([0]))
+    simulator.step(actions)
+    with pytest.raises(ResetNeeded):
+        simulator.make_simulator(2).step(actions)

@@ -1,13 +1,16 @@
 """Evaluation in another process: the results of SB3's callback, later."""
 
 import gc
+import json
 import multiprocessing as mp
 import os
 import pickle
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from typing import ClassVar
 
 import gymnasium as gym
 import numpy as np
@@ -25,7 +28,8 @@ from stable_baselines3.common.callbacks import (
 )
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import configure
-from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecMonitor, VecNormalize
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecMonitor, VecNormalize, VecVideoRecorder
 
 from sb3_mpg import MPG, AsyncEvalCallback
 from sb3_mpg.common import callbacks
@@ -221,15 +225,87 @@ def test_with_learners(tmp_path):
     assert callback.evaluations_timesteps == [20, 40, 60]
 
 
-def test_environments_that_cannot_be_sent():
+def test_environments_that_cannot_be_sent(tmp_path):
     env = SubprocVecEnv([LinearEnv])
     with pytest.raises(ValueError, match="cannot be a SubprocVecEnv"):
         AsyncEvalCallback(VecMonitor(env))
     env.close()
     env = timed_env()
-    env.handle = (number for number in range(3))
-    with pytest.raises(ValueError, match="cannot be sent to the evaluator"):
-        small_model().learn(30, callback=AsyncEvalCallback(DummyVecEnv([lambda: env]), eval_freq=5, verbose=0))
+    for handle in ((number for number in range(3)), threading.Lock(), open(tmp_path / "log.txt", "w")):
+        env.handle = handle
+        with pytest.raises(ValueError, match="cannot be sent to the evaluator"):
+            model = small_model()
+            model.learn(30, callback=AsyncEvalCallback(DummyVecEnv([lambda: env]), eval_freq=1000, verbose=0))
+        assert model.num_timesteps == 0
+    handle.close()
+
+
+def monitored(kind, path):
+    """An environment for evaluations that writes a csv file, in each of the ways of SB3."""
+    if kind == "Monitor":
+        return Monitor(timed_env(cls=Succeeds), str(path / "log"), info_keywords=("is_success",))
+    if kind == "monitor_dir":
+        return make_vec_env(timed_env, 2, seed=3, monitor_dir=str(path))
+    return VecMonitor(DummyVecEnv([timed_env] * 2), str(path / "log"))
+
+
+@pytest.mark.filterwarnings("ignore:Training and eval env are not of the same type")
+@pytest.mark.parametrize("kind", ["Monitor", "monitor_dir", "VecMonitor"])
+def test_files_of_monitors_are_those_of_eval_callback(kind, tmp_path):
+    written = []
+    for cls in (EvalCallback, AsyncEvalCallback):
+        path = tmp_path / cls.__name__
+        path.mkdir()
+        env = monitored(kind, path)
+        env.reset(seed=3) if kind == "Monitor" else env.seed(3)
+        small_model().learn(60, callback=cls(env, eval_freq=20, n_eval_episodes=3, verbose=0))
+        env.close()
+        written.append(
+            {file.name: [without_time(line) for line in file.read_text().splitlines()] for file in path.glob("*.csv")}
+        )
+    assert written[0] == written[1]
+    assert len(written[0]) == (2 if kind == "monitor_dir" else 1)
+    # The header, the names of the columns, and episodes of all evaluations
+    assert all(len(lines) >= 2 + 3 for lines in written[0].values())
+
+
+def without_time(line):
+    """A line of a file of ``Monitor`` without what the clock says."""
+    if line.startswith("#"):
+        return sorted(json.loads(line[1:]))
+    reward, length, _, *rest = line.split(",")
+    return [reward, length, *rest]
+
+
+class Drawn(LinearEnv):
+    metadata: ClassVar = {"render_modes": ["rgb_array"], "render_fps": 10}
+    render_mode = "rgb_array"
+
+    def render(self):
+        return np.zeros((16, 16, 3), dtype=np.uint8)
+
+
+@pytest.mark.filterwarnings("ignore:Training and eval env are not of the same type")
+@pytest.mark.filterwarnings("ignore:Evaluation environment is not wrapped with a ``Monitor``")
+@pytest.mark.parametrize("kind", ["RecordVideo", "VecVideoRecorder"])
+def test_videos_are_those_of_eval_callback(kind, tmp_path):
+    """The last one is not complete when training ends."""
+    pytest.importorskip("moviepy")
+    recorded = []
+    for cls in (EvalCallback, AsyncEvalCallback):
+        folder = tmp_path / cls.__name__
+        env = timed_env(cls=Drawn)
+        if kind == "RecordVideo":
+            recorder = gym.wrappers.RecordVideo(env, str(folder), episode_trigger=lambda episode: episode != 1)
+            env = DummyVecEnv([lambda recorder=recorder: recorder])
+        else:
+            env = VecMonitor(DummyVecEnv([lambda env=env: env]))
+            env = VecVideoRecorder(env, str(folder), lambda step: step in (0, 15), video_length=8)
+        small_model().learn(20, callback=cls(env, eval_freq=10, n_eval_episodes=1, verbose=0))
+        env.close()
+        recorded.append(sorted(path.name for path in folder.glob("*.mp4")))
+    assert recorded[0] == recorded[1]
+    assert len(recorded[0]) == (3 if kind == "RecordVideo" else 2)
 
 
 def test_wrappers_survive():

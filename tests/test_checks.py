@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch as th
 from lq import LinearEnv
-from stable_baselines3.common.vec_env import DummyVecEnv
+from settings import SMALL
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
+from sb3_mpg import MPG
 from sb3_mpg.common import checks
 from sb3_mpg.common.checks import (
     check_count,
@@ -72,12 +74,69 @@ def test_keywords_are_those_of_a_function():
         check_keywords("kwargs", {"third": 3, "second": 2, "taken": 1}, function, "taken")
 
 
-def test_records_that_are_not_finite_are_reported():
+FINITE, NAN, INF = np.zeros((1, 2)), np.array([[0.0, np.nan]]), np.array([[np.inf, 0.0]])
+
+
+@pytest.mark.parametrize(
+    ("infos", "given"),
+    [
+        ([{}], (NAN, np.ones(1))),
+        ([{}], (FINITE, np.array([np.inf]))),
+        ([{}], ({"a": FINITE, "b": INF}, np.ones(1))),
+        ([{}, {"terminal_observation": NAN[0]}], (FINITE, np.ones(1))),
+        ([{"terminal_observation": {"a": FINITE[0], "b": INF[0]}}], ({"a": FINITE, "b": FINITE}, np.ones(1))),
+    ],
+)
+def test_records_that_are_not_finite_are_reported(infos, given):
+    with pytest.warns(UserWarning, match=r"not finite \(step 3\)"):
+        assert warn_of_record(3, infos, None, *given)
+
+
+def test_finite_records_are_not_reported():
     # Warnings are errors in tests
-    assert not warn_of_record(3, np.zeros((2, 3)), np.ones(2))
-    for recorded in ((np.array([[0.0, np.nan]]), np.ones(1)), (np.zeros((1, 2)), np.array([np.inf]))):
-        with pytest.warns(UserWarning, match=r"not finite \(step 3\)"):
-            assert warn_of_record(3, *recorded)
+    assert not warn_of_record(3, [{}], None, FINITE, np.ones(2))
+    infos = [{"terminal_observation": {"a": FINITE[0]}}, {"terminal_observation": None}]
+    assert not warn_of_record(3, infos, None, {"a": FINITE, "b": np.array([[1, 2]], np.uint8)}, np.ones(1))
+
+
+class EndsInNaN(LinearEnv):
+    """Episodes of five steps: the last observation of the second one is not a number, or so is the first of all."""
+
+    def __init__(self, value=np.nan, is_first=False):
+        super().__init__()
+        self.value, self.is_first = value, is_first
+        self.n_resets = self.n_steps = 0
+
+    def reset(self, **kwargs):
+        observation, info = super().reset(**kwargs)
+        self.n_resets, self.n_steps = self.n_resets + 1, 0
+        is_odd = self.is_first and self.n_resets == 1
+        return np.full_like(observation, self.value) if is_odd else observation, info
+
+    def step(self, action):
+        observation, reward, *_ = super().step(action)
+        self.n_steps += 1
+        is_odd = not self.is_first and self.n_resets == 2 and self.n_steps == 5
+        return np.full_like(observation, self.value) if is_odd else observation, reward, False, self.n_steps == 5, {}
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("is_first", [False, True])
+def test_the_first_and_the_last_observation_of_an_episode_count(value, is_first):
+    model = MPG("MlpPolicy", EndsInNaN(value, is_first), **{**SMALL, "learning_starts": 100})
+    with pytest.warns(UserWarning, match=r"gave an observation or a reward that is not finite \(step"):
+        model.learn(12)
+    assert model.training_state.has_warned_of_records
+
+
+def test_what_vec_normalize_clips_counts():
+    """It hides infinite values from the networks, but not from what is recorded."""
+    env = VecNormalize(DummyVecEnv([lambda: EndsInNaN(np.inf, is_first=True)]), training=False)
+    model = MPG("MlpPolicy", env, **{**SMALL, "learning_starts": 100})
+    assert np.isfinite(env.reset()).all() and np.isinf(env.get_original_obs()).all()
+    env.envs[0].n_resets = 0
+    with pytest.warns(UserWarning, match="not finite"):
+        model.learn(2)
 
 
 def test_wrappers_are_reported_to_those_who_do_not_know_them():

@@ -12,6 +12,7 @@ from sb3_mpg import MPG
 from sb3_mpg.common.model_fitting import ModelFitting
 from sb3_mpg.common.models.fitting_schedule import EveryUpdate, UntilConverged
 from sb3_mpg.common.models.trainable import TrainableModel
+from sb3_mpg.common.saved_object import SavedObject
 
 
 class Counts(TrainableModel):
@@ -207,10 +208,10 @@ def test_what_was_learned_is_restored():
 def test_what_was_learned_of_another_model_is_forgotten():
     fitting = ModelFitting(Counts())
     with pytest.warns(UserWarning, match="learned of another model is forgotten"):
-        assert not fitting.restore({"model": {"weights": 1}, "n_prepared_for": 77})
+        assert not fitting.restore({"model": SavedObject.of({"weights": 1}), "n_prepared_for": 77})
     assert not fitting.is_prepared
     # A model that was never fitted has nothing to forget
-    assert not fitting.restore({"model": {"weights": 1}, "n_prepared_for": 0})
+    assert not fitting.restore({"model": SavedObject.of({"weights": 1}), "n_prepared_for": 0})
 
 
 def test_an_ensemble_is_fitted_as_its_schedule_says_while_a_policy_is_trained():

@@ -1,20 +1,20 @@
 """Evaluation in a process of its own."""
 
 import copy
-import inspect
 import io
 import os
 import warnings
 import weakref
 from collections import deque
 from multiprocessing.connection import Connection, wait
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import cloudpickle
 import gymnasium as gym
 import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EvalCallback, EventCallback
 from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import MaybeCallback
 from stable_baselines3.common.vec_env import (
     SubprocVecEnv,
@@ -24,6 +24,7 @@ from stable_baselines3.common.vec_env import (
     sync_envs_normalization,
 )
 
+from sb3_mpg.common.env_pickles import pickle_with_env, put_env_together, take_env_apart
 from sb3_mpg.common.processes import (
     NO_MAIN_GUARD,
     NO_MAIN_GUARD_MESSAGE,
@@ -34,6 +35,9 @@ from sb3_mpg.common.processes import (
     exit_without_main_guard,
     process_context,
 )
+
+# Seconds that the evaluator may take to close its environment, which may write a video
+CLOSE_SECONDS = 60.0
 
 
 class Snapshot(NamedTuple):
@@ -77,44 +81,32 @@ def normalizations(env: VecEnv) -> list[VecNormalize]:
     return found
 
 
-def take_env_apart(env: VecEnv) -> tuple[list[tuple[type, dict[str, Any]]], VecEnv]:
-    """
-    Separate an environment from its wrappers, which cannot be pickled.
-
-    :param env: an environment
-    :return: class and attributes of each wrapper, and the environment inside
-    """
-    wrappers = []
-    while isinstance(env, VecEnvWrapper):
-        excluded = ("venv", "class_attributes")
-        wrappers.append((type(env), {name: value for name, value in vars(env).items() if name not in excluded}))
-        env = env.venv
-    return wrappers, env
-
-
-def put_env_together(wrappers: list[tuple[type, dict[str, Any]]], env: VecEnv) -> VecEnv:
-    """The inverse of :func:`take_env_apart`."""
-    for cls, attributes in reversed(wrappers):
-        wrapper = object.__new__(cls)
-        wrapper.__dict__.update(attributes, venv=env, class_attributes=dict(inspect.getmembers(cls)))
-        env = wrapper
-    return env
-
-
 def run_evaluator(connection: Connection, payload: SharedBytes) -> None:
     """
-    Main loop of the evaluator process: receive snapshots and return evaluations, until ``None`` is received.
+    Main function of the evaluator process: receive snapshots and return evaluations, until the connection is closed.
 
     :param connection: connection to the callback
     :param payload: policy, environment and settings, pickled
     """
     policy, env_parts, settings = payload.load()
     env = put_env_together(*env_parts)
-    connection.send(Ready())
+    try:
+        connection.send(Ready())
+        evaluate_snapshots(connection, policy, env, settings)
+    finally:
+        # Wrappers write what they have recorded
+        env.close()
+
+
+def evaluate_snapshots(connection: Connection, policy: BasePolicy, env: VecEnv, settings: dict[str, Any]) -> NoReturn:
+    """
+    :param connection: connection to the callback, which ends this by closing it
+    :param policy: the policy, which gets the parameters of the snapshots
+    :param env: the environment
+    :param settings: arguments of ``evaluate_policy``
+    """
     while True:
-        message: bytes | None = connection.recv()
-        if message is None:
-            return
+        message: bytes = connection.recv()
         state_dict, statistics = cloudpickle.loads(message)
         policy.load_state_dict(state_dict)
         for normalization, values in zip(normalizations(env), statistics, strict=True):
@@ -141,11 +133,13 @@ class AsyncEvalCallback(EvalCallback):
     One snapshot may wait while another is evaluated; training waits before there are more. If the evaluator dies, its
     evaluation is missing, and the next evaluation starts a new process.
 
+    The evaluator writes the files of ``Monitor`` and of recorded videos. It closes its environment when training ends.
+
     :param eval_env: The environment used for evaluation, which is copied to the evaluator; not a ``SubprocVecEnv``
 
     The other parameters are those of ``EvalCallback``.
 
-    :raises ValueError: for a ``SubprocVecEnv``; at the first evaluation, when environment or policy cannot be pickled
+    :raises ValueError: for a ``SubprocVecEnv``; before the first step, when environment or policy cannot be pickled
     """
 
     def __init__(
@@ -181,15 +175,29 @@ class AsyncEvalCallback(EvalCallback):
                 "use a DummyVecEnv."
             )
         self._worker: Worker | None = None
+        self._last_resort: weakref.finalize | None = None
         self._is_ready = False
         self._running: Snapshot | None = None
         self._waiting: deque[Snapshot] = deque()
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy starts an evaluator of its own, which evaluates again what the present one has not finished
+        unfinished = deque([*([] if self._running is None else [self._running]), *self._waiting])
+        state = {**vars(self), "_worker": None, "_is_ready": False, "_running": None, "_waiting": unfinished}
+        # The variables of `learn`, which cannot be pickled
+        return {**state, "_last_resort": None, "locals": {}, "globals": {}}
+
     def _init_callback(self) -> None:
         exit_without_main_guard()
         super()._init_callback()
+        # Fail before the first step
+        self._pickled_content()
 
-    def _start(self) -> None:
+    def _pickled_content(self) -> bytes:
+        """
+        :return: what the evaluator gets
+        :raises ValueError: when environment or policy cannot be pickled
+        """
         # The evaluator runs on the CPU, whatever the device of training
         policy = copy.deepcopy(self.model.policy).to("cpu")
         for module in policy.modules():
@@ -202,13 +210,16 @@ class AsyncEvalCallback(EvalCallback):
             "warn": self.warn,
         }
         try:
-            payload = cloudpickle.dumps((policy, take_env_apart(self.eval_env), settings))
+            return pickle_with_env((policy, take_env_apart(self.eval_env), settings))
         except Exception as error:
             raise ValueError(
                 f"The environment or the policy cannot be sent to the evaluator ({type(error).__name__}: {error}); "
                 "use SB3's EvalCallback."
             ) from error
-        self._worker = Worker(process_context(), run_evaluator, (SharedBytes(payload),), "evaluator")
+
+    def _start(self) -> None:
+        content = SharedBytes(self._pickled_content())
+        self._worker = Worker(process_context(), run_evaluator, (content,), "evaluator")
         # SB3's own algorithms do not call `on_training_end` when training ends in an exception
         self._last_resort = weakref.finalize(self, self._worker.close)
         self._last_resort.atexit = False
@@ -386,6 +397,9 @@ class AsyncEvalCallback(EvalCallback):
     def _on_training_end(self) -> None:
         while self._running is not None or self._waiting:
             self._proceed(timeout=1.0)
+        if self._worker is not None:
+            # It closes the environment
+            self._worker.close(CLOSE_SECONDS)
         self.close()
 
     def close(self, keep_waiting: bool = False) -> None:
@@ -394,10 +408,9 @@ class AsyncEvalCallback(EvalCallback):
 
         :param keep_waiting: whether to keep the snapshots that wait
         """
-        if self._worker is not None:
-            self._last_resort.detach()
-            self._worker.close()
-        self._worker = self._running = None
+        if self._last_resort is not None:
+            self._last_resort()
+        self._worker = self._running = self._last_resort = None
         self._is_ready = False
         if not keep_waiting:
             self._waiting.clear()

@@ -8,7 +8,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch as th
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 # Rewards with a smaller RMS are negligible compared with the initial values of critics
 TINY_REWARD = 1e-4
@@ -83,14 +83,18 @@ def check_share(name: str, share: float) -> None:
         raise ValueError(f"`{name}` must lie between 0 and 1, got {share!r}.")
 
 
-def warn_of_record(step: int, *recorded: np.ndarray) -> bool:
+def warn_of_record(step: int, infos: Sequence[dict[str, Any]], env: VecNormalize | None, *given: Any) -> bool:
     """
     :param step: number of the environment step
-    :param recorded: observation and reward
+    :param infos: of each environment; at the end of an episode they hold its last observation
+    :param env: the ``VecNormalize``, if any, which clips what is not finite; what is recorded are its raw values
+    :param given: observations and rewards, arrays or dictionaries of arrays, or ``None``
     :return: whether a value is not finite and a warning was given
     """
-    arrays = [array for part in recorded for array in (part.values() if isinstance(part, dict) else [part])]
-    if all(np.isfinite(array).all() for array in arrays):
+    raw = () if env is None else (env.get_original_obs(), env.get_original_reward())
+    last = (info.get("terminal_observation") for info in infos)
+    parts = (part.values() if isinstance(part, dict) else (part,) for part in (*given, *raw, *last) if part is not None)
+    if all(np.isfinite(array).all() for part in parts for array in part):
         return False
     warnings.warn(
         f"The environment gave an observation or a reward that is not finite (step {step}). It is "

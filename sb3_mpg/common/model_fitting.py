@@ -6,6 +6,7 @@ from typing import Any
 from sb3_mpg.common.buffers import RecordedSteps
 from sb3_mpg.common.models.trainable import CorrectedModel, TrainableModel
 from sb3_mpg.common.models.windows import Transitions
+from sb3_mpg.common.saved_object import SavedObject
 
 
 class ModelFitting:
@@ -135,9 +136,9 @@ class ModelFitting:
 
     def state(self) -> dict[str, Any]:
         """
-        :return: the learned state on the CPU, to be saved
+        :return: the learned state on the CPU, to be saved; what the model learned is a pickle, see :class:`SavedObject`
         """
-        return {"model": self.model.learned_state(), "n_prepared_for": self.n_prepared_for}
+        return {"model": SavedObject.of(self.model.learned_state()), "n_prepared_for": self.n_prepared_for}
 
     def restore(self, state: dict[str, Any] | None) -> bool:
         """
@@ -146,7 +147,8 @@ class ModelFitting:
         """
         if state is None:
             return True
-        is_of_this_model = self.model.load_learned_state(state["model"])
+        learned = state["model"].opened()
+        is_of_this_model = not isinstance(learned, SavedObject) and self.model.load_learned_state(learned)
         if is_of_this_model:
             self.n_prepared_for = state["n_prepared_for"]
         elif state["n_prepared_for"] > 0:

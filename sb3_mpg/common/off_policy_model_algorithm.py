@@ -18,7 +18,7 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TrainFreq
 from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
 
-from sb3_mpg.common import checks
+from sb3_mpg.common import checks, saved_settings
 from sb3_mpg.common.buffers import RecordedSteps, check_buffer_class, check_replay_buffer, check_support, choose_replay_buffer
 from sb3_mpg.common.callbacks import close_evaluators
 from sb3_mpg.common.compilation.step_compiler import COMPILE_FROM_MODEL_STEPS, StepCompiler
@@ -34,7 +34,6 @@ from sb3_mpg.common.optimizer_steps import OptimizerSteps
 from sb3_mpg.common.precision import choose_matmul_precision, matmul_precision
 from sb3_mpg.common.rollouts.exploration import ModelExploration
 from sb3_mpg.common.rollouts.steps import EagerSteps
-from sb3_mpg.common.saved_settings import assign_loaded_settings, attributes_to_save
 from sb3_mpg.common.settings import SettingOf
 from sb3_mpg.common.spaces import check_spaces, wrap_env
 from sb3_mpg.common.training_state import TrainingState
@@ -185,7 +184,7 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         checks.check_share("tau", self.tau)
 
     def _setup_model(self) -> None:
-        assign_loaded_settings(self)
+        saved_settings.assign_loaded_settings(self)
         self._check_settings()
         prior: PriorModel | None = None
         if self.env is not None:
@@ -219,7 +218,7 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         self.update = self._make_update(model, state.seed_of_updates(self.seed))
         self.update.batches.load_state(state.batches, self.batch_reuse, self.device)
         self.learners: Learners = InProcessLearner(self.update)
-        if state.measurements is not None:
+        if state.measurements is not None and "weighting_rule" not in state.unopened:
             self.trust.measurements, state.measurements = state.measurements, None
         self.trust = renew_trust(self.trust, self.trust.rule, self.residual, isinstance(prior, TrainableModel))
         self.model_fitting = ModelFitting(model) if isinstance(model, TrainableModel) else None
@@ -258,8 +257,8 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
 
     @property
     def rollout_model(self) -> PriorModel | None:
-        """The model that the gradient is back-propagated through; ``None`` without an environment."""
-        return None if self.env is None else self.update.model
+        """The model that the gradient is back-propagated through; ``None`` without an environment or without its module."""
+        return None if self.env is None or not self.model_settings.is_open else self.update.model
 
     @property
     def weighting_rule(self) -> WeightingRule:
@@ -379,6 +378,7 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         :return: the report
         :raises ValueError: when there is no model, or too few steps are recorded to compare it with
         """
+        saved_settings.check_opened(self, saved_settings.OF_ROLLOUTS)
         if not self.trust.uses_model or self.env is None:
             raise ValueError(
                 "There is no model to report on: the only horizon is 0, or the environment is missing (`set_env`)."
@@ -395,8 +395,7 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         tb_log_name: str = "run",
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
-        if self.model_fitting is not None:
-            self.trust.check_comparison(self.update.n_critics, self.model_fitting.model.n_members)
+        saved_settings.check_trainable(self)
         keep_freed_memory()
         state = self.training_state
         if reset_num_timesteps:
@@ -447,7 +446,9 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         self, replay_buffer: ReplayBuffer, buffer_action: np.ndarray, new_obs: Any, reward: np.ndarray, *args: Any
     ) -> None:
         if not self.training_state.has_warned_of_records:
-            self.training_state.has_warned_of_records = checks.warn_of_record(self.num_timesteps, new_obs, reward)
+            given = (self._last_obs, self._last_original_obs, new_obs, reward)
+            has_warned = checks.warn_of_record(self.num_timesteps, args[-1], self._vec_normalize_env, *given)
+            self.training_state.has_warned_of_records = has_warned
         with self.learners.writing(replay_buffer):
             super()._store_transition(replay_buffer, buffer_action, new_obs, reward, *args)
 
@@ -462,7 +463,7 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         ``learn(reset_num_timesteps=False)`` continues as if training had not been interrupted, if the replay buffer is loaded
         as well and the environment is in its earlier state. See SB3's ``save`` for the parameters.
         """
-        with attributes_to_save(self):
+        with saved_settings.attributes_to_save(self):
             super().save(path, exclude, include)
 
     def export_onnx(self, path: str | pathlib.Path, what: Exported = "policy") -> None:

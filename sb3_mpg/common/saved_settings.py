@@ -1,23 +1,39 @@
 """
 Settings of parts in files. A file holds them under the names of the constructor's arguments, as those of other algorithms do,
 so that ``load``, ``custom_objects`` and ``exclude`` take these names. The state of training is gathered from the parts.
+
+Settings that only training needs may be objects of users' modules. An algorithm can be loaded for predictions where such a
+module is missing.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.save_util import is_json_serializable
 
+from sb3_mpg.common.models.loading import import_from_path
+from sb3_mpg.common.saved_object import SavedObject
 from sb3_mpg.common.settings import SettingOf
 from sb3_mpg.common.training_state import TrainingState, rng_state
-from sb3_mpg.common.value_targets import make_value_target
+from sb3_mpg.common.trust.weighting import ConstantWeighting
+from sb3_mpg.common.value_targets import ReplayTarget, make_value_target
 
 # Constructor arguments that define the weighting rule
 OF_WEIGHTING_RULE = ("horizons", "weighting", "weighting_kwargs")
+# Settings that define the model of the rollouts, those that rollouts need, and all that only training needs
+OF_MODEL = ("prior_model", "prior_model_kwargs", "residual_kwargs")
+OF_ROLLOUTS = (*OF_MODEL, "weighting_rule")
+OF_TRAINING = (*OF_ROLLOUTS, "value_target", "critic_learning_rate", "action_noise")
+# What is in the place of a setting that cannot be opened, where the setting-up of an algorithm needs something
+MAKE_STAND_IN: dict[str, Callable[[], Any]] = {
+    "weighting_rule": lambda: ConstantWeighting((0,)),
+    "value_target": ReplayTarget,
+}
 
 
 def assign_loaded_settings(algorithm: BaseAlgorithm) -> None:
@@ -29,6 +45,7 @@ def assign_loaded_settings(algorithm: BaseAlgorithm) -> None:
     :raises ValueError: for arguments that a saved algorithm does not accept
     """
     attributes = vars(algorithm)
+    open_settings(attributes)
     given = [name for name in OF_WEIGHTING_RULE if name in attributes]
     if given:
         raise ValueError(
@@ -40,6 +57,65 @@ def assign_loaded_settings(algorithm: BaseAlgorithm) -> None:
     for name in list(attributes):
         if isinstance(getattr(type(algorithm), name, None), (SettingOf, property)):
             setattr(algorithm, name, attributes.pop(name))
+
+
+def open_settings(attributes: dict[str, Any]) -> None:
+    """
+    Open the settings that only training needs. One that cannot be opened is remembered, with what is in its place.
+
+    :param attributes: the attributes of an algorithm that is being set up
+    """
+
+    def check(value: Any) -> None:
+        # A prior model that is given as a path is looked up only where it is made
+        if name == "prior_model" and isinstance(value, str) and value != "auto":
+            import_from_path(value)
+
+    for name in OF_TRAINING:
+        saved = attributes.get(name)
+        if isinstance(saved, SavedObject):
+            attributes[name] = saved.opened(check)
+            if attributes[name] is saved:
+                attributes[name] = MAKE_STAND_IN.get(name, lambda saved=saved: saved)()
+                attributes["training_state"].unopened[name] = (saved, attributes[name])
+
+
+def unopened(algorithm: Any, name: str) -> SavedObject | None:
+    """
+    :param algorithm: an algorithm
+    :param name: name of a setting
+    :return: the setting as it was saved, if it could not be opened and was not replaced since
+    """
+    saved, stand_in = algorithm.training_state.unopened.get(name, (None, None))
+    return saved if saved is not None and getattr(algorithm, name) is stand_in else None
+
+
+def check_opened(algorithm: Any, names: Sequence[str]) -> None:
+    """
+    :param algorithm: an algorithm
+    :param names: names of the settings that are needed; those of the model only count if it is used
+    :raises ValueError: when one of them could not be opened
+    """
+    for name in names:
+        saved = unopened(algorithm, name)
+        if saved is not None and (name not in OF_MODEL or algorithm.trust.uses_model):
+            raise ValueError(
+                f"This needs the `{name}` of the loaded file, which cannot be opened ({saved.error}): make it importable, or "
+                f"pass `{name}=` to `load`; predictions do without."
+            )
+
+
+def check_trainable(algorithm: Any) -> None:
+    """
+    :param algorithm: an algorithm that is about to train
+    :raises ValueError: when the environment is missing, a setting could not be opened, or measured weights have too little to
+        compare
+    """
+    check_opened(algorithm, OF_TRAINING)
+    if algorithm.env is None:
+        raise ValueError("Training needs an environment: give `load` one (`env=`), or call `set_env`.")
+    if algorithm.model_fitting is not None:
+        algorithm.trust.check_comparison(algorithm.update.n_critics, algorithm.model_fitting.model.n_members)
 
 
 def gathered_state(algorithm: Any) -> TrainingState:
@@ -54,7 +130,8 @@ def gathered_state(algorithm: Any) -> TrainingState:
         rng=rng_state(algorithm.device) if state.rng is None else state.rng,
         fitting=state.fitting if algorithm.model_fitting is None else algorithm.model_fitting.state(),
         batches=algorithm.update.batches.state(algorithm.batch_reuse),
-        measurements=algorithm.trust.measurements,
+        measurements=algorithm.trust.measurements if state.measurements is None else state.measurements,
+        unopened={},
     )
 
 
@@ -67,15 +144,19 @@ def attributes_to_save(algorithm: BaseAlgorithm) -> Iterator[None]:
     :param algorithm: an algorithm that is being saved
     """
     attributes, cls = vars(algorithm), type(algorithm)
-    names = [name for name in dir(cls) if isinstance(getattr(cls, name), SettingOf)]
-    settings = {name: getattr(algorithm, name) for name in [*names, "residual", "weighting_rule"]}
+    of_parts = [name for name in dir(cls) if isinstance(getattr(cls, name), SettingOf)]
+    names = {*of_parts, "residual", *OF_TRAINING}
+    settings: dict[str, Any] = {name: unopened(algorithm, name) or getattr(algorithm, name) for name in names}
     if isinstance(settings["prior_model"], th.nn.Module):
         settings["prior_model"] = copy.deepcopy(settings["prior_model"]).cpu()
-    state = attributes["training_state"]
+    for name in OF_TRAINING:
+        is_path = name == "prior_model" and settings[name] != "auto"
+        if is_path or not is_json_serializable(settings[name]):
+            settings[name] = SavedObject.of(settings[name])
+    before = dict(attributes)
     attributes.update(settings, training_state=gathered_state(algorithm))
     try:
         yield
     finally:
-        for name in settings:
-            del attributes[name]
-        attributes["training_state"] = state
+        attributes.clear()
+        attributes.update(before)

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import torch as th
 
+from sb3_mpg.common.saved_object import SavedObject
+
 
 def rng_state(device: th.device) -> dict[str, Any]:
     """
@@ -49,6 +51,7 @@ class TrainingState:
     :param fitting: state of the model's fitting, kept from loading until the model is created
     :param batches: state of the reused batches, kept from loading until the update is created
     :param measurements: errors of the gradients, kept from loading until the trust is set up
+    :param unopened: settings of a loaded file that could not be opened, each with what is in its place
     """
 
     update_seed: int | None = None
@@ -61,6 +64,7 @@ class TrainingState:
     fitting: dict[str, Any] | None = field(default=None, repr=False)
     batches: dict[str, Any] | None = field(default=None, repr=False)
     measurements: list[Any] | None = field(default=None, repr=False)
+    unopened: dict[str, tuple[SavedObject, Any]] = field(default_factory=dict, repr=False)
 
     def seed_of_updates(self, seed: int | None) -> int:
         """

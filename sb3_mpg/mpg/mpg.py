@@ -19,6 +19,7 @@ from sb3_mpg.common.off_policy_model_algorithm import OffPolicyModelAlgorithm
 from sb3_mpg.common.optimizer_steps import OptimizerSteps
 from sb3_mpg.common.rollouts.policy_gradient import mixed_policy_gradient
 from sb3_mpg.common.rollouts.steps import EagerSteps
+from sb3_mpg.common.saved_settings import OF_ROLLOUTS, check_opened
 from sb3_mpg.common.trust.weighting import WeightingRule, check_horizons, make_weighting_rule
 from sb3_mpg.common.type_aliases import Differentiate
 from sb3_mpg.common.value_targets import ValueTarget, make_value_target
@@ -279,8 +280,9 @@ class MPG(OffPolicyModelAlgorithm):
         :param horizon: number of model steps, 0 for the data-driven gradient
         :param differentiate: ``"first_action"`` or ``"all_actions"``
         :return: the gradient of the mean return (the direction of ascent), flat, ``(n_actor_parameters,)``
-        :raises ValueError: for an impossible horizon, or when the algorithm has no model
+        :raises ValueError: for an impossible horizon, or when the algorithm has no model or that of a file cannot be opened
         """
+        check_opened(self, OF_ROLLOUTS)
         check_horizons([horizon])
         check_differentiate(differentiate)
         if horizon > 0 and not self.trust.uses_model:

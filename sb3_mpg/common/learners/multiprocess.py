@@ -15,6 +15,7 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.logger import Logger
 
 from sb3_mpg.common.learners.base import Learners, LearnerSettings, TrainingInputs
+from sb3_mpg.common.learners.in_process import InProcessLearner
 from sb3_mpg.common.learners.learner_process import Outcome, Slot, Task, run_learner
 from sb3_mpg.common.learners.replay import replay_for_learners
 from sb3_mpg.common.learners.scheduler import Assignment, Scheduler
@@ -167,6 +168,8 @@ class MultiprocessLearners(Learners):
 
     The first update starts the processes. A learner that dies or hangs is replaced, and its updates are assigned again.
 
+    Copies and pickles compute in process: processes and their shared memory belong to one training.
+
     :param update: computes gradients
     :param inputs: present inputs of gradients
     :param settings: number and staleness of the learners, and settings of the pool
@@ -189,6 +192,9 @@ class MultiprocessLearners(Learners):
         self._last_look = 0.0
         self._apply_times: deque[float] = deque(maxlen=THROUGHPUT_WINDOW)
         self._values: dict[str, list[float]] = {}
+
+    def __reduce__(self) -> tuple[type[InProcessLearner], tuple[Update]]:
+        return InProcessLearner, (self.update,)
 
     def next_result(self, n_updates: int, inputs: TrainingInputs) -> GradientResult:
         if self._pool is not None and self._pool.layout != _layout(self.update, inputs):

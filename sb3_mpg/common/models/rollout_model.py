@@ -14,6 +14,7 @@ from sb3_mpg.common.models.checking.checker import validate_prior_model
 from sb3_mpg.common.models.loading import PriorModelLike, make_prior_model
 from sb3_mpg.common.models.residual import ResidualModel
 from sb3_mpg.common.models.trainable import TrainableModel
+from sb3_mpg.common.saved_object import SavedObject
 from sb3_mpg.common.spaces import FlatObservations, flat_box
 from sb3_mpg.common.value_targets import ValueTarget
 
@@ -38,17 +39,25 @@ class ModelSettings:
         """
         if not isinstance(self.residual, bool):
             raise ValueError(f"`residual` says whether the model is corrected, True or False, got {self.residual!r}.")
-        check_keywords("residual_kwargs", self.residual_kwargs, ResidualModel, "prior", "n_states", "n_actions")
+        if self.is_open:
+            check_keywords("residual_kwargs", self.residual_kwargs, ResidualModel, "prior", "n_states", "n_actions")
 
-    def find_prior(self, env: VecEnv, device: th.device, is_needed: bool, value_target: ValueTarget) -> PriorModel:
+    @property
+    def is_open(self) -> bool:
+        """Whether nothing of them is closed in a file, because it belongs to a module that is missing."""
+        return not any(isinstance(value, SavedObject) for value in vars(self).values())
+
+    def find_prior(self, env: VecEnv, device: th.device, is_needed: bool, value_target: ValueTarget) -> PriorModel | None:
         """
         :param env: the environment
         :param device: device of the model
         :param is_needed: whether the model is ever stepped
         :param value_target: the value target, which may need a simulator of the environment
-        :return: the prior model; a plain ``PriorModel`` if it is not needed
+        :return: the prior model; a plain ``PriorModel`` if it is not needed, ``None`` if the settings are not open
         :raises ValueError: when the environment lacks a model or simulator that is needed, or the model cannot be used
         """
+        if is_needed and not self.is_open:
+            return None
         model = self._make_prior(env, device) if is_needed else PriorModel()
         value_target.check_env(env)
         users = ["prior_model='auto'"] if is_needed and self.prior_model == "auto" else []

@@ -96,7 +96,8 @@ def shifted_statistics(env, far=1e5):
 
 def random_policy(model):
     """Scales of observations and biases that are not those of the start."""
-    model.policy.load_state_dict({name: 0.6 * th.rand_like(tensor) - 0.3 for name, tensor in model.policy.state_dict().items()})
+    state = model.policy.state_dict()
+    model.policy.load_state_dict({name: 0.6 * th.rand_like(tensor) - 0.3 for name, tensor in state.items()})
 
 
 SPACES = {

@@ -237,9 +237,7 @@ def why_not_converted(name: str, error: BaseException) -> str:
         cause = cause.__cause__
     operator = re.search(r"OpOverload\(op='(\S+)'", str(cause))
     if operator is not None:
-        return (
-            f"{name} uses the operator {operator[1]}, which ONNX does not have; write it with other operations of torch."
-        )
+        return f"{name} uses the operator {operator[1]}, which ONNX does not have; write it with other operations of torch."
     reason = next((line.strip(" .") for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
     return (
         f"torch cannot follow what {name} computes ({reason}); compute with torch alone, choose by values with torch.where "

@@ -4,6 +4,7 @@ import pathlib
 from abc import abstractmethod
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -337,13 +338,9 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
             # Compute gradients, in this process or in learner processes
             result = self.learners.next_result(self._n_updates, inputs)
             # Optimize the networks, update the target networks
-            if not self.optimizer_steps.apply(result, networks, targets, self.tau) and self.optimizer_steps.is_hopeless:
-                settings = inputs.settings_of(self._n_updates)
-                raise FloatingPointError(
-                    f"Training stopped after {self.optimizer_steps.n_skipped_in_a_row} updates in a row with a non-finite "
-                    "gradient (the weights are still finite and can be saved). "
-                    + self.update.why_not_finite(self._n_updates, batch_size, self.replay_buffer, inputs.units, settings)
-                )
+            if not self.optimizer_steps.apply(result, networks, targets, self.tau):
+                arguments = batch_size, self.replay_buffer, inputs.units, inputs.settings_of(self._n_updates)
+                self.optimizer_steps.check_skipped(partial(self.update.why_not_finite, self._n_updates, *arguments))
             if not state.has_warned_of_masks:
                 state.has_warned_of_masks = checks.warn_of_masked_states(result.share_masked, name_of(self.update.model))
             self.learners.applied(self._n_updates, inputs)

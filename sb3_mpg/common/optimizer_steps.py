@@ -1,7 +1,7 @@
 """Applies gradients: clipping, optimizer steps and target networks."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch as th
@@ -34,10 +34,18 @@ class OptimizerSteps:
         if self.max_grad_norm is not None:
             check_number("max_grad_norm", self.max_grad_norm, 0.0, includes_low=False)
 
-    @property
-    def is_hopeless(self) -> bool:
-        """Whether too many updates in a row were skipped."""
-        return self.n_skipped_in_a_row > self.max_skipped_updates
+    def check_skipped(self, find_reason: Callable[[], str]) -> None:
+        """
+        Called after an update was skipped.
+
+        :param find_reason: finds out why, and what to do
+        :raises FloatingPointError: when too many updates in a row were skipped
+        """
+        if self.n_skipped_in_a_row > self.max_skipped_updates:
+            raise FloatingPointError(
+                f"Training stopped after {self.n_skipped_in_a_row} updates in a row with a non-finite gradient (the weights "
+                f"are still finite and can be saved). {find_reason()}"
+            )
 
     def apply(
         self,

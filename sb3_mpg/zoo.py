@@ -45,12 +45,10 @@ COMMANDS = {
     "all_plots": "rl_zoo3.plots.all_plots",
     "plot_train": "rl_zoo3.plots.plot_train",
     "plot_from_file": "rl_zoo3.plots.plot_from_file",
-    "push_to_hub": "rl_zoo3.push_to_hub",
-    "benchmark": "rl_zoo3.benchmark",
 }
 
 #: RL Zoo scripts with a list of the off-policy algorithms among their constants
-SCRIPTS_WITH_LISTS = ("rl_zoo3.enjoy", "rl_zoo3.record_video", "rl_zoo3.push_to_hub", "rl_zoo3.benchmark")
+SCRIPTS_WITH_LISTS = ("rl_zoo3.enjoy", "rl_zoo3.record_video")
 
 #: Keys of a hyperparameter file that RL Zoo removes before it passes the rest to the constructor
 ZOO_KEYS = frozenset(

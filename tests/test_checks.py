@@ -8,7 +8,14 @@ import pytest
 import torch as th
 from lq import LinearEnv
 from settings import SMALL
-from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from stable_baselines3.common.vec_env import (
+    DummyVecEnv,
+    VecCheckNan,
+    VecEnvWrapper,
+    VecFrameStack,
+    VecMonitor,
+    VecNormalize,
+)
 
 from sb3_mpg import MPG
 from sb3_mpg.common import checks
@@ -146,6 +153,45 @@ def test_wrappers_are_reported_to_those_who_do_not_know_them():
     # Nobody is concerned, or no wrapper changes units
     warn_of_wrappers(wrapped, [])
     warn_of_wrappers(DummyVecEnv([lambda: gym.wrappers.TimeLimit(LinearEnv(), 5)]), ["prior_model='auto'"])
+
+
+class Halves(VecEnvWrapper):
+    """Changes rewards."""
+
+    def reset(self):
+        return self.venv.reset()
+
+    def step_wait(self):
+        observations, rewards, dones, infos = self.venv.step_wait()
+        return observations, rewards / 2, dones, infos
+
+
+class Named(VecMonitor):
+    """Changes nothing."""
+
+    name = "mine"
+
+
+class Doubles(VecMonitor):
+    """Changes actions."""
+
+    def step_async(self, actions):
+        super().step_async(2 * actions)
+
+
+def test_wrappers_of_vectorized_environments_are_reported_unless_they_are_known():
+    def env():
+        return DummyVecEnv([LinearEnv])
+
+    for wrapped in (VecCheckNan(VecNormalize(Named(env()))), VecMonitor(env()), env()):
+        warn_of_wrappers(wrapped, ["prior_model='auto'"])
+    for wrapped in (Halves(env()), VecNormalize(Halves(VecMonitor(env()))), Doubles(env()), VecFrameStack(env(), 2)):
+        with pytest.warns(UserWarning, match=r"(Halves|Doubles|VecFrameStack) may change the actions.*but prior_model='auto'"):
+            warn_of_wrappers(wrapped, ["prior_model='auto'"])
+        warn_of_wrappers(wrapped, [])
+    with pytest.warns(UserWarning, match="Halves may change"):
+        MPG("MlpPolicy", Halves(env()), **SMALL)
+    MPG("MlpPolicy", Halves(env()), prior_model=LinearEnv().prior_model(), **SMALL)
 
 
 @pytest.mark.parametrize(("size", "warns"), [(0.0, False), (1e-6, True), (1.0, False)])

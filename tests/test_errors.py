@@ -14,7 +14,8 @@ from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import SubprocVecEnv
 
-from sb3_mpg import MPG, NStepADP, NStepDPG, PriorModel
+import sb3_mpg_envs  # noqa: F401
+from sb3_mpg import MPG, AsyncEvalCallback, NStepADP, NStepDPG, PriorModel, check_prior_model
 from sb3_mpg.common.trust.weighting import ConstantWeighting, make_weighting_rule
 from sb3_mpg.common.value_targets import ReplayTarget
 
@@ -272,3 +273,60 @@ def test_model_of_an_environment_in_a_worker_process():
         assert isinstance(MPG("MlpPolicy", env).rollout_model.prior, LinearModel)
     finally:
         env.close()
+
+
+class TestVectorEnvironmentsOfGymnasium:
+    """SB3 would take one for a single environment."""
+
+    message = "SB3 steps several environments as a VecEnv, got SyncVectorEnv.*make_vec_env"
+
+    @pytest.fixture
+    def envs(self):
+        envs = gym.vector.SyncVectorEnv([NeverStepped] * 2)
+        yield envs
+        envs.close()
+
+    def test_in_the_constructor(self, envs):
+        with pytest.raises(TypeError, match=self.message):
+            MPG("MlpPolicy", envs)
+        with pytest.raises(TypeError, match="got PathTrackingVectorEnv, a vector environment of Gymnasium"):
+            MPG("MlpPolicy", gym.make_vec("PathTracking-v0", num_envs=2))
+
+    def test_in_load_and_set_env(self, envs, tmp_path):
+        model = MPG("MlpPolicy", LinearEnv())
+        model.save(tmp_path / "model.zip")
+        with pytest.raises(TypeError, match=self.message):
+            MPG.load(tmp_path / "model.zip", env=envs)
+        env = model.get_env()
+        with pytest.raises(TypeError, match=self.message):
+            model.set_env(envs)
+        assert model.get_env() is env
+
+    def test_in_evaluations_and_checks(self, envs):
+        with pytest.raises(TypeError, match=self.message):
+            AsyncEvalCallback(envs)
+        with pytest.raises(TypeError, match=self.message):
+            check_prior_model(LinearEnv().prior_model(), envs)
+
+
+def test_classes_are_no_environments():
+    with pytest.raises(TypeError, match=r"got the class WithoutModel: pass an instance, `WithoutModel\(\)`"):
+        MPG("MlpPolicy", WithoutModel)
+
+
+@pytest.mark.parametrize("dtype", [th.float64, th.float16, th.bfloat16])
+def test_default_precision_of_torch(dtype, tmp_path):
+    model = MPG("MlpPolicy", NeverStepped(), prior_model=LinearEnv().prior_model())
+    model.save(tmp_path / "model.zip")
+    message = rf"single precision, but torch's default is {dtype}: call torch.set_default_dtype\(torch.float32\)"
+    th.set_default_dtype(dtype)
+    try:
+        for attempt in (
+            lambda: MPG("MlpPolicy", NeverStepped()),
+            lambda: MPG.load(tmp_path / "model.zip"),
+            lambda: model.learn(10),
+        ):
+            with pytest.raises(ValueError, match=message):
+                attempt()
+    finally:
+        th.set_default_dtype(th.float32)

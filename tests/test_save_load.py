@@ -96,3 +96,33 @@ def test_files_hold_settings_under_the_names_of_the_constructor(tmp_path):
     assert MPG.load(tmp_path / "model.zip", custom_objects={"weighting_rule": rule}).weighting_rule is rule
     model.save(tmp_path / "without.zip", exclude=["prior_model"])
     assert MPG.load(tmp_path / "without.zip", env=LinearEnv()).prior_model == "auto"
+
+
+def test_a_replay_buffer_of_another_number_of_environments(tmp_path):
+    path, buffer = tmp_path / "model.zip", tmp_path / "buffer.pkl"
+    model = MPG("MlpPolicy", make_vec_env(LinearEnv, 2), **SMALL).learn(20)
+    model.save(path)
+    model.save_replay_buffer(buffer)
+    message = "steps of n_envs=2, but the algorithm has n_envs=3"
+
+    three = MPG.load(path, env=make_vec_env(LinearEnv, 3))
+    before = three.replay_buffer
+    with pytest.raises(ValueError, match=message):
+        three.load_replay_buffer(buffer)
+    assert three.replay_buffer is before
+    assert three.learn(30).num_timesteps == 30
+    three.replay_buffer = model.replay_buffer
+    with pytest.raises(ValueError, match=message):
+        three.learn(30)
+
+    # An algorithm without an environment knows how many it had
+    loaded = MPG.load(path)
+    loaded.load_replay_buffer(buffer)
+    with pytest.raises(AssertionError, match=r"number of environments.*3 != 2"):
+        loaded.set_env(make_vec_env(LinearEnv, 3))
+    three.replay_buffer = before
+    three.save_replay_buffer(buffer)
+    with pytest.raises(ValueError, match="steps of n_envs=3, but the algorithm has n_envs=2"):
+        loaded.load_replay_buffer(buffer)
+    loaded.set_env(make_vec_env(LinearEnv, 2))
+    assert loaded.learn(20).num_timesteps == 20

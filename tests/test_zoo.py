@@ -15,6 +15,8 @@ from filelock import FileLock
 if importlib.util.find_spec("rl_zoo3") is None:
     pytest.skip("RL Zoo is not installed: pip install 'sb3-mpg[zoo]'", allow_module_level=True)
 
+from sb3_mpg.zoo import COMMANDS as OFFERED
+
 ROOT = Path(__file__).parent.parent
 SOURCES = ("sb3_mpg", "sb3_mpg_envs", "hyperparams", "setup.py", "pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE")
 SMALL = ("n_envs:1", "learning_starts:50", "buffer_size:1000", "batch_size:16")
@@ -259,7 +261,10 @@ def test_mistakes_get_one_message(commands, message):
 
 
 def test_without_the_hook(python, tmp_path):
-    """Another algorithm, whose agent stays what it was when training is continued, and a baseline."""
+    """
+    Another algorithm, whose agent stays what it was when training is continued, a baseline, and all commands that are offered.
+    RL Zoo has others, which do not run by themselves with the packages that it requires.
+    """
     common = ["--eval-freq", "-1", "-n", "60", "--verbose", "0"]
     ndpg = ["train", "--algo", "ndpg", "--env", "InvertedPendulumConti-v0", *common, "-params", *SMALL, "n_steps:2"]
     agent = "logs/ndpg/InvertedPendulumConti-v0_1/InvertedPendulumConti-v0.zip"
@@ -268,14 +273,18 @@ def test_without_the_hook(python, tmp_path):
         ["sb3_mpg.zoo", *ndpg, "-i", agent],
         ["sb3_mpg.zoo", "train", "--algo", "td3", "--env", "PathTracking-v0", *common, "-params", *SMALL],
         ["sb3_mpg.zoo", "fly"],
+        ["sb3_mpg.zoo", "push_to_hub", "--help"],
+        *(["sb3_mpg.zoo", command, "--help"] for command in OFFERED),
     ]
-    new, continued, td3, unknown = run_all(python, commands, cwd=tmp_path, SB3_MPG_NO_ZOO_HOOK="1")
+    new, continued, td3, unknown, not_offered, *helps = run_all(python, commands, cwd=tmp_path, SB3_MPG_NO_ZOO_HOOK="1")
     assert "Saving to" in new
     assert "Ignored, because the saved agent keeps its own values: n_steps" in continued
     assert "Saving to" in continued
     assert "sb3_mpg.zoo.ScaleReward" in td3
     assert "Saving to" in td3
     assert "unknown command 'fly'" in unknown
+    assert "unknown command 'push_to_hub'" in not_offered
+    assert all("usage:" in text and "show this help message" in text for text in helps), helps
 
 
 def test_missing_prior_model_as_typed(python, tmp_path):

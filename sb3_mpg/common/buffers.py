@@ -268,21 +268,31 @@ def check_buffer_class(replay_buffer_class: type[ReplayBuffer] | None, n_steps: 
         )
 
 
-def check_replay_buffer(
-    buffer: ReplayBuffer, observation_space: spaces.Space, action_space: spaces.Space, n_steps: int, gamma: float
-) -> None:
+def check_shapes_of_buffer(buffer: ReplayBuffer, algorithm: Any) -> None:
     """
     :param buffer: a replay buffer
-    :param observation_space: observation space of the algorithm
-    :param action_space: action space of the algorithm
-    :param n_steps: number of recorded steps that the value target spans
-    :param gamma: discount factor
-    :raises ValueError: when the buffer has other spaces, or sums rewards over another number of steps or with another discount
+    :param algorithm: the algorithm that is to learn from it
+    :raises ValueError: when the buffer has other spaces or another number of environments
     """
-    for name, space in (("observation_space", observation_space), ("action_space", action_space)):
-        shape, expected = shape_of(getattr(buffer, name)), shape_of(space)
+    for name in ("observation_space", "action_space"):
+        shape, expected = shape_of(getattr(buffer, name)), shape_of(getattr(algorithm, name))
         if shape != expected:
             raise ValueError(f"The {name} of the replay buffer has the shape {shape}, that of the algorithm {expected}.")
+    if buffer.n_envs != algorithm.n_envs:
+        raise ValueError(
+            f"The replay buffer holds steps of n_envs={buffer.n_envs}, but the algorithm has n_envs={algorithm.n_envs}: give "
+            "both as many environments, or fill a new buffer."
+        )
+
+
+def check_replay_buffer(buffer: ReplayBuffer, algorithm: Any) -> None:
+    """
+    :param buffer: a replay buffer
+    :param algorithm: the algorithm that is to learn from it
+    :raises ValueError: when shapes differ, or the buffer sums rewards over another number of steps or with another discount
+    """
+    check_shapes_of_buffer(buffer, algorithm)
+    n_steps, gamma = algorithm.value_target.replay_n_steps, algorithm.gamma
     of_buffer = getattr(buffer, "n_steps", 1), getattr(buffer, "gamma", gamma)
     if of_buffer != (n_steps, gamma):
         raise ValueError(

@@ -35,6 +35,7 @@ from sb3_mpg.common.processes import (
     exit_without_main_guard,
     process_context,
 )
+from sb3_mpg.common.spaces import check_kind_of_env
 
 # Seconds that the evaluator may take to close its environment, which may write a video
 CLOSE_SECONDS = 60.0
@@ -139,6 +140,7 @@ class AsyncEvalCallback(EvalCallback):
 
     The other parameters are those of ``EvalCallback``.
 
+    :raises TypeError: for a vector environment of Gymnasium
     :raises ValueError: for a ``SubprocVecEnv``; before the first step, when environment or policy cannot be pickled
     """
 
@@ -156,6 +158,7 @@ class AsyncEvalCallback(EvalCallback):
         verbose: int = 1,
         warn: bool = True,
     ):
+        check_kind_of_env(eval_env)
         super().__init__(
             eval_env,
             callback_on_new_best,

@@ -8,10 +8,21 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch as th
-from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+from stable_baselines3.common.vec_env import (
+    VecCheckNan,
+    VecEnv,
+    VecEnvWrapper,
+    VecMonitor,
+    VecNormalize,
+    VecVideoRecorder,
+)
+
+from sb3_mpg.common.spaces import TupleAsDict
 
 # Rewards with a smaller RMS are negligible compared with the initial values of critics
 TINY_REWARD = 1e-4
+# Wrappers that leave units alone, or that `Units` knows
+KEEPING_UNITS = (VecCheckNan, VecMonitor, VecNormalize, VecVideoRecorder, TupleAsDict)
 
 
 def check_keywords(name: str, kwargs: dict[str, Any] | None, function: Callable[..., Any], *taken: str) -> dict[str, Any]:
@@ -118,6 +129,26 @@ def warn_of_masked_states(share: float, model_name: str) -> bool:
     return share > 0
 
 
+def check_default_dtype() -> None:
+    """
+    :raises ValueError: when torch creates tensors of another precision than that of observations and learner processes
+    """
+    if th.get_default_dtype() != th.float32:
+        raise ValueError(
+            f"Networks and rollouts are in single precision, but torch's default is {th.get_default_dtype()}: call "
+            "torch.set_default_dtype(torch.float32). A model may convert its tensors and compute in double precision."
+        )
+
+
+def keeps_units(wrapper: VecEnvWrapper) -> bool:
+    """
+    :param wrapper: a wrapper of a vectorized environment
+    :return: whether actions, observations and rewards are known to be those below it, or to be converted by ``Units``
+    """
+    methods = ("reset", "step_async", "step_wait")
+    return any(all(getattr(type(wrapper), name) is getattr(known, name) for name in methods) for known in KEEPING_UNITS)
+
+
 def warn_of_wrappers(env: VecEnv, users: Sequence[str]) -> None:
     """
     Warn of wrappers that change units: the model and the simulator of the environment use the units below them.
@@ -125,10 +156,17 @@ def warn_of_wrappers(env: VecEnv, users: Sequence[str]) -> None:
     :param env: the environment
     :param users: names of the settings that use these units
     """
+    if not users:
+        return
     wrappers = (gym.ActionWrapper, gym.ObservationWrapper, gym.RewardWrapper, gym.wrappers.NormalizeReward)
-    if users and any(any(env.env_is_wrapped(wrapper)) for wrapper in wrappers):
+    found = ["A wrapper changes"] if any(any(env.env_is_wrapped(wrapper)) for wrapper in wrappers) else []
+    while isinstance(env, VecEnvWrapper):
+        if not keeps_units(env):
+            found.append(f"{type(env).__name__} may change")
+        env = env.venv
+    if found:
         warnings.warn(
-            f"A wrapper changes the actions, observations or rewards of the environment, but {' and '.join(users)} speaks the "
+            f"{found[0]} the actions, observations or rewards of the environment, but {' and '.join(users)} speaks the "
             "units of the environment below it. If they differ, pass a model in the units of the wrapper, or use VecNormalize."
         )
 

@@ -10,7 +10,6 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
@@ -36,7 +35,7 @@ from sb3_mpg.common.precision import choose_matmul_precision, matmul_precision
 from sb3_mpg.common.rollouts.exploration import ModelExploration
 from sb3_mpg.common.rollouts.steps import EagerSteps
 from sb3_mpg.common.settings import SettingOf
-from sb3_mpg.common.spaces import check_spaces, wrap_env
+from sb3_mpg.common.spaces import make_env, wrap_env
 from sb3_mpg.common.training_state import TrainingState
 from sb3_mpg.common.trust import TrustReport, WeightingRule, make_trust, renew_trust
 from sb3_mpg.common.units import Units
@@ -123,9 +122,7 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         seed: int | None,
         device: th.device | str,
     ):
-        env = None if env is None else maybe_make_env(env, verbose)
-        if env is not None:
-            check_spaces(env.observation_space, env.action_space)
+        env = make_env(env, verbose)
         check_buffer_class(replay_buffer_class, value_target.replay_n_steps)
         super().__init__(
             policy,
@@ -172,6 +169,7 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
 
         :raises ValueError: for impossible values
         """
+        checks.check_default_dtype()
         for part in (self.learner_settings, self.model_settings, self.optimizer_steps):
             part.check()
         if self.compile not in (True, False, "auto"):
@@ -199,7 +197,7 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         )
         super()._setup_model()
         self._setup_update(prior)
-        check_replay_buffer(self.replay_buffer, self.observation_space, self.action_space, n_steps, self.gamma)
+        check_replay_buffer(self.replay_buffer, self)
         self.action_noise, self.training_state.own_noise = choose_action_noise(
             self.action_noise, self.training_state.own_noise, self.exploration_noise, self.action_space
         )
@@ -238,9 +236,13 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         """
 
     def load_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase, truncate_last_traj: bool = True) -> None:
+        before = self.replay_buffer
         super().load_replay_buffer(path, truncate_last_traj)
-        n_steps = self.value_target.replay_n_steps
-        check_replay_buffer(self.replay_buffer, self.observation_space, self.action_space, n_steps, self.gamma)
+        try:
+            check_replay_buffer(self.replay_buffer, self)
+        except ValueError:
+            self.replay_buffer = before
+            raise
 
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
         # The model, the simulator and the targets of reused batches depend on the environment
@@ -392,7 +394,6 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         tb_log_name: str = "run",
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
-        saved_settings.check_trainable(self)
         keep_freed_memory()
         state = self.training_state
         if reset_num_timesteps:
@@ -425,6 +426,7 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
     ) -> SelfOffPolicyModelAlgorithm:
+        saved_settings.check_trainable(self)
         tb_log_name = type(self).__name__ if tb_log_name is None else tb_log_name
         try:
             with matmul_precision(choose_matmul_precision(self.policy, self.batch_size)):

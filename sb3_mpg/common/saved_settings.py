@@ -16,6 +16,8 @@ import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.save_util import is_json_serializable
 
+from sb3_mpg.common.buffers import check_shapes_of_buffer
+from sb3_mpg.common.checks import check_default_dtype
 from sb3_mpg.common.models.loading import import_from_path
 from sb3_mpg.common.saved_object import SavedObject
 from sb3_mpg.common.settings import SettingOf
@@ -108,12 +110,14 @@ def check_opened(algorithm: Any, names: Sequence[str]) -> None:
 def check_trainable(algorithm: Any) -> None:
     """
     :param algorithm: an algorithm that is about to train
-    :raises ValueError: when the environment is missing, a setting could not be opened, or measured weights have too little to
-        compare
+    :raises ValueError: when the environment is missing, a setting could not be opened, the replay buffer has other shapes,
+        measured weights have too little to compare, or torch's default precision was changed
     """
+    check_default_dtype()
     check_opened(algorithm, OF_TRAINING)
     if algorithm.env is None:
         raise ValueError("Training needs an environment: give `load` one (`env=`), or call `set_env`.")
+    check_shapes_of_buffer(algorithm.replay_buffer, algorithm)
     if algorithm.model_fitting is not None:
         algorithm.trust.check_comparison(algorithm.update.n_critics, algorithm.model_fitting.model.n_members)
 

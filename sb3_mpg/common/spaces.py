@@ -3,10 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.base_class import BaseAlgorithm, maybe_make_env
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.type_aliases import GymEnv, PyTorchObs
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize
@@ -193,12 +194,44 @@ class TupleAsDict(VecEnvWrapper):
         return self._as_dict(observations), rewards, dones, infos
 
 
+def check_kind_of_env(env: Any) -> None:
+    """
+    :param env: what a user passes as an environment
+    :raises TypeError: for a class, or for a vector environment of Gymnasium, which SB3 would take for a single environment
+    """
+    if isinstance(env, gym.vector.VectorEnv):
+        raise TypeError(
+            f"SB3 steps several environments as a VecEnv, got {type(env).__name__}, a vector environment of Gymnasium; use "
+            "stable_baselines3.common.env_util.make_vec_env, or the VecEnv of the environment if there is one."
+        )
+    if isinstance(env, type):
+        raise TypeError(f"Expected an environment, got the class {env.__name__}: pass an instance, `{env.__name__}()`.")
+
+
+def make_env(env: GymEnv | str | None, verbose: int) -> GymEnv | None:
+    """
+    :param env: an environment, its id, or ``None``
+    :param verbose: verbosity level
+    :return: the environment
+    :raises TypeError: when it is no environment for SB3
+    :raises ValueError: when its spaces are not supported
+    """
+    check_kind_of_env(env)
+    if env is None:
+        return None
+    made = maybe_make_env(env, verbose)
+    check_spaces(made.observation_space, made.action_space)
+    return made
+
+
 def wrap_env(env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
     """
     :param env: an environment
     :param verbose: verbosity level
     :param monitor_wrapper: whether to wrap it in a ``Monitor``
     :return: as SB3 wraps it, and with a ``Dict`` of observations in place of a ``Tuple``
+    :raises TypeError: when it is no environment for SB3
     """
+    check_kind_of_env(env)
     wrapped = BaseAlgorithm._wrap_env(env, verbose, monitor_wrapper)
     return TupleAsDict(wrapped) if isinstance(wrapped.observation_space, spaces.Tuple) else wrapped

@@ -10,7 +10,7 @@ from gymnasium import spaces
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
 from sb3_mpg.common.models.windows import Windows, cut_windows
-from sb3_mpg.common.spaces import FlatObservations, TupleAsDict, check_spaces
+from sb3_mpg.common.spaces import FlatObservations, TupleAsDict, check_kind_of_env, check_spaces
 
 # Larger bounds are taken for none: many environments write a large number for "unbounded"
 LARGEST_BOUND = 1e6
@@ -41,6 +41,7 @@ def as_vec_env(env: gym.Env | VecEnv | str) -> VecEnv:
     """
     if isinstance(env, str):
         env = gym.make(env)
+    check_kind_of_env(env)
     if not isinstance(env, (gym.Env, VecEnv)):
         raise TypeError(
             f"Expected a Gymnasium environment, its id or a VecEnv of Stable-Baselines3, got {type(env).__name__}."

@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-EXTRAS := tests,plots,render,progress,zoo,docs
+EXTRAS := tests,plots,render,progress,export,zoo,docs
 PACKAGES := sb3_mpg sb3_mpg_envs
 SOURCES := sb3_mpg sb3_mpg_envs hyperparams benchmarks docs tests setup.py
 # Short benchmarks first; the last ones take days
@@ -45,7 +45,7 @@ test: $(STAMP) ## run the tests (all but those marked expensive)
 test-oldest: ## run the tests with the oldest versions of SB3, RL Zoo, Gymnasium and MuJoCo that setup.py allows
 	@$(PYTHON) -m venv .venv-oldest
 	@.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints-oldest.txt \
-		-e '.[zoo,render]' pytest pytest-xdist filelock build setuptools
+		-e '.[zoo,render,export]' pytest pytest-xdist filelock build setuptools
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n $(N_WORKERS)
 
 docs: $(STAMP) ## build the documentation into docs/_build/html; a warning is an error

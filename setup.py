@@ -77,6 +77,8 @@ setup(
         "plots": ["matplotlib", "pandas"],
         "render": ["pygame", "imageio"],
         "progress": ["tqdm", "rich"],
+        # The lower bounds are tested. onnxruntime runs what was exported
+        "export": ["torch>=2.8", "onnx>=1.18", "onnxscript>=0.6.2", "onnxruntime>=1.20"],
         "docs": ["sphinx", "furo", "myst-parser", "sphinx-copybutton"],
         # Reserved for learners on many machines
         "ray": ["ray[default]"],

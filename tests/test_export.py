@@ -386,7 +386,7 @@ class TestRefusals:
                 Interpolates,
                 r"Interpolates uses the operator aten\.searchsorted, which ONNX does not have; write it with other",
             ),
-            (Branches, r"cannot follow what Branches computes \(.*data-dependent.*choose by values with torch\.where"),
+            (Branches, r"cannot follow what Branches computes \(.*[Dd]ata-dependent.*choose by values with torch\.where"),
             (Differentiates, r"cannot follow what Differentiates computes.*with torch\.autograd\.grad instead of torch\.func"),
             (Forgets, "'next_observation' of Forgets would be another one in the file.*no noise in evaluation mode"),
         ],

@@ -25,6 +25,7 @@ ROOT = Path(__file__).parent.parent
 
 # Which modules may be imported by which: those of the same or of a lower layer; the first prefix that fits counts
 LAYERS = [
+    ("sb3_mpg.version", 0),
     ("sb3_mpg.common.type_aliases", 0),
     ("sb3_mpg.common.checks", 1),
     ("sb3_mpg.common.spaces", 0),
@@ -100,7 +101,7 @@ MAX_METHODS = 25
 MAX_ATTRIBUTES = 65
 MAX_ASSERTIONS_OF_TYPES = 10
 ENVIRONMENT_NAMES = re.compile(r"path.?tracking|inverted.?pendulum", re.IGNORECASE)
-HEAVY_MODULES = ("rl_zoo3", "mujoco", "matplotlib", "ray")
+HEAVY_MODULES = ("rl_zoo3", "mujoco", "matplotlib", "ray", "onnx", "onnxscript")
 
 
 def source_files(package):

@@ -5,10 +5,9 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, redirect_stderr
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +23,7 @@ from sb3_mpg.common.models.base import PriorModel
 from sb3_mpg.common.models.loading import name_of
 from sb3_mpg.common.models.trainable import members_of
 from sb3_mpg.common.spaces import FlatObservations
+from sb3_mpg.version import __version__
 
 Exported = Literal["policy", "model"]
 
@@ -85,6 +85,13 @@ class Graph(nn.Module):
             th.as_tensor(array.astype(box.dtype), device=device)
             for array, box in zip(arrays, self.inputs.values(), strict=True)
         )
+
+    def dynamic_shapes(self, batch: Any) -> tuple[tuple[dict[int, Any], ...]]:
+        """
+        :param batch: what stands for the number of rows
+        :return: which axes of the inputs are of any size, as torch wants it: there is one argument, the tuple of the inputs
+        """
+        return (tuple({0: batch} for _ in self.inputs),)
 
 
 class PolicyGraph(Graph):
@@ -196,37 +203,23 @@ def without_messages() -> Iterator[None]:
         logging.disable(disabled)
 
 
-def converted(graph: Graph, device: th.device) -> Any:
+def attempt(name: str, function: Callable[..., Any], *args: Any) -> Any:
     """
-    :param graph: the graph
-    :param device: device of its tensors
-    :return: the graph as an ``ONNXProgram``, with any number of rows
-    :raises ValueError: when torch cannot convert it
+    :param name: name of the user's class
+    :param function: a part of torch that a user's class may be too much for
+    :param args: its arguments
+    :return: its result
+    :raises ValueError: when it fails
     """
-
-    def convert() -> Any:
-        with th.no_grad():
-            return th.onnx.export(
-                graph,
-                graph.examples(2, device),
-                dynamo=True,
-                input_names=list(graph.inputs),
-                output_names=list(graph.outputs),
-                # One argument: a tuple of the inputs
-                dynamic_shapes=(tuple({0: "batch"} for _ in graph.inputs),),
-                external_data=False,
-                verbose=False,
-            )
-
     try:
         # A failure may leave modes of torch behind, in which no random numbers can be drawn. Modes belong to a thread
         with ThreadPoolExecutor(1) as executor:
-            return executor.submit(convert).result()
+            return executor.submit(function, *args).result()
     except Exception as error:
-        raise ValueError(why_not_converted(graph.name, error)) from error
+        raise ValueError(why_it_failed(name, error)) from error
 
 
-def why_not_converted(name: str, error: BaseException) -> str:
+def why_it_failed(name: str, error: BaseException) -> str:
     """
     :param name: name of the user's class
     :param error: what torch raised
@@ -245,28 +238,60 @@ def why_not_converted(name: str, error: BaseException) -> str:
     )
 
 
-def check_conversion(graph: Graph, program: Any, device: th.device) -> None:
+@th.no_grad()
+def captured(graph: Graph, device: th.device) -> th.export.ExportedProgram:
     """
-    Compare the operations that torch followed with the graph itself, at another number of rows.
+    :param graph: the graph
+    :param device: device of its tensors
+    :return: what the graph computes, for any number of rows
+    """
+    examples, shapes = graph.examples(2, device), graph.dynamic_shapes(th.export.Dim("batch"))
+    try:
+        return th.export.export(graph, examples, dynamic_shapes=shapes, strict=False)
+    except Exception:
+        # This mode reads the code itself. It knows that `len(tensor)` is not always the length of the example
+        return th.export.export(graph, examples, dynamic_shapes=shapes, strict=True)
+
+
+@th.no_grad()
+def check_captured(graph: Graph, program: th.export.ExportedProgram, device: th.device) -> None:
+    """
+    Compare what was captured with the graph itself, for another number of rows.
 
     :param graph: the graph
-    :param program: of :func:`converted`
+    :param program: of :func:`captured`
     :param device: device of its tensors
-    :raises ValueError: when they differ
+    :raises ValueError: when they differ, or when what was captured cannot be computed for so many rows
     """
     examples = graph.examples(3, device)
-    with th.no_grad():
-        expected, outputs = graph(*examples), program.exported_program.module()(*examples)
+    expected, outputs = graph(*examples), attempt(graph.name, program.module(), *examples)
     expected, outputs = (value if isinstance(value, tuple) else (value,) for value in (expected, outputs))
     for output_name, value, output in zip(graph.outputs, expected, outputs, strict=True):
-        scale = value.double().abs().nan_to_num(posinf=0.0).max().item()
-        if value.shape != output.shape or not th.allclose(
-            value.double(), output.double(), RELATIVE_TOLERANCE, RELATIVE_TOLERANCE * scale, equal_nan=True
-        ):
+        value, output = value.double(), output.double()
+        absolute = RELATIVE_TOLERANCE * value.abs().nan_to_num(posinf=0.0).max().item()
+        if value.shape != output.shape or not th.allclose(value, output, RELATIVE_TOLERANCE, absolute, equal_nan=True):
             raise ValueError(
                 f"The output {output_name!r} of {graph.name} would be another one in the file, because it depends on more "
                 "than the inputs; draw no noise in evaluation mode, and keep nothing between two calls."
             )
+
+
+def converted(graph: Graph, program: th.export.ExportedProgram) -> Any:
+    """
+    :param graph: the graph
+    :param program: of :func:`captured`
+    :return: the graph as an ``ONNXProgram``
+    """
+    return th.onnx.export(
+        program,
+        dynamo=True,
+        input_names=list(graph.inputs),
+        output_names=list(graph.outputs),
+        # Of a program that was captured already, this is only the name
+        dynamic_shapes=graph.dynamic_shapes("batch"),
+        external_data=False,
+        verbose=False,
+    )
 
 
 def check_target(path: Path) -> None:
@@ -311,7 +336,7 @@ def graph_of(algorithm: Any, what: Exported) -> Graph:
     return ModelGraph(algorithm.rollout_model, algorithm.observation_space, algorithm.action_space)
 
 
-def export_onnx(algorithm: Any, path: Path, what: Exported) -> None:
+def write_onnx(algorithm: Any, path: Path, what: Exported) -> None:
     """
     Write the policy or the model of an algorithm as an ONNX file, which takes and gives the units of the environment.
 
@@ -329,12 +354,13 @@ def export_onnx(algorithm: Any, path: Path, what: Exported) -> None:
     except ImportError as error:
         raise ImportError(f"{error}; exports need more packages: pip install 'sb3-mpg[export]'") from error
     with in_evaluation(graph), without_messages():
-        program = converted(graph, algorithm.device)
-        check_conversion(graph, program, algorithm.device)
+        captured_program = attempt(graph.name, captured, graph, algorithm.device)
+        check_captured(graph, captured_program, algorithm.device)
+        program = attempt(graph.name, converted, graph, captured_program)
     # Lines of source code and the folders that they are in
     ClearMetadataAndDocStringPass()(program.model)
     description = {
-        "sb3_mpg": metadata.version("sb3-mpg"),
+        "sb3_mpg": __version__,
         "algorithm": type(algorithm).__name__,
         "what": what,
         "num_timesteps": algorithm.num_timesteps,

@@ -22,7 +22,7 @@ from sb3_mpg.common import checks, saved_settings
 from sb3_mpg.common.buffers import RecordedSteps, check_buffer_class, check_replay_buffer, check_support, choose_replay_buffer
 from sb3_mpg.common.callbacks import close_evaluators
 from sb3_mpg.common.compilation.step_compiler import COMPILE_FROM_MODEL_STEPS, StepCompiler
-from sb3_mpg.common.export import Exported, export_onnx
+from sb3_mpg.common.export import Exported, write_onnx
 from sb3_mpg.common.learners import InProcessLearner, Learners, LearnerSettings, MultiprocessLearners, TrainingInputs
 from sb3_mpg.common.model_fitting import ModelFitting
 from sb3_mpg.common.models.base import PriorModel
@@ -413,8 +413,7 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         return setup
 
     def _start_learners(self) -> None:
-        # Settings of learners stay what they are while they run
-        settings = replace(self.learner_settings)
+        settings = replace(self.learner_settings)  # learners keep them while they run
         self.learners = MultiprocessLearners(self.update, self.training_inputs(self.batch_size), settings)
 
     def learn(
@@ -473,7 +472,7 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         :param what: ``"policy"``, or ``"model"`` for one step of the model
         :raises ValueError: when there is no model, when torch cannot convert it, or when there can be no file
         """
-        export_onnx(self, pathlib.Path(path), what)
+        write_onnx(self, pathlib.Path(path), what)
 
     def _excluded_save_params(self) -> list[str]:
         # Created by `_setup_model`, or saved setting by setting

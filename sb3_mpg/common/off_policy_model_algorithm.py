@@ -383,7 +383,7 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         :return: the report
         :raises ValueError: when there is no model, or too few steps are recorded to compare it with
         """
-        saved_settings.check_has_model(self)
+        saved_settings.check_has_model(self, "report on")
         is_corrected = self.model_fitting is not None and self.model_fitting.uses_correction
         recorded = RecordedSteps(self.replay_buffer, self.units().unscale_actions, self.device)
         return self.trust.report(self.update.model, is_corrected, recorded, self.gamma)

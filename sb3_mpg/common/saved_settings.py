@@ -107,14 +107,15 @@ def check_opened(algorithm: Any, names: Sequence[str]) -> None:
             )
 
 
-def check_has_model(algorithm: Any) -> None:
+def check_has_model(algorithm: Any, purpose: str) -> None:
     """
-    :param algorithm: an algorithm whose model is reported on
+    :param algorithm: an algorithm
+    :param purpose: what its model is needed for, for the message
     :raises ValueError: when it has none, or one that could not be opened
     """
     check_opened(algorithm, OF_ROLLOUTS)
     if not algorithm.trust.uses_model or algorithm.env is None:
-        raise ValueError("There is no model to report on: the only horizon is 0, or the environment is missing (`set_env`).")
+        raise ValueError(f"There is no model to {purpose}: the only horizon is 0, or the environment is missing (`set_env`).")
 
 
 def check_trainable(algorithm: Any) -> None:

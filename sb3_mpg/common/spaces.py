@@ -228,14 +228,14 @@ def make_env(env: GymEnv | str | None, verbose: int) -> GymEnv | None:
     return made
 
 
-def wrap_env(env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
+def wrap_env(env: GymEnv | str, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
     """
-    :param env: an environment
+    :param env: an environment, or its id
     :param verbose: verbosity level
     :param monitor_wrapper: whether to wrap it in a ``Monitor``
     :return: as SB3 wraps it, and with a ``Dict`` of observations in place of a ``Tuple``
     :raises TypeError: when it is no environment for SB3
     """
     check_kind_of_env(env)
-    wrapped = BaseAlgorithm._wrap_env(env, verbose, monitor_wrapper)
+    wrapped = BaseAlgorithm._wrap_env(maybe_make_env(env, verbose), verbose, monitor_wrapper)
     return TupleAsDict(wrapped) if isinstance(wrapped.observation_space, spaces.Tuple) else wrapped

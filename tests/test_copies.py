@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import settings
 import torch as th
+from gymnasium import spaces
 from helpers import assert_same_parameters
 from learner_runs import Each, small_model, when_learning
 from lq import LinearEnv
@@ -87,6 +88,30 @@ def test_a_copy_goes_on_as_the_original(how):
         assert_is_copy(copied, model)
         assert_same_parameters(continued(copied), continued(model))
         assert copied._n_updates == 45
+
+
+class InParts(LinearEnv):
+    """A tuple of observations, which the algorithm replaces by a dictionary."""
+
+    def __init__(self):
+        super().__init__()
+        self.observation_space = spaces.Tuple([spaces.Box(-np.inf, np.inf, (1,), np.float32)] * 2)
+
+    def reset(self, **kwargs):
+        observation, info = super().reset(**kwargs)
+        return (observation[:1], observation[1:]), info
+
+    def step(self, action):
+        observation, *rest = super().step(action)
+        return (observation[:1], observation[1:]), *rest
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_copies_with_a_wrapper_that_is_not_the_users(how):
+    model = MPG("MultiInputPolicy", InParts(), **SMALL).learn(45)
+    copied = HOW[how](model)
+    assert copied.get_env() is not model.get_env()
+    assert_same_parameters(continued(copied), continued(model))
 
 
 def test_copies_of_what_was_compiled(monkeypatch):

@@ -146,6 +146,8 @@ def test_without_the_module_it_predicts_and_nothing_is_lost(kind, somewhere, tmp
                 loaded.trust_report()
             with refused(name):
                 loaded.policy_gradient(OBSERVATION[None], 1)
+            with refused(name):
+                loaded.export_onnx(tmp_path / "model.onnx", "model")
         assert loaded._n_updates == model._n_updates
         loaded.save(again)
 

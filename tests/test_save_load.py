@@ -126,3 +126,11 @@ def test_a_replay_buffer_of_another_number_of_environments(tmp_path):
         loaded.load_replay_buffer(buffer)
     loaded.set_env(make_vec_env(LinearEnv, 2))
     assert loaded.learn(20).num_timesteps == 20
+
+
+def test_an_environment_may_be_given_by_its_id(tmp_path):
+    """As to the constructor."""
+    MPG("MlpPolicy", "PathTracking-v0", **SMALL).save(tmp_path / "model.zip")
+    loaded = MPG.load(tmp_path / "model.zip", env="PathTracking-v0")
+    loaded.set_env("PathTracking-v0")
+    assert loaded.learn(45)._n_updates == 5

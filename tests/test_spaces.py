@@ -32,7 +32,7 @@ class TestFlatObservations:
         assert flat.names == ("a[0]", "a[1]", "a[2]", "b[0, 0]", "b[0, 1]", "b[1, 0]", "b[1, 1]")
         assert flat.n_elements == 7
 
-    @pytest.mark.parametrize("space", [DICT, FLOATS, spaces.Box(-1, 1, (2, 3), np.float64)])
+    @pytest.mark.parametrize("space", [DICT, FLOATS, spaces.Box(-1, 1, (2, 3), np.float64), spaces.Box(-1, 1, ())])
     def test_there_and_back(self, space):
         flat, numbers = FlatObservations(space), th.randn(5, FlatObservations(space).n_elements)
         observations = flat.unflatten(numbers)

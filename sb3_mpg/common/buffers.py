@@ -1,6 +1,7 @@
 """The recorded transitions that models are fitted to."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -268,11 +269,13 @@ def check_buffer_class(replay_buffer_class: type[ReplayBuffer] | None, n_steps: 
         )
 
 
-def check_shapes_of_buffer(buffer: ReplayBuffer, algorithm: Any) -> None:
+def check_replay_buffer(buffer: ReplayBuffer, algorithm: Any, gamma: float | None = None) -> None:
     """
     :param buffer: a replay buffer
     :param algorithm: the algorithm that is to learn from it
-    :raises ValueError: when the buffer has other spaces or another number of environments
+    :param gamma: discount that the buffer must have been made for; ``None`` for any, because callbacks may change it
+    :raises ValueError: when the buffer has other spaces or another number of environments, or sums rewards over another number
+        of steps or with another discount
     """
     for name in ("observation_space", "action_space"):
         shape, expected = shape_of(getattr(buffer, name)), shape_of(getattr(algorithm, name))
@@ -283,20 +286,26 @@ def check_shapes_of_buffer(buffer: ReplayBuffer, algorithm: Any) -> None:
             f"The replay buffer holds steps of n_envs={buffer.n_envs}, but the algorithm has n_envs={algorithm.n_envs}: give "
             "both as many environments, or fill a new buffer."
         )
-
-
-def check_replay_buffer(buffer: ReplayBuffer, algorithm: Any) -> None:
-    """
-    :param buffer: a replay buffer
-    :param algorithm: the algorithm that is to learn from it
-    :raises ValueError: when shapes differ, or the buffer sums rewards over another number of steps or with another discount
-    """
-    check_shapes_of_buffer(buffer, algorithm)
-    n_steps, gamma = algorithm.value_target.replay_n_steps, algorithm.gamma
-    of_buffer = getattr(buffer, "n_steps", 1), getattr(buffer, "gamma", gamma)
-    if of_buffer != (n_steps, gamma):
+    n_steps = algorithm.value_target.replay_n_steps
+    n_steps_of_buffer, gamma_of_buffer = getattr(buffer, "n_steps", 1), getattr(buffer, "gamma", algorithm.gamma)
+    if n_steps_of_buffer != n_steps or (gamma is not None and gamma_of_buffer != gamma):
         raise ValueError(
-            f"The value target spans {n_steps} recorded steps with gamma={gamma}, but the replay buffer was made for "
-            f"n_steps={of_buffer[0]}, gamma={of_buffer[1]}. Pass both in `replay_buffer_kwargs` of your own class; "
-            "a saved buffer fits the value target and the discount that it was saved with."
+            f"The value target spans {n_steps} recorded steps with gamma={algorithm.gamma}, but the replay buffer was made "
+            f"for n_steps={n_steps_of_buffer}, gamma={gamma_of_buffer}. Pass both in `replay_buffer_kwargs` of your own "
+            "class; a saved buffer fits the value target and the discount that it was saved with."
         )
+
+
+@contextmanager
+def kept_if_refused(algorithm: Any) -> Iterator[None]:
+    """
+    Within this context the replay buffer is replaced. A ``ValueError`` brings the earlier one back.
+
+    :param algorithm: the algorithm
+    """
+    before = getattr(algorithm, "replay_buffer", None)
+    try:
+        yield
+    except ValueError:
+        algorithm.replay_buffer = before
+        raise

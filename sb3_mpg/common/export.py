@@ -22,6 +22,7 @@ from torch import nn
 from sb3_mpg.common.models.base import PriorModel
 from sb3_mpg.common.models.loading import name_of
 from sb3_mpg.common.models.trainable import members_of
+from sb3_mpg.common.saved_settings import check_has_model
 from sb3_mpg.common.spaces import FlatObservations
 from sb3_mpg.version import __version__
 
@@ -331,8 +332,7 @@ def graph_of(algorithm: Any, what: Exported) -> Graph:
         return PolicyGraph(algorithm.policy, algorithm.get_vec_normalize_env())
     if what != "model":
         raise ValueError(f"`what` says what is exported, 'policy' or 'model', got {what!r}.")
-    if not algorithm.trust.uses_model or algorithm.env is None:
-        raise ValueError("There is no model to export: the only horizon is 0, or the environment is missing (`set_env`).")
+    check_has_model(algorithm, "export")
     return ModelGraph(algorithm.rollout_model, algorithm.observation_space, algorithm.action_space)
 
 

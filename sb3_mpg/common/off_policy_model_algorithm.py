@@ -1,11 +1,9 @@
 import copy
 import io
 import pathlib
-from abc import abstractmethod
 from collections.abc import Iterable
-from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch as th
@@ -19,7 +17,14 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
 
 from sb3_mpg.common import checks, saved_settings
-from sb3_mpg.common.buffers import RecordedSteps, check_buffer_class, check_replay_buffer, check_support, choose_replay_buffer
+from sb3_mpg.common.buffers import (
+    RecordedSteps,
+    check_buffer_class,
+    check_replay_buffer,
+    check_support,
+    choose_replay_buffer,
+    kept_if_refused,
+)
 from sb3_mpg.common.callbacks import close_evaluators
 from sb3_mpg.common.compilation.step_compiler import COMPILE_FROM_MODEL_STEPS, StepCompiler
 from sb3_mpg.common.export import Exported, write_onnx
@@ -86,6 +91,7 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
     action_space: spaces.Box
     replay_buffer: ReplayBuffer
     update: Update
+    update_class: ClassVar[type[Update]]
     _wrap_env = staticmethod(wrap_env)
 
     def __init__(
@@ -185,11 +191,9 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
     def _setup_model(self) -> None:
         saved_settings.assign_loaded_settings(self)
         self._check_settings()
-        prior: PriorModel | None = None
-        if self.env is not None:
-            # The prior model may create networks
-            self.set_random_seed(self.seed)
-            prior = self.model_settings.find_prior(self.env, self.device, self.trust.uses_model, self.value_target)
+        # The prior model may create networks
+        self.set_random_seed(self.seed)
+        prior = self.model_settings.find_prior(self.env, self.device, self.trust.uses_model, self.value_target)
         n_steps = self.value_target.replay_n_steps
         check_support(self.observation_space, n_steps, self.optimize_memory_usage)
         self.replay_buffer_class, self.replay_buffer_kwargs, self.n_steps = choose_replay_buffer(
@@ -197,7 +201,7 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         )
         super()._setup_model()
         self._setup_update(prior)
-        check_replay_buffer(self.replay_buffer, self)
+        check_replay_buffer(self.replay_buffer, self, self.gamma)
         self.action_noise, self.training_state.own_noise = choose_action_noise(
             self.action_noise, self.training_state.own_noise, self.exploration_noise, self.action_space
         )
@@ -214,7 +218,7 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         if is_stepped and (self.residual or self.trust.rule.needs_errors):
             model = self.model_settings.make_trainable(model, self.observation_space, self.action_space, self.device)
         state = self.training_state
-        self.update = self._make_update(model, state.seed_of_updates(self.seed))
+        self.update = self.update_class(self.policy, model, state.seed_of_updates(self.seed))
         self.update.batches.load_state(state.batches, self.batch_reuse, self.device)
         self.learners: Learners = InProcessLearner(self.update)
         if state.measurements is not None and "weighting_rule" not in state.unopened:
@@ -226,37 +230,37 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
                 self.trust.forget()
             state.fitting = None
         state.batches = None
-
-    @abstractmethod
-    def _make_update(self, model: PriorModel, seed: int) -> Update:
-        """
-        :param model: the model of the rollouts
-        :param seed: seed of the random numbers of all updates
-        :return: the update, which computes the gradients
-        """
+        self.model_settings.note_users(self.policy, self.trust)
 
     def load_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase, truncate_last_traj: bool = True) -> None:
-        before = self.replay_buffer
-        super().load_replay_buffer(path, truncate_last_traj)
-        try:
-            check_replay_buffer(self.replay_buffer, self)
-        except ValueError:
-            self.replay_buffer = before
-            raise
+        with kept_if_refused(self):
+            super().load_replay_buffer(path, truncate_last_traj)
+            check_replay_buffer(self.replay_buffer, self, self.gamma)
 
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
-        # The model, the simulator and the targets of reused batches depend on the environment
         super().set_env(env, force_reset)
-        uses_model = self.trust.uses_model
-        prior = self.model_settings.find_prior(self.env, self.device, uses_model, self.value_target)  # type: ignore[arg-type]
+        self.renew_update()
+
+    def renew_update(self) -> None:
+        """
+        Create the update and the model anew, because something that they depend on was replaced: the environment, the policy,
+        or settings of the model. What the model learned is kept if it belongs to the new model, too.
+        """
+        prior = self.model_settings.find_prior(self.env, self.device, self.trust.uses_model, self.value_target)
         if self.model_fitting is not None:
             self.training_state.fitting = self.model_fitting.state()
-        learners, steps = self.learners, self.update.steps  # a callback may change the environment while they run
+        learners, steps = self.learners, self.update.steps  # a callback may replace something while they run
         learners.close()
         self._setup_update(prior)
         self.update.steps = copy.copy(steps)
         if isinstance(learners, MultiprocessLearners):
-            self._start_learners()
+            self.learners = MultiprocessLearners(self.update, self.training_inputs(self.batch_size), self.learner_settings)
+
+    def set_random_seed(self, seed: int | None = None) -> None:
+        super().set_random_seed(seed)
+        # A loaded algorithm keeps the seed of its updates while it is set up
+        if seed is not None and "update" in vars(self):
+            self.update.seed = self.training_state.update_seed = seed
 
     @property
     def rollout_model(self) -> PriorModel | None:
@@ -309,6 +313,8 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         return Units.of(self.action_space, self.device, self.reward_scale, self._vec_normalize_env)
 
     def train(self, gradient_steps: int, batch_size: int = 100) -> None:
+        if self.model_settings.is_outdated(self.policy, self.trust):
+            self.renew_update()
         # Switch to train mode (this affects batch norm / dropout, and the noise of the model)
         self.policy.set_training_mode(True)
         self.update.model.train()
@@ -377,11 +383,7 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         :return: the report
         :raises ValueError: when there is no model, or too few steps are recorded to compare it with
         """
-        saved_settings.check_opened(self, saved_settings.OF_ROLLOUTS)
-        if not self.trust.uses_model or self.env is None:
-            raise ValueError(
-                "There is no model to report on: the only horizon is 0, or the environment is missing (`set_env`)."
-            )
+        saved_settings.check_has_model(self, "report on")
         is_corrected = self.model_fitting is not None and self.model_fitting.uses_correction
         recorded = RecordedSteps(self.replay_buffer, self.units().unscale_actions, self.device)
         return self.trust.report(self.update.model, is_corrected, recorded, self.gamma)
@@ -409,12 +411,8 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
             state.is_compiled = repays if self.compile == "auto" else bool(self.compile)
         self.update.steps = StepCompiler() if state.is_compiled else EagerSteps()
         if self.n_learners > 0:
-            self._start_learners()
+            self.learners = MultiprocessLearners(self.update, self.training_inputs(self.batch_size), self.learner_settings)
         return setup
-
-    def _start_learners(self) -> None:
-        settings = replace(self.learner_settings)  # learners keep them while they run
-        self.learners = MultiprocessLearners(self.update, self.training_inputs(self.batch_size), settings)
 
     def learn(
         self: SelfOffPolicyModelAlgorithm,

@@ -16,7 +16,7 @@ import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.save_util import is_json_serializable
 
-from sb3_mpg.common.buffers import check_shapes_of_buffer
+from sb3_mpg.common.buffers import check_replay_buffer
 from sb3_mpg.common.checks import check_default_dtype
 from sb3_mpg.common.models.loading import import_from_path
 from sb3_mpg.common.saved_object import SavedObject
@@ -107,17 +107,33 @@ def check_opened(algorithm: Any, names: Sequence[str]) -> None:
             )
 
 
+def check_has_model(algorithm: Any, purpose: str) -> None:
+    """
+    :param algorithm: an algorithm
+    :param purpose: what its model is needed for, for the message
+    :raises ValueError: when it has none, or one that could not be opened
+    """
+    check_opened(algorithm, OF_ROLLOUTS)
+    if not algorithm.trust.uses_model or algorithm.env is None:
+        raise ValueError(f"There is no model to {purpose}: the only horizon is 0, or the environment is missing (`set_env`).")
+
+
 def check_trainable(algorithm: Any) -> None:
     """
-    :param algorithm: an algorithm that is about to train
-    :raises ValueError: when the environment is missing, a setting could not be opened, the replay buffer has other shapes,
+    Check an algorithm before it trains. What it is made of may have been replaced since it was set up.
+
+    :param algorithm: the algorithm
+    :raises ValueError: when the environment is missing, a setting could not be opened, the replay buffer does not fit,
         measured weights have too little to compare, or torch's default precision was changed
     """
     check_default_dtype()
     check_opened(algorithm, OF_TRAINING)
     if algorithm.env is None:
         raise ValueError("Training needs an environment: give `load` one (`env=`), or call `set_env`.")
-    check_shapes_of_buffer(algorithm.replay_buffer, algorithm)
+    algorithm.value_target = make_value_target(algorithm.value_target)
+    check_replay_buffer(algorithm.replay_buffer, algorithm)
+    if algorithm.model_settings.is_outdated(algorithm.policy, algorithm.trust):
+        algorithm.renew_update()
     if algorithm.model_fitting is not None:
         algorithm.trust.check_comparison(algorithm.update.n_critics, algorithm.model_fitting.model.n_members)
 

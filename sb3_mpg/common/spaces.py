@@ -29,11 +29,8 @@ class FlatObservations:
         self.space = space
         self.boxes: dict[str, Any] = dict(space.spaces) if isinstance(space, spaces.Dict) else {"observation": space}
         self.sizes = [int(np.prod(box.shape)) for box in self.boxes.values()]
-
-    @property
-    def n_elements(self) -> int:
-        """Number of elements of an observation, ``O``."""
-        return sum(self.sizes)
+        #: Number of elements of an observation, ``O``
+        self.n_elements = sum(self.sizes)
 
     @property
     def box(self) -> spaces.Box:
@@ -56,8 +53,9 @@ class FlatObservations:
         :return: flat observations, single precision, ``(B, O)``
         """
         if isinstance(observations, th.Tensor):
-            return observations.float().flatten(1)
-        return th.cat([observations[key].float().flatten(1) for key in self.boxes], dim=1)
+            return observations.float().reshape(-1, self.n_elements)
+        parts = zip(self.boxes, self.sizes, strict=True)
+        return th.cat([observations[key].float().reshape(-1, size) for key, size in parts], dim=1)
 
     def unflatten(self, observations: th.Tensor) -> PyTorchObs:
         """
@@ -180,6 +178,10 @@ class TupleAsDict(VecEnvWrapper):
         # A sequence, because a dictionary would be sorted by its keys
         super().__init__(venv, observation_space=spaces.Dict(list(zip(self.part_keys, parts, strict=True))))
 
+    def __reduce__(self) -> tuple[type["TupleAsDict"], tuple[VecEnv]]:
+        # SB3's wrappers cannot be pickled, but this one is not the user's choice
+        return TupleAsDict, (self.venv,)
+
     def _as_dict(self, observations: Any) -> dict[str, np.ndarray]:
         return dict(zip(self.part_keys, observations, strict=True))
 
@@ -224,14 +226,14 @@ def make_env(env: GymEnv | str | None, verbose: int) -> GymEnv | None:
     return made
 
 
-def wrap_env(env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
+def wrap_env(env: GymEnv | str, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
     """
-    :param env: an environment
+    :param env: an environment, or its id
     :param verbose: verbosity level
     :param monitor_wrapper: whether to wrap it in a ``Monitor``
     :return: as SB3 wraps it, and with a ``Dict`` of observations in place of a ``Tuple``
     :raises TypeError: when it is no environment for SB3
     """
     check_kind_of_env(env)
-    wrapped = BaseAlgorithm._wrap_env(env, verbose, monitor_wrapper)
+    wrapped = BaseAlgorithm._wrap_env(maybe_make_env(env, verbose), verbose, monitor_wrapper)
     return TupleAsDict(wrapped) if isinstance(wrapped.observation_space, spaces.Tuple) else wrapped

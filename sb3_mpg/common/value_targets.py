@@ -156,6 +156,10 @@ class ReplayTarget(ValueTarget):
         targets: TargetNetworks,
         simulator: Simulator | None,
     ) -> th.Tensor:
+        if self.n_steps > 1 and replay_data.discounts is None:
+            raise ValueError(
+                f"The value target spans {self.n_steps} recorded steps, but the replay buffer samples single ones."
+            )
         units = context.units
         network_inputs = units.normalize_observations(replay_data.next_observations)
         values = bootstrap_values(network_inputs, targets, self.noise_std, self.noise_clip)

@@ -11,7 +11,6 @@ from stable_baselines3.td3.policies import Actor
 
 from sb3_mpg.common.checks import check_count
 from sb3_mpg.common.learners import LearnerSettings
-from sb3_mpg.common.models.base import PriorModel
 from sb3_mpg.common.models.loading import PriorModelLike
 from sb3_mpg.common.models.rollout_model import ModelSettings
 from sb3_mpg.common.models.trainable import evaluated
@@ -146,6 +145,7 @@ class MPG(OffPolicyModelAlgorithm):
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"MlpPolicy": MlpPolicy, "MultiInputPolicy": MultiInputPolicy}
     policy: MPGPolicy
     update: MPGUpdate
+    update_class = MPGUpdate
 
     def __init__(
         self,
@@ -262,9 +262,6 @@ class MPG(OffPolicyModelAlgorithm):
     def critic_target(self) -> ContinuousCritic:
         """The target critics."""
         return self.policy.critic_target
-
-    def _make_update(self, model: PriorModel, seed: int) -> MPGUpdate:
-        return MPGUpdate(self.policy, model, seed)
 
     def update_settings(self, n_updates: int) -> MPGUpdateSettings:
         common = vars(super().update_settings(n_updates))

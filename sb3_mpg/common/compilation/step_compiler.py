@@ -240,7 +240,8 @@ def step(
     # The next step needs contiguous tensors that are not views of each other
     states, actions, network_inputs = rollout.states.contiguous(), rollout.actions.contiguous(), rollout.network_inputs
     network_inputs = states if network_inputs is rollout.states else network_inputs.clone(memory_format=th.contiguous_format)
-    return rollout._replace(states=states, network_inputs=network_inputs, actions=actions), th.stack([rewards])
+    # Not `_replace`, which torch 2.8 cannot compile
+    return RolloutState(states, network_inputs, actions, rollout.alive, rollout.start), th.stack([rewards])
 
 
 def held_step(

@@ -5,6 +5,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from multiprocessing.connection import wait
 from typing import Any
 
@@ -140,7 +141,7 @@ def _layout(update: Update, inputs: TrainingInputs) -> tuple[Any, ...]:
     """
     n_agents = None if update.simulator is None else update.simulator.num_agents
     # Replay buffers are compared by identity
-    return id(inputs.replay_buffer), n_agents, [tensor.shape for tensor in inputs.units.statistics()]
+    return id(inputs.replay_buffer), n_agents, update.seed, [tensor.shape for tensor in inputs.units.statistics()]
 
 
 def pickled(content: Any) -> bytes:
@@ -183,7 +184,8 @@ class MultiprocessLearners(Learners):
         # Fail before the first step
         pickled((update.for_learner(), inputs.settings_of(1)))
         self.update = update
-        self.settings = settings
+        # They stay what they are while the learners run
+        self.settings = replace(settings)
         self.n_dropped = 0
         self.n_restarts = 0
         self._pool: _Pool | None = None

@@ -1,10 +1,11 @@
 """From the settings of an algorithm to the model of its rollouts."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.vec_env import VecEnv
 
@@ -32,6 +33,7 @@ class ModelSettings:
     prior_model_kwargs: dict[str, Any] | None = None
     residual: bool = True
     residual_kwargs: dict[str, Any] | None = None
+    _users: tuple[Any, ...] = field(default=(), init=False, repr=False)
 
     def check(self) -> None:
         """
@@ -47,16 +49,40 @@ class ModelSettings:
         """Whether nothing of them is closed in a file, because it belongs to a module that is missing."""
         return not any(isinstance(value, SavedObject) for value in vars(self).values())
 
-    def find_prior(self, env: VecEnv, device: th.device, is_needed: bool, value_target: ValueTarget) -> PriorModel | None:
+    def _users_of(self, policy: BasePolicy, trust: Any) -> tuple[Any, ...]:
+        needs_fitting = self.residual or trust.rule.needs_errors
+        return policy, self.prior_model, self.prior_model_kwargs, self.residual_kwargs, trust.uses_model, needs_fitting
+
+    def note_users(self, policy: BasePolicy, trust: Any) -> None:
+        """
+        Remember what a model was made of, and for whom.
+
+        :param policy: the policy
+        :param trust: the trust in the model
+        """
+        self._users = self._users_of(policy, trust)
+
+    def is_outdated(self, policy: BasePolicy, trust: Any) -> bool:
+        """
+        :param policy: the policy
+        :param trust: the trust in the model
+        :return: whether one of them, or a setting, was replaced since the model was made
+        """
+        return any(new is not old for new, old in zip(self._users_of(policy, trust), self._users, strict=True))
+
+    def find_prior(
+        self, env: VecEnv | None, device: th.device, is_needed: bool, value_target: ValueTarget
+    ) -> PriorModel | None:
         """
         :param env: the environment
         :param device: device of the model
         :param is_needed: whether the model is ever stepped
         :param value_target: the value target, which may need a simulator of the environment
-        :return: the prior model; a plain ``PriorModel`` if it is not needed, ``None`` if the settings are not open
+        :return: the prior model; a plain ``PriorModel`` if it is not needed, ``None`` if it is missing: without an
+            environment, or where the settings are not open
         :raises ValueError: when the environment lacks a model or simulator that is needed, or the model cannot be used
         """
-        if is_needed and not self.is_open:
+        if env is None or (is_needed and not self.is_open):
             return None
         model = self._make_prior(env, device) if is_needed else PriorModel()
         value_target.check_env(env)

@@ -8,6 +8,8 @@ import pytest
 import torch as th
 from learner_runs import shared_files
 
+from sb3_mpg.common.model_fitting import ModelFitting
+
 # The tests run in several processes, and the networks are too small to share
 th.set_num_threads(1)
 
@@ -28,3 +30,9 @@ def nothing_is_left():
     # Tracebacks of errors that were expected may be cycles
     gc.collect()
     assert shared_files(os.getpid()) == []
+
+
+@pytest.fixture
+def models_are_fitted_once(monkeypatch):
+    """To fit the correction of a model until it has converged takes longer than the rest of a short training."""
+    monkeypatch.setattr(ModelFitting, "_fit_until_converged", ModelFitting._fit_once)

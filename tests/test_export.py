@@ -328,7 +328,7 @@ class Exports(BaseCallback):
 
 class TestTraining:
     @pytest.mark.parametrize("n_learners", [0, 1])
-    def test_goes_on_as_without_an_export(self, n_learners, tmp_path):
+    def test_goes_on_as_without_an_export(self, n_learners, tmp_path, models_are_fitted_once):
         def train(callback):
             env = VecNormalize(DummyVecEnv([LinearEnv]))
             kwargs = {"horizons": (0, 2), "compile": False, "n_learners": n_learners, "max_staleness": 0}

@@ -3,13 +3,11 @@ import multiprocessing as mp
 import pytest
 
 from contract.cases import CASES, CASES_AND_LEARNERS, OWN_CASES
-from sb3_mpg.common.model_fitting import ModelFitting
 
 
 @pytest.fixture(autouse=True)
-def models_are_fitted_once(monkeypatch):
-    """To fit the correction of a model until it has converged would take longer than all else."""
-    monkeypatch.setattr(ModelFitting, "_fit_until_converged", ModelFitting._fit_once)
+def _models_are_fitted_once(models_are_fitted_once):
+    """In all tests of this folder."""
 
 
 @pytest.fixture(params=CASES, ids=str)

@@ -43,6 +43,7 @@ LAYERS = [
     ("sb3_mpg.common.precision", 1),
     ("sb3_mpg.common.processes", 1),
     ("sb3_mpg.common.env_pickles", 1),
+    ("sb3_mpg.common.files", 0),
     ("sb3_mpg.common.callbacks", 1),
     ("sb3_mpg.common.optimizer_steps", 1),
     ("sb3_mpg.common.batches", 1),

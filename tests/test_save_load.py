@@ -1,9 +1,15 @@
 """What is saved, what is loaded, and what may be changed at loading."""
 
+import errno
+import io
+import threading
+from pathlib import Path
+
 import numpy as np
 import pytest
 from lq import LinearEnv
 from settings import SMALL
+from stable_baselines3 import TD3
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.vec_env import DummyVecEnv
@@ -134,3 +140,74 @@ def test_an_environment_may_be_given_by_its_id(tmp_path):
     loaded = MPG.load(tmp_path / "model.zip", env="PathTracking-v0")
     loaded.set_env("PathTracking-v0")
     assert loaded.learn(45)._n_updates == 5
+
+
+class TestFilesThatCannotBeWritten:
+    """An earlier file stays as it is, and so does the algorithm."""
+
+    @pytest.fixture
+    def saved(self, tmp_path):
+        model = MPG("MlpPolicy", LinearEnv(), **SMALL).learn(45)
+        model.save(tmp_path / "model")
+        return model, (tmp_path / "model.zip").read_bytes()
+
+    def assert_nothing_is_lost(self, saved, attributes, folder):
+        model, content = saved
+        assert [path.name for path in folder.iterdir()] == ["model.zip"]
+        assert (folder / "model.zip").read_bytes() == content
+        assert vars(model).keys() == attributes
+        assert MPG.load(folder / "model.zip", env=LinearEnv()).learn(10, reset_num_timesteps=False)._n_updates == 15
+        model.save(folder / "model.zip")
+        assert model.learn(10, reset_num_timesteps=False)._n_updates == 15
+
+    def test_what_cannot_be_pickled(self, saved, tmp_path):
+        model, _ = saved
+        model.lock = threading.Lock()
+        with pytest.raises(TypeError, match="cannot pickle"):
+            model.save(tmp_path / "model.zip")
+        del model.lock
+        self.assert_nothing_is_lost(saved, vars(model).keys(), tmp_path)
+
+    def test_a_full_disk(self, saved, tmp_path, monkeypatch):
+        model, _ = saved
+        attributes = set(vars(model))
+
+        def write_half(path, content):
+            with path.open("wb") as file:
+                file.write(content[: len(content) // 2])
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        with monkeypatch.context() as context:
+            context.setattr(Path, "write_bytes", write_half)
+            with pytest.raises(OSError, match="No space left"):
+                model.save(tmp_path / "model.zip")
+        self.assert_nothing_is_lost(saved, attributes, tmp_path)
+
+    def test_a_stream_that_is_full(self, saved, tmp_path):
+        class Full(io.BytesIO):
+            def write(self, content):
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+        model, _ = saved
+        attributes = set(vars(model))
+        with pytest.raises(OSError, match="No space left"):
+            model.save(Full())
+        self.assert_nothing_is_lost(saved, attributes, tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:Path .* is a folder", "ignore:Path .* does not exist")
+@pytest.mark.parametrize("name", ["agent", "agent.zip", "agent.v1", "folder", "new/agent", "new/er/agent.zip", "link"])
+def test_names_of_files_are_those_of_sb3(name, tmp_path, monkeypatch):
+    written = []
+    for model in (MPG("MlpPolicy", LinearEnv(), **SMALL), TD3("MlpPolicy", LinearEnv(), buffer_size=10)):
+        folder = tmp_path / type(model).__name__
+        (folder / "folder.zip").mkdir(parents=True)
+        (folder / "elsewhere.zip").touch()
+        (folder / "link.zip").symlink_to(folder / "elsewhere.zip")
+        monkeypatch.chdir(folder)
+        model.save(name)
+        model.save(name)
+        files = sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size > 0)
+        assert files and all(type(model).load(path).num_timesteps == 0 for path in files)
+        written.append([path.relative_to(folder) for path in files])
+    assert written[0] == written[1]

@@ -2,11 +2,11 @@
 
 import copy
 import io
-import os
 import warnings
 import weakref
 from collections import deque
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import cloudpickle
@@ -25,6 +25,7 @@ from stable_baselines3.common.vec_env import (
 )
 
 from sb3_mpg.common.env_pickles import pickle_with_env, put_env_together, take_env_apart
+from sb3_mpg.common.files import write_whole
 from sb3_mpg.common.processes import (
     NO_MAIN_GUARD,
     NO_MAIN_GUARD_MESSAGE,
@@ -368,8 +369,7 @@ class AsyncEvalCallback(EvalCallback):
             if self.verbose >= 1:
                 print("New best mean reward!")
             if self.best_model_save_path is not None and snapshot.model is not None:
-                with open(os.path.join(self.best_model_save_path, "best_model.zip"), "wb") as file:
-                    file.write(snapshot.model)
+                write_whole(Path(self.best_model_save_path) / "best_model.zip", snapshot.model)
             self.best_mean_reward = mean_reward
             # Trigger callback on new best model, if needed
             if self.callback_on_new_best is not None:

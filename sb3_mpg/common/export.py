@@ -2,7 +2,6 @@
 
 import io
 import logging
-import os
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from stable_baselines3.common.vec_env import VecNormalize
 from torch import nn
 
+from sb3_mpg.common.files import write_whole
 from sb3_mpg.common.models.base import PriorModel
 from sb3_mpg.common.models.loading import name_of
 from sb3_mpg.common.models.trainable import members_of
@@ -304,21 +304,6 @@ def check_target(path: Path) -> None:
         raise ValueError(f"The path of the exported file must be that of a file, got the folder {str(path)!r}.")
     if not path.parent.is_dir():
         raise ValueError(f"The folder of the exported file must exist, got {str(path)!r}; create {str(path.parent)!r} first.")
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """
-    Write a file that is whole whenever it can be seen.
-
-    :param path: where to write it; a file that exists there is replaced
-    :param content: what to write
-    """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def graph_of(algorithm: Any, what: Exported) -> Graph:

@@ -28,6 +28,7 @@ from sb3_mpg.common.buffers import (
 from sb3_mpg.common.callbacks import close_evaluators
 from sb3_mpg.common.compilation.step_compiler import COMPILE_FROM_MODEL_STEPS, StepCompiler
 from sb3_mpg.common.export import Exported, write_onnx
+from sb3_mpg.common.files import saved_whole
 from sb3_mpg.common.learners import InProcessLearner, Learners, LearnerSettings, MultiprocessLearners, TrainingInputs
 from sb3_mpg.common.model_fitting import ModelFitting
 from sb3_mpg.common.models.base import PriorModel
@@ -459,8 +460,8 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         ``learn(reset_num_timesteps=False)`` continues as if training had not been interrupted, if the replay buffer is loaded
         as well and the environment is in its earlier state. See SB3's ``save`` for the parameters.
         """
-        with saved_settings.attributes_to_save(self):
-            super().save(path, exclude, include)
+        with saved_settings.attributes_to_save(self), saved_whole(path) as file:
+            super().save(file, exclude, include)
 
     def export_onnx(self, path: str | pathlib.Path, what: Exported = "policy") -> None:
         """

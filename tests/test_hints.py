@@ -23,7 +23,7 @@ def costs_of(hints):
         "the effect of action": Cost.MISSED_ACTION,
         "the predicted reward": Cost.REWARD,
         "the model does not move": Cost.WORSE_THAN_NO_CHANGE,
-        "in each step": Cost.BIASED,
+        "look for a constant term": Cost.BIASED,
         "is rough": Cost.ROUGH,
         "worse than no change after step": Cost.DRIFT,
     }
@@ -168,6 +168,35 @@ class TestCauses:
 
         report = check_prior_model(CartModel(), Noisy(Cart()), n_samples=400, verbose=False)
         assert [verdict.split(",")[0] for verdict in report.verdicts] == ["noisy", "noisy"]
+
+    def test_a_wrong_term_of_an_element_that_is_not_around_zero(self):
+        """The mean of its errors is no missing constant."""
+
+        class Warm(Cart):
+            def reset(self, **kwargs):
+                _, info = super().reset(**kwargs)
+                self.state[1] += 5
+                return self.state.astype(np.float32), info
+
+        class Slows(CartModel):
+            def transition(self, states, actions):
+                position, speed = super().transition(states, actions).split(1, dim=1)
+                return th.cat([position, speed - 0.1 * states[:, 1:]], dim=1)
+
+        report = check_prior_model(Slows(), Warm(), n_samples=400, verbose=False)
+        assert report.biases[0, 1] ** 2 > 0.5 * report.rms_errors[0, 1] ** 2
+        assert "biased" not in report.verdicts[1]
+        assert any("the error is -0.1 times observation[1], so a term with it" in hint for hint in report.hints)
+
+    def test_a_constant_beside_a_wrong_term(self):
+        """Then the errors are not proportional to anything."""
+        both = ChangedCart(bias=0.2)
+        both.transition = lambda states, actions: ChangedCart.transition(both, states, actions) - th.cat(
+            [th.zeros_like(actions), 0.05 * states[:, 1:]], dim=1
+        )
+        report = check_prior_model(both, Cart(), n_samples=400, verbose=False)
+        assert report.verdicts[1].startswith("biased")
+        assert not any("the error is" in hint for hint in report.hints)
 
     @pytest.mark.parametrize("horizon", [1, 25])
     def test_missing_friction(self, horizon):

@@ -1,5 +1,6 @@
 """Spaces: flat observations and back, which are refused, and the same training whatever the space."""
 
+import copy
 from functools import cache
 
 import numpy as np
@@ -15,7 +16,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_mpg import MPG, PriorModel
 from sb3_mpg.common.buffers import RecordedSteps
-from sb3_mpg.common.spaces import FlatObservations, check_spaces, flat_box
+from sb3_mpg.common.spaces import FlatObservations, TupleAsDict, check_spaces, flat_box
 from sb3_mpg.common.units import Units
 
 FLOATS = spaces.Box(-1, 1, (2,), np.float32)
@@ -126,6 +127,15 @@ class TestTraining:
         for env in (GoalEnv(kind), model.get_env()):
             assert evaluate_policy(model, env, 2, warn=False)[0] < 0
 
+    def test_tuples_under_vec_normalize(self):
+        """It takes no tuples, but what replaces them."""
+        tuples = DummyVecEnv([lambda: GoalEnv("tuple")])
+        with pytest.raises(ValueError, match=r"VecNormalize takes no Tuple of observations, got Tuple.*TupleAsDict\(env\)"):
+            MPG("MultiInputPolicy", VecNormalize(tuples, norm_obs=False), **SMALL)
+        model = train(VecNormalize(TupleAsDict(tuples), norm_obs_keys=["2"]), n_steps=60)
+        assert model.units().is_normalized.tolist() == [False, False, True, True]
+        assert model.predict(GoalEnv("tuple").reset(seed=0)[0])[0].shape == (1,)
+
     def test_extractors_of_sb3_get_observations_of_the_space(self):
         """Also when they are compiled."""
         policy_kwargs = {"net_arch": [8], "features_extractor_class": CombinedExtractor}
@@ -199,6 +209,22 @@ class TestGoals:
         recorded = RecordedSteps(model.replay_buffer, lambda actions: actions, "cpu")
         newest = recorded.latest(5)
         np.testing.assert_array_equal(newest.observations[:, 1], np.full(5, model.get_env().get_attr("goal")[0], np.float32))
+
+    def test_rewards_of_new_goals_are_those_of_the_present_environment(self):
+        """SB3's buffer keeps the environment that it was made for, and its copies have none."""
+        model = train(GoalEnv(), **HER)
+        for algorithm in (copy.deepcopy(model), model):
+            algorithm.set_env(DummyVecEnv([lambda: GoalEnv(is_sparse=True)]))
+            n_updates = algorithm._n_updates
+            assert algorithm.learn(20, reset_num_timesteps=False)._n_updates == n_updates + 20
+            steps = RecordedSteps(algorithm.replay_buffer, lambda actions: actions, "cpu").sample(300)
+            stored = algorithm.replay_buffer.observations["desired_goal"]
+            is_new = ~np.isin(steps.observations[:, 1].numpy(), stored)
+            assert is_new.any() and np.isin(steps.rewards[is_new], [-1, 0]).all()
+
+    def test_a_copy_goes_on(self):
+        model = train(GoalEnv(), **HER)
+        assert copy.deepcopy(model).learn(20, reset_num_timesteps=False)._n_updates == model._n_updates + 20
 
 
 class TestCritics:

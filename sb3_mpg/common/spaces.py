@@ -10,7 +10,7 @@ from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm, maybe_make_env
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.type_aliases import GymEnv, PyTorchObs
-from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize
+from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize, unwrap_vec_normalize
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 
 # Larger bounds of actions stand for "unbounded", and products of such actions overflow in single precision
@@ -146,6 +146,10 @@ def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) ->
             f"The gradient runs through the actions, which must be a Box of floats, got {action_space}; "
             "give it a float dtype, or take an algorithm for discrete actions."
         )
+    if action_space.shape == () or 0 in action_space.shape:
+        raise ValueError(
+            f"Actions need an axis with an element or more, got {action_space}; a single number has the shape (1,)."
+        )
     bounds = np.abs(np.stack([action_space.low, action_space.high]).astype(np.float64))
     if not (bounds < LARGEST_ACTION).all():
         raise ValueError(
@@ -233,7 +237,15 @@ def wrap_env(env: GymEnv | str, verbose: int = 0, monitor_wrapper: bool = True) 
     :param monitor_wrapper: whether to wrap it in a ``Monitor``
     :return: as SB3 wraps it, and with a ``Dict`` of observations in place of a ``Tuple``
     :raises TypeError: when it is no environment for SB3
+    :raises ValueError: when ``VecNormalize`` gets a ``Tuple`` of observations, which it takes only to fail at the first reset
     """
     check_kind_of_env(env)
     wrapped = BaseAlgorithm._wrap_env(maybe_make_env(env, verbose), verbose, monitor_wrapper)
-    return TupleAsDict(wrapped) if isinstance(wrapped.observation_space, spaces.Tuple) else wrapped
+    if not isinstance(wrapped.observation_space, spaces.Tuple):
+        return wrapped
+    if unwrap_vec_normalize(wrapped) is not None:
+        raise ValueError(
+            f"VecNormalize takes no Tuple of observations, got {wrapped.observation_space}; wrap it around "
+            "sb3_mpg.common.spaces.TupleAsDict(env), which makes a Dict of them."
+        )
+    return TupleAsDict(wrapped)

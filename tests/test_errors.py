@@ -53,8 +53,9 @@ def env_with(**space):
         ),
         ({"observation_space": spaces.Dict(a=spaces.Box(-1, 1, (2,)))}, "You must use `MultiInputPolicy`"),
         ({"observation_space": spaces.Box(0, 255, (8, 8, 3), np.uint8)}, "models of images are not supported"),
-        ({"action_space": spaces.Box(-1, 1, ())}, r"Actions need an axis.*got Box.*shape \(1,\)"),
-        ({"action_space": spaces.Box(-1, 1, (0,))}, "Actions need an axis with an element or more"),
+        ({"observation_space": spaces.Box(-1, 1, ())}, r"Box of observations needs an axis.*got Box.*shape \(1,\)"),
+        ({"action_space": spaces.Box(-1, 1, ())}, r"Box of actions needs an axis.*got Box.*shape \(1,\)"),
+        ({"action_space": spaces.Box(-1, 1, (0,))}, "Box of actions needs an axis with an element or more"),
     ],
 )
 def test_spaces(space, message):

@@ -33,7 +33,7 @@ class TestFlatObservations:
         assert flat.names == ("a[0]", "a[1]", "a[2]", "b[0, 0]", "b[0, 1]", "b[1, 0]", "b[1, 1]")
         assert flat.n_elements == 7
 
-    @pytest.mark.parametrize("space", [DICT, FLOATS, spaces.Box(-1, 1, (2, 3), np.float64), spaces.Box(-1, 1, ())])
+    @pytest.mark.parametrize("space", [DICT, FLOATS, spaces.Box(-1, 1, (2, 3), np.float64)])
     def test_there_and_back(self, space):
         flat, numbers = FlatObservations(space), th.randn(5, FlatObservations(space).n_elements)
         observations = flat.unflatten(numbers)
@@ -42,6 +42,11 @@ class TestFlatObservations:
             assert {key: part.shape for key, part in observations.items()} == {"a": (5, 3), "b": (5, 2, 2)}
         else:
             assert observations.shape == (5, *space.shape)
+
+    def test_rows_of_another_size_are_not_merged(self):
+        policy = MPG("MlpPolicy", GoalEnv("flat"), **SMALL).policy
+        with pytest.raises(RuntimeError, match="size of tensor"):
+            policy.actor(th.zeros(2, 2))
 
     def test_box(self):
         box = FlatObservations(DICT).box
@@ -79,7 +84,8 @@ class TestFlatObservations:
         (spaces.Tuple([FLOATS, spaces.MultiBinary(2)]), FLOATS, r"Box of numbers.*MultiBinary\(2\) at 1"),
         (spaces.Dict({"a": spaces.Dict({"b": FLOATS})}), FLOATS, "flatten what is nested"),
         (spaces.Dict({}), FLOATS, "need observations"),
-        (spaces.Box(0, 1, (0,), np.float32), FLOATS, "Box of numbers"),
+        (spaces.Box(0, 1, (0,), np.float32), FLOATS, "Box of observations needs an axis with an element"),
+        (spaces.Dict({"a": spaces.Box(0, 1, (), np.float32)}), FLOATS, "observations needs an axis with an element.*at 'a'"),
         (spaces.Box(0, 255, (8, 8, 3), np.uint8), FLOATS, "images are not supported"),
         (spaces.Dict({"camera": spaces.Box(0, 255, (8, 8, 3), np.uint8)}), FLOATS, "images are not supported.*'camera'"),
         (FLOATS, spaces.Discrete(3), "actions, which must be a Box of floats.*discrete actions"),

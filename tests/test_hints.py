@@ -16,7 +16,7 @@ from sb3_mpg.common.models.checking.report import MAX_HINTS
 def costs_of(hints):
     """What the hints cost, by words that each kind says and no other."""
     words = {
-        "Training leaves the model out": Cost.LEFT_OUT,
+        "With measured weights, training leaves the model out": Cost.LEFT_OUT,
         "piecewise constant": Cost.SILENT,
         "opposite": Cost.WRONG_SIGN,
         "times": Cost.WRONG_SCALE,
@@ -48,7 +48,10 @@ class TestOrder:
 
         hints = check_prior_model(Forgets(gain=-1.0, bias=0.5, reward_scale=-1.0), Cart(), n_samples=400, verbose=False).hints
         assert costs_of(hints) == sorted(costs_of(hints))
-        assert hints[0].startswith("`terminal` misses") and "Training leaves the model out until then" in hints[0]
+        assert (
+            hints[0].startswith("`terminal` misses")
+            and "With measured weights, training leaves the model out until then" in hints[0]
+        )
 
     @pytest.mark.parametrize("horizon", [25, 1])
     def test_terminations_matter_within_a_rollout(self, horizon):
@@ -58,7 +61,7 @@ class TestOrder:
         assert 0.1 / 25 < rate < 0.1
         is_first = report.hints[0].startswith("`terminal` misses")
         (hint,) = (hint for hint in report.hints if hint.startswith("`terminal`"))
-        assert ("Training leaves the model out" in hint, "Training does not correct this" in hint) == (
+        assert ("training leaves the model out" in hint, "Training does not correct this" in hint) == (
             horizon == 25,
             horizon == 1,
         )
@@ -70,7 +73,10 @@ class TestOrder:
                 return states[:, :1] < 10
 
         report = check_prior_model(Early(), Cart(), n_samples=400, verbose=False)
-        assert "Training leaves the model out until then." in report.hints[0] and "time limits" not in report.hints[0]
+        assert (
+            "With measured weights, training leaves the model out until then." in report.hints[0]
+            and "time limits" not in report.hints[0]
+        )
 
     def test_the_first_hint_is_always_printed(self):
         """Dimensions with many different mistakes: more than are printed."""

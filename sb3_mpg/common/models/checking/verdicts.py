@@ -388,7 +388,7 @@ def _judge_size(residuals: Residuals, dim: int, relative_error: float, inputs: t
         return Finding(Cost.WORSE_THAN_NO_CHANGE, WORSE, hint, values=values)
     hint = "the prediction of {names} is rough ({values[0]:.0f}% of the change)" + where
     if source is None:
-        hint += " A term or a parameter is off."
+        hint += " A term or a parameter may be off."
     return Finding(Cost.ROUGH, "rough", f"{hint} This can be good enough to train with.", values=values)
 
 

@@ -302,8 +302,9 @@ def check_replay_buffer(buffer: ReplayBuffer, algorithm: Any, gamma: float | Non
     if n_steps_of_buffer != n_steps or (gamma is not None and gamma_of_buffer != gamma):
         raise ValueError(
             f"The value target spans {n_steps} recorded steps with gamma={algorithm.gamma}, but the replay buffer was made "
-            f"for n_steps={n_steps_of_buffer}, gamma={gamma_of_buffer}. Pass both in `replay_buffer_kwargs` of your own "
-            "class; a saved buffer fits the value target and the discount that it was saved with."
+            f"for n_steps={n_steps_of_buffer}, gamma={gamma_of_buffer}. A class of your own needs both in "
+            "`replay_buffer_kwargs`, and a value target of as many steps (value_target='n_step_replay', "
+            "value_target_kwargs={'n_steps': ...}); a saved buffer fits the settings that it was saved with."
         )
 
 

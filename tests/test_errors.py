@@ -53,6 +53,9 @@ def env_with(**space):
         ),
         ({"observation_space": spaces.Dict(a=spaces.Box(-1, 1, (2,)))}, "You must use `MultiInputPolicy`"),
         ({"observation_space": spaces.Box(0, 255, (8, 8, 3), np.uint8)}, "models of images are not supported"),
+        ({"observation_space": spaces.Box(-1, 1, ())}, r"Box of observations needs an axis.*got Box.*shape \(1,\)"),
+        ({"action_space": spaces.Box(-1, 1, ())}, r"Box of actions needs an axis.*got Box.*shape \(1,\)"),
+        ({"action_space": spaces.Box(-1, 1, (0,))}, "Box of actions needs an axis with an element or more"),
     ],
 )
 def test_spaces(space, message):
@@ -145,7 +148,7 @@ def test_models_that_break_the_rules(prior_model, message):
         ),
         (
             {"replay_buffer_class": NStepReplayBuffer, "replay_buffer_kwargs": {"n_steps": 7}},
-            "spans 1 recorded steps with gamma=0.98, but the replay buffer was made for n_steps=7, gamma=0.99",
+            "spans 1 recorded steps with gamma=0.98, but the replay buffer was made for n_steps=7, gamma=0.99.*value_target='n_step_replay'",
         ),
         ({"horizons": (0, None)}, "Every horizon must be a whole number"),
         ({"horizons": (0, float("nan"))}, "Every horizon must be a whole number"),
@@ -210,6 +213,8 @@ def test_horizon_of_the_analysis():
         ({"horizons": (0, 3)}, r"`load` got \['horizons'\]"),
         ({"weighting": "constant"}, r"`load` got \['weighting'\]"),
         ({"weighting_kwargs": {"window": 2}}, r"`load` got \['weighting_kwargs'\]"),
+        ({"n_steps": 3}, r"`load` got n_steps=3; give it a `value_target` with value_target_kwargs=\{'n_steps': 3\}"),
+        ({"n_steps": 3, "value_target": "n_step_replay"}, "`load` got n_steps=3"),
         ({"batch_reuse": 0}, "`batch_reuse` must be a whole number, 1 or more"),
         ({"n_learners": -1}, "`n_learners` must be"),
     ],

@@ -16,14 +16,14 @@ from sb3_mpg.common.models.checking.report import MAX_HINTS
 def costs_of(hints):
     """What the hints cost, by words that each kind says and no other."""
     words = {
-        "Training leaves the model out": Cost.LEFT_OUT,
+        "With measured weights, training leaves the model out": Cost.LEFT_OUT,
         "piecewise constant": Cost.SILENT,
         "opposite": Cost.WRONG_SIGN,
         "times": Cost.WRONG_SCALE,
         "the effect of action": Cost.MISSED_ACTION,
         "the predicted reward": Cost.REWARD,
         "the model does not move": Cost.WORSE_THAN_NO_CHANGE,
-        "in each step": Cost.BIASED,
+        "look for a constant term": Cost.BIASED,
         "is rough": Cost.ROUGH,
         "worse than no change after step": Cost.DRIFT,
     }
@@ -48,7 +48,10 @@ class TestOrder:
 
         hints = check_prior_model(Forgets(gain=-1.0, bias=0.5, reward_scale=-1.0), Cart(), n_samples=400, verbose=False).hints
         assert costs_of(hints) == sorted(costs_of(hints))
-        assert hints[0].startswith("`terminal` misses") and "Training leaves the model out until then" in hints[0]
+        assert (
+            hints[0].startswith("`terminal` misses")
+            and "With measured weights, training leaves the model out until then" in hints[0]
+        )
 
     @pytest.mark.parametrize("horizon", [25, 1])
     def test_terminations_matter_within_a_rollout(self, horizon):
@@ -58,7 +61,7 @@ class TestOrder:
         assert 0.1 / 25 < rate < 0.1
         is_first = report.hints[0].startswith("`terminal` misses")
         (hint,) = (hint for hint in report.hints if hint.startswith("`terminal`"))
-        assert ("Training leaves the model out" in hint, "Training does not correct this" in hint) == (
+        assert ("training leaves the model out" in hint, "Training does not correct this" in hint) == (
             horizon == 25,
             horizon == 1,
         )
@@ -70,7 +73,10 @@ class TestOrder:
                 return states[:, :1] < 10
 
         report = check_prior_model(Early(), Cart(), n_samples=400, verbose=False)
-        assert "Training leaves the model out until then." in report.hints[0] and "time limits" not in report.hints[0]
+        assert (
+            "With measured weights, training leaves the model out until then." in report.hints[0]
+            and "time limits" not in report.hints[0]
+        )
 
     def test_the_first_hint_is_always_printed(self):
         """Dimensions with many different mistakes: more than are printed."""
@@ -168,6 +174,35 @@ class TestCauses:
 
         report = check_prior_model(CartModel(), Noisy(Cart()), n_samples=400, verbose=False)
         assert [verdict.split(",")[0] for verdict in report.verdicts] == ["noisy", "noisy"]
+
+    def test_a_wrong_term_of_an_element_that_is_not_around_zero(self):
+        """The mean of its errors is no missing constant."""
+
+        class Warm(Cart):
+            def reset(self, **kwargs):
+                _, info = super().reset(**kwargs)
+                self.state[1] += 5
+                return self.state.astype(np.float32), info
+
+        class Slows(CartModel):
+            def transition(self, states, actions):
+                position, speed = super().transition(states, actions).split(1, dim=1)
+                return th.cat([position, speed - 0.1 * states[:, 1:]], dim=1)
+
+        report = check_prior_model(Slows(), Warm(), n_samples=400, verbose=False)
+        assert report.biases[0, 1] ** 2 > 0.5 * report.rms_errors[0, 1] ** 2
+        assert "biased" not in report.verdicts[1]
+        assert any("the error is -0.1 times observation[1], so a term with it" in hint for hint in report.hints)
+
+    def test_a_constant_beside_a_wrong_term(self):
+        """Then the errors are not proportional to anything."""
+        both = ChangedCart(bias=0.2)
+        both.transition = lambda states, actions: ChangedCart.transition(both, states, actions) - th.cat(
+            [th.zeros_like(actions), 0.05 * states[:, 1:]], dim=1
+        )
+        report = check_prior_model(both, Cart(), n_samples=400, verbose=False)
+        assert report.verdicts[1].startswith("biased")
+        assert not any("the error is" in hint for hint in report.hints)
 
     @pytest.mark.parametrize("horizon", [1, 25])
     def test_missing_friction(self, horizon):

@@ -46,7 +46,7 @@ def test_biased_dimension_is_named():
     np.testing.assert_allclose(report.biases[0], [0.0, 0.2], atol=1e-5)
     np.testing.assert_allclose(report.biases[4], [0.2 * TIME_STEP * 10, 1.0], atol=1e-4)
     np.testing.assert_allclose(report.rms_errors[0], [0.0, 0.2], atol=1e-5)
-    assert any("the model predicts observation[1] too high by 0.2 in each step" in hint for hint in report.hints)
+    assert any("the model predicts observation[1] too high by 0.2 on average" in hint for hint in report.hints)
     assert "biased" in str(report)
 
 

@@ -75,6 +75,11 @@ class TestSilentRewards:
                 "jumps",
                 "(9.|100)% of the variation of the reward .* is in jumps",
             ),
+            (
+                lambda x, v, a: x.clamp(max=0.5) - 0.1 * a**2,
+                r"flat at \d+%",
+                "teach the policy nothing there but which actions are cheap",
+            ),
             (lambda x, v, a: x * (a > 0.8), "flat at [67].%", "vanishes at [67].% of the checked steps"),
             (lambda x, v, a: (-((x / 0.02) ** 2)).exp(), "flat at 9.%", "vanishes at 9.% of the checked steps"),
         ],

@@ -1,5 +1,6 @@
 """Spaces: flat observations and back, which are refused, and the same training whatever the space."""
 
+import copy
 from functools import cache
 
 import numpy as np
@@ -15,7 +16,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_mpg import MPG, PriorModel
 from sb3_mpg.common.buffers import RecordedSteps
-from sb3_mpg.common.spaces import FlatObservations, check_spaces, flat_box
+from sb3_mpg.common.spaces import FlatObservations, TupleAsDict, check_spaces, flat_box
 from sb3_mpg.common.units import Units
 
 FLOATS = spaces.Box(-1, 1, (2,), np.float32)
@@ -32,7 +33,7 @@ class TestFlatObservations:
         assert flat.names == ("a[0]", "a[1]", "a[2]", "b[0, 0]", "b[0, 1]", "b[1, 0]", "b[1, 1]")
         assert flat.n_elements == 7
 
-    @pytest.mark.parametrize("space", [DICT, FLOATS, spaces.Box(-1, 1, (2, 3), np.float64), spaces.Box(-1, 1, ())])
+    @pytest.mark.parametrize("space", [DICT, FLOATS, spaces.Box(-1, 1, (2, 3), np.float64)])
     def test_there_and_back(self, space):
         flat, numbers = FlatObservations(space), th.randn(5, FlatObservations(space).n_elements)
         observations = flat.unflatten(numbers)
@@ -41,6 +42,11 @@ class TestFlatObservations:
             assert {key: part.shape for key, part in observations.items()} == {"a": (5, 3), "b": (5, 2, 2)}
         else:
             assert observations.shape == (5, *space.shape)
+
+    def test_rows_of_another_size_are_not_merged(self):
+        policy = MPG("MlpPolicy", GoalEnv("flat"), **SMALL).policy
+        with pytest.raises(RuntimeError, match="size of tensor"):
+            policy.actor(th.zeros(2, 2))
 
     def test_box(self):
         box = FlatObservations(DICT).box
@@ -78,7 +84,8 @@ class TestFlatObservations:
         (spaces.Tuple([FLOATS, spaces.MultiBinary(2)]), FLOATS, r"Box of numbers.*MultiBinary\(2\) at 1"),
         (spaces.Dict({"a": spaces.Dict({"b": FLOATS})}), FLOATS, "flatten what is nested"),
         (spaces.Dict({}), FLOATS, "need observations"),
-        (spaces.Box(0, 1, (0,), np.float32), FLOATS, "Box of numbers"),
+        (spaces.Box(0, 1, (0,), np.float32), FLOATS, "Box of observations needs an axis with an element"),
+        (spaces.Dict({"a": spaces.Box(0, 1, (), np.float32)}), FLOATS, "observations needs an axis with an element.*at 'a'"),
         (spaces.Box(0, 255, (8, 8, 3), np.uint8), FLOATS, "images are not supported"),
         (spaces.Dict({"camera": spaces.Box(0, 255, (8, 8, 3), np.uint8)}), FLOATS, "images are not supported.*'camera'"),
         (FLOATS, spaces.Discrete(3), "actions, which must be a Box of floats.*discrete actions"),
@@ -125,6 +132,15 @@ class TestTraining:
         th.testing.assert_close(model.policy_gradient(observation, 2), flat.policy_gradient(numbers, 2), rtol=0, atol=0)
         for env in (GoalEnv(kind), model.get_env()):
             assert evaluate_policy(model, env, 2, warn=False)[0] < 0
+
+    def test_tuples_under_vec_normalize(self):
+        """It takes no tuples, but what replaces them."""
+        tuples = DummyVecEnv([lambda: GoalEnv("tuple")])
+        with pytest.raises(ValueError, match=r"VecNormalize takes no Tuple of observations, got Tuple.*TupleAsDict\(env\)"):
+            MPG("MultiInputPolicy", VecNormalize(tuples, norm_obs=False), **SMALL)
+        model = train(VecNormalize(TupleAsDict(tuples), norm_obs_keys=["2"]), n_steps=60)
+        assert model.units().is_normalized.tolist() == [False, False, True, True]
+        assert model.predict(GoalEnv("tuple").reset(seed=0)[0])[0].shape == (1,)
 
     def test_extractors_of_sb3_get_observations_of_the_space(self):
         """Also when they are compiled."""
@@ -199,6 +215,22 @@ class TestGoals:
         recorded = RecordedSteps(model.replay_buffer, lambda actions: actions, "cpu")
         newest = recorded.latest(5)
         np.testing.assert_array_equal(newest.observations[:, 1], np.full(5, model.get_env().get_attr("goal")[0], np.float32))
+
+    def test_rewards_of_new_goals_are_those_of_the_present_environment(self):
+        """SB3's buffer keeps the environment that it was made for, and its copies have none."""
+        model = train(GoalEnv(), **HER)
+        for algorithm in (copy.deepcopy(model), model):
+            algorithm.set_env(DummyVecEnv([lambda: GoalEnv(is_sparse=True)]))
+            n_updates = algorithm._n_updates
+            assert algorithm.learn(20, reset_num_timesteps=False)._n_updates == n_updates + 20
+            steps = RecordedSteps(algorithm.replay_buffer, lambda actions: actions, "cpu").sample(300)
+            stored = algorithm.replay_buffer.observations["desired_goal"]
+            is_new = ~np.isin(steps.observations[:, 1].numpy(), stored)
+            assert is_new.any() and np.isin(steps.rewards[is_new], [-1, 0]).all()
+
+    def test_a_copy_goes_on(self):
+        model = train(GoalEnv(), **HER)
+        assert copy.deepcopy(model).learn(20, reset_num_timesteps=False)._n_updates == model._n_updates + 20
 
 
 class TestCritics:

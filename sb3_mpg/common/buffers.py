@@ -219,6 +219,17 @@ class RecordedSteps:
         return windows if len(windows.lengths) > 0 else None
 
 
+def give_env(buffer: ReplayBuffer, env: Any) -> None:
+    """
+    A ``HerReplayBuffer`` computes rewards with the environment. Copies have none, and SB3's ``set_env`` leaves it the old one.
+
+    :param buffer: a replay buffer
+    :param env: the present environment
+    """
+    if isinstance(buffer, HerReplayBuffer):
+        buffer.env = env
+
+
 def choose_replay_buffer(
     replay_buffer_class: type[ReplayBuffer] | None, replay_buffer_kwargs: dict[str, Any], n_steps: int, n_target_steps: int
 ) -> tuple[type[ReplayBuffer] | None, dict[str, Any], int]:
@@ -265,7 +276,7 @@ def check_buffer_class(replay_buffer_class: type[ReplayBuffer] | None, n_steps: 
     if n_steps > 1 and not (replay_buffer_class is None or issubclass(replay_buffer_class, NStepReplayBuffer)):
         raise ValueError(
             f"The value target spans {n_steps} recorded steps and needs an NStepReplayBuffer, "
-            f"got replay_buffer_class={replay_buffer_class.__name__}; leave it at None."
+            f"got replay_buffer_class={replay_buffer_class.__name__}; leave it at None, or take a target of one step."
         )
 
 
@@ -291,8 +302,9 @@ def check_replay_buffer(buffer: ReplayBuffer, algorithm: Any, gamma: float | Non
     if n_steps_of_buffer != n_steps or (gamma is not None and gamma_of_buffer != gamma):
         raise ValueError(
             f"The value target spans {n_steps} recorded steps with gamma={algorithm.gamma}, but the replay buffer was made "
-            f"for n_steps={n_steps_of_buffer}, gamma={gamma_of_buffer}. Pass both in `replay_buffer_kwargs` of your own "
-            "class; a saved buffer fits the value target and the discount that it was saved with."
+            f"for n_steps={n_steps_of_buffer}, gamma={gamma_of_buffer}. A class of your own needs both in "
+            "`replay_buffer_kwargs`, and a value target of as many steps (value_target='n_step_replay', "
+            "value_target_kwargs={'n_steps': ...}); a saved buffer fits the settings that it was saved with."
         )
 
 

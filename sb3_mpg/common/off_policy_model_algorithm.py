@@ -23,6 +23,7 @@ from sb3_mpg.common.buffers import (
     check_replay_buffer,
     check_support,
     choose_replay_buffer,
+    give_env,
     kept_if_refused,
 )
 from sb3_mpg.common.callbacks import close_evaluators
@@ -306,6 +307,7 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         :return: the present inputs of a gradient other than the tensors of the update; they include the statistics of
             ``VecNormalize``
         """
+        give_env(self.replay_buffer, self.env)
         self.update.simulator = self.value_target.simulator_for(batch_size, self.env, self.update.simulator)
         return TrainingInputs(self.replay_buffer, batch_size, self.units(), self.update_settings)
 

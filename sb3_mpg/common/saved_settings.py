@@ -54,6 +54,13 @@ def assign_loaded_settings(algorithm: BaseAlgorithm) -> None:
             f"A saved algorithm keeps its rule for the weights of the horizons, but `load` got {given}; give it "
             "weighting_rule=sb3_mpg.common.trust.make_weighting_rule(weighting, horizons, weighting_kwargs)."
         )
+    n_steps = attributes["n_steps"]
+    # SB3 keeps those of the replay buffer twice
+    if n_steps not in (1, attributes["replay_buffer_kwargs"].get("n_steps", 1)):
+        raise ValueError(
+            f"A saved algorithm keeps the number of steps of its value target, but `load` got n_steps={n_steps}; give it "
+            f"a `value_target` with value_target_kwargs={{'n_steps': {n_steps}}}."
+        )
     kwargs = attributes.pop("value_target_kwargs", None)
     attributes["value_target"] = make_value_target(attributes["value_target"], kwargs)
     for name in list(attributes):

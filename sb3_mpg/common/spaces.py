@@ -10,7 +10,7 @@ from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm, maybe_make_env
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.type_aliases import GymEnv, PyTorchObs
-from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize
+from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize, unwrap_vec_normalize
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 
 # Larger bounds of actions stand for "unbounded", and products of such actions overflow in single precision
@@ -53,9 +53,8 @@ class FlatObservations:
         :return: flat observations, single precision, ``(B, O)``
         """
         if isinstance(observations, th.Tensor):
-            return observations.float().reshape(-1, self.n_elements)
-        parts = zip(self.boxes, self.sizes, strict=True)
-        return th.cat([observations[key].float().reshape(-1, size) for key, size in parts], dim=1)
+            return observations.float().flatten(1)
+        return th.cat([observations[key].float().flatten(1) for key in self.boxes], dim=1)
 
     def unflatten(self, observations: th.Tensor) -> PyTorchObs:
         """
@@ -115,6 +114,19 @@ def shape_of(space: spaces.Space) -> Any:
     return {key: shape_of(part) for key, part in space.spaces.items()} if isinstance(space, spaces.Dict) else space.shape
 
 
+def check_shape(name: str, box: spaces.Box, got: str) -> None:
+    """
+    :param name: what the box is the space of
+    :param box: a box
+    :param got: what it is called
+    :raises ValueError: when it has no element, or no axis, which SB3's replay buffers and noise need
+    """
+    if box.shape == () or 0 in box.shape:
+        raise ValueError(
+            f"A Box of {name} needs an axis with an element or more, got {got}; a single number has the shape (1,)."
+        )
+
+
 def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) -> None:
     """
     :param observation_space: observation space of the environment
@@ -135,17 +147,19 @@ def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) ->
                 f"The gradient runs through the observations, and models of images are not supported, got {got}; let the "
                 "environment show the state that the image shows, or take SB3's algorithms."
             )
-        if not isinstance(space, spaces.Box) or np.prod(space.shape) == 0:
+        if not isinstance(space, spaces.Box):
             raise ValueError(
                 "The gradient runs through the observations, which must be a Box of numbers, or a Dict or Tuple of such "
                 f"boxes, got {got}; flatten what is nested, and write discrete values as numbers in a Box "
                 "(gymnasium.wrappers.FlattenObservation does both)."
             )
+        check_shape("observations", space, got)
     if not isinstance(action_space, spaces.Box) or not np.issubdtype(action_space.dtype, np.floating):
         raise ValueError(
             f"The gradient runs through the actions, which must be a Box of floats, got {action_space}; "
             "give it a float dtype, or take an algorithm for discrete actions."
         )
+    check_shape("actions", action_space, f"{action_space}")
     bounds = np.abs(np.stack([action_space.low, action_space.high]).astype(np.float64))
     if not (bounds < LARGEST_ACTION).all():
         raise ValueError(
@@ -233,7 +247,15 @@ def wrap_env(env: GymEnv | str, verbose: int = 0, monitor_wrapper: bool = True) 
     :param monitor_wrapper: whether to wrap it in a ``Monitor``
     :return: as SB3 wraps it, and with a ``Dict`` of observations in place of a ``Tuple``
     :raises TypeError: when it is no environment for SB3
+    :raises ValueError: when ``VecNormalize`` gets a ``Tuple`` of observations, which it takes only to fail at the first reset
     """
     check_kind_of_env(env)
     wrapped = BaseAlgorithm._wrap_env(maybe_make_env(env, verbose), verbose, monitor_wrapper)
-    return TupleAsDict(wrapped) if isinstance(wrapped.observation_space, spaces.Tuple) else wrapped
+    if not isinstance(wrapped.observation_space, spaces.Tuple):
+        return wrapped
+    if unwrap_vec_normalize(wrapped) is not None:
+        raise ValueError(
+            f"VecNormalize takes no Tuple of observations, got {wrapped.observation_space}; wrap it around "
+            "sb3_mpg.common.spaces.TupleAsDict(env), which makes a Dict of them."
+        )
+    return TupleAsDict(wrapped)

@@ -11,7 +11,7 @@ MAX_NAMES = 4
 class Cost(IntEnum):
     """What a finding costs the user. Hints come in this order, the most costly first."""
 
-    #: Training leaves the model out, because it does not know where episodes terminate
+    #: With measured weights, training leaves the model out, because it does not know where episodes terminate
     LEFT_OUT = 0
     #: The gradient of the reward, or with respect to an action, vanishes: there is nothing to learn from
     SILENT = 1

@@ -193,9 +193,10 @@ def _judge_flat_reward(model: PriorModel, points: _Points, gradients: _Gradients
         if is_flat.mean() < FLAT_SHARE:
             return None
         percent = 100 * is_flat.mean()
+        nothing = "nothing there" if is_flat_in_actions[is_flat].all() else "nothing there but which actions are cheap"
         hint = (
             f"the gradient of the reward with respect to states vanishes at {percent:.0f}% of the checked steps, as if it "
-            f"were clipped or had a dead zone: the rewards of the model teach the policy nothing there. {SMOOTH_REWARD}"
+            f"were clipped or had a dead zone: the rewards of the model teach the policy {nothing}. {SMOOTH_REWARD}"
         )
         return Finding(Cost.FLAT, f"flat at {percent:.0f}%", hint)
     with th.no_grad():

@@ -39,8 +39,9 @@ def correlation(first: np.ndarray, second: np.ndarray) -> float:
 
 def explained_shares(targets: np.ndarray, inputs: np.ndarray) -> np.ndarray:
     """
-    How far targets are a function of some inputs. Least squares (quadratic, with cosines of each input if there are enough
-    rows) and nearest neighbours predict one half of the rows from the other half, and the better one counts.
+    How far targets are a function of some inputs. Least squares (linear, with cosines of each input, quadratic) and nearest
+    neighbours predict one half of the rows from the other half, and the best one counts: with many factors a regression also
+    fits the noise of the first half, and finds less than there is.
 
     :param targets: ``(B, n)``
     :param inputs: ``(B, m)``
@@ -49,19 +50,21 @@ def explained_shares(targets: np.ndarray, inputs: np.ndarray) -> np.ndarray:
     """
     rows = np.linspace(0, len(inputs) - 1, min(len(inputs), MAX_ROWS)).astype(int)
     targets, inputs, n_rows = targets[rows], inputs[rows], len(rows)
-    features = next((f for f in _feature_sets(inputs) if ROWS_FOR_EACH_FACTOR * f.shape[1] <= n_rows), None)
-    if features is None:
+    feature_sets = [features for features in _feature_sets(inputs) if ROWS_FOR_EACH_FACTOR * features.shape[1] <= n_rows]
+    if not feature_sets:
         return np.full(targets.shape[1], np.nan)
     is_fitted = np.arange(n_rows) // min(BLOCK_LENGTH, max(n_rows // 4, 1)) % 2 == 0
     fitted, held_out = targets[is_fitted], targets[~is_fitted]
-    factors = np.linalg.lstsq(features[is_fitted], fitted, rcond=1e-6)[0]
     varies = np.ptp(inputs, axis=0) > 0
     scaled = inputs[:, varies] / inputs[:, varies].std(axis=0)
-    predictions = (features[~is_fitted] @ factors, _of_neighbours(scaled[is_fitted], fitted, scaled[~is_fitted]))
+    predictions = [
+        features[~is_fitted] @ np.linalg.lstsq(features[is_fitted], fitted, rcond=1e-6)[0] for features in feature_sets
+    ]
+    predictions.append(_of_neighbours(scaled[is_fitted], fitted, scaled[~is_fitted]))
     # Rounding errors of a constant are no variance
     variances = np.maximum(held_out.var(axis=0), 1e-6 * (held_out**2).mean(axis=0) + 1e-300)
     shares = [1 - ((held_out - predicted) ** 2).mean(axis=0) / variances for predicted in predictions]
-    return np.clip(np.maximum(*shares), 0.0, 1.0)
+    return np.clip(np.max(shares, axis=0), 0.0, 1.0)
 
 
 def _of_neighbours(inputs: np.ndarray, targets: np.ndarray, at: np.ndarray) -> np.ndarray:
@@ -80,7 +83,7 @@ def _of_neighbours(inputs: np.ndarray, targets: np.ndarray, at: np.ndarray) -> n
 def _feature_sets(inputs: np.ndarray) -> list[np.ndarray]:
     """
     :param inputs: ``(B, m)``
-    :return: features of the inputs, the most first, each ``(B, n_features)``
+    :return: features of the inputs, in several sets, each ``(B, n_features)``
     """
     low, width = inputs.min(axis=0), np.ptp(inputs, axis=0)
     scaled = np.where(width > 0, (inputs - low) / np.maximum(width, 1e-300), 0.0)

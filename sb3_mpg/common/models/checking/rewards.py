@@ -98,7 +98,9 @@ def judge_terminal(model: PriorModel, windows: Windows, horizon: int) -> tuple[t
         return (0, 0), []
     misses = n_missed > MAX_MISJUDGED_ENDS * n_ends and ends_matter(n_ends / n_steps, horizon)
     is_left_out = misses or n_false > MAX_MISJUDGED_ENDS * (n_steps - n_ends)
-    consequence = "Training leaves the model out until then" if is_left_out else "Training does not correct this"
+    consequence = "Training does not correct this"
+    if is_left_out:
+        consequence = "With measured weights, training leaves the model out until then"
     advice = "If these are time limits, the environment must return truncated=True instead." if n_missed == n_ends > 0 else ""
     hint = (
         f"`terminal` misses {n_missed} of {n_ends} recorded terminations and reports {n_false} that were none: it must be "

@@ -216,10 +216,11 @@ def _judge_bias(residuals: Residuals, dim: int) -> Finding | None:
     :return: that a constant explains them, if it does
     """
     error, bias = residuals.rms_errors[0, dim], residuals.biases[0, dim]
-    if bias**2 <= 0.5 * error**2:
+    # Errors that are proportional to an input have a mean, too
+    if bias**2 <= 0.5 * error**2 or _source_of(residuals.steps.errors[:, dim], residuals.steps.inputs) is not None:
         return None
     direction = "high" if bias > 0 else "low"
-    hint = f"the model predicts {{names}} too {direction} by {{values[0]:.3g}} in each step: look for a constant term."
+    hint = f"the model predicts {{names}} too {direction} by {{values[0]:.3g}} on average: look for a constant term."
     return Finding(Cost.BIASED, "biased", hint, values=(abs(bias),))
 
 
@@ -387,7 +388,7 @@ def _judge_size(residuals: Residuals, dim: int, relative_error: float, inputs: t
         return Finding(Cost.WORSE_THAN_NO_CHANGE, WORSE, hint, values=values)
     hint = "the prediction of {names} is rough ({values[0]:.0f}% of the change)" + where
     if source is None:
-        hint += " A term or a parameter is off."
+        hint += " A term or a parameter may be off."
     return Finding(Cost.ROUGH, "rough", f"{hint} This can be good enough to train with.", values=values)
 
 
@@ -399,4 +400,9 @@ def _source_of(errors: np.ndarray, inputs: np.ndarray) -> tuple[int, float] | No
     """
     shares = [correlation(errors, column) ** 2 for column in inputs.T]
     best = int(np.argmax(shares))
-    return (best, regress(errors, inputs[:, best])[0]) if shares[best] > SOURCE_SHARE else None
+    if shares[best] <= SOURCE_SHARE:
+        return None
+    factor = regress(errors, inputs[:, best])[0]
+    # Without a constant
+    is_all = rms(errors - factor * inputs[:, best]) ** 2 < (1 - SOURCE_SHARE) * rms(errors) ** 2
+    return (best, factor) if is_all else None

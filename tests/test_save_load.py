@@ -71,7 +71,7 @@ def test_the_replay_buffer_follows_the_value_target(tmp_path):
     assert n_steps_of(value_target="clipped_double_q") == n_steps_of() == 1
 
     model = MPG("MlpPolicy", LinearEnv(), value_target="n_step_replay", horizons=(0, 2), **SMALL)
-    with pytest.raises(ValueError, match=r"spans 25 recorded steps.*made for n_steps=1.*fits the value target"):
+    with pytest.raises(ValueError, match=r"spans 25 recorded steps.*made for n_steps=1.*fits the settings"):
         model.load_replay_buffer(buffer)
     MPG("MlpPolicy", "PathTracking-v0", **SMALL).save_replay_buffer(buffer)
     with pytest.raises(ValueError, match=r"observation_space of the replay buffer has the shape \(6,\)"):

@@ -16,16 +16,8 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TrainFreq
 from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
 
-from sb3_mpg.common import checks, saved_settings
-from sb3_mpg.common.buffers import (
-    RecordedSteps,
-    check_buffer_class,
-    check_replay_buffer,
-    check_support,
-    choose_replay_buffer,
-    give_env,
-    kept_if_refused,
-)
+from sb3_mpg.common import buffers, checks, saved_settings
+from sb3_mpg.common.buffers import RecordedSteps
 from sb3_mpg.common.callbacks import close_evaluators
 from sb3_mpg.common.compilation.step_compiler import COMPILE_FROM_MODEL_STEPS, StepCompiler
 from sb3_mpg.common.export import Exported, write_onnx
@@ -131,7 +123,7 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         device: th.device | str,
     ):
         env = make_env(env, verbose)
-        check_buffer_class(replay_buffer_class, value_target.replay_n_steps)
+        buffers.check_buffer_class(replay_buffer_class, value_target.replay_n_steps)
         super().__init__(
             policy,
             env,  # type: ignore[arg-type]  # None when loading for predictions
@@ -197,13 +189,13 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         self.set_random_seed(self.seed)
         prior = self.model_settings.find_prior(self.env, self.device, self.trust.uses_model, self.value_target)
         n_steps = self.value_target.replay_n_steps
-        check_support(self.observation_space, n_steps, self.optimize_memory_usage)
-        self.replay_buffer_class, self.replay_buffer_kwargs, self.n_steps = choose_replay_buffer(
+        buffers.check_support(self.observation_space, n_steps, self.optimize_memory_usage)
+        self.replay_buffer_class, self.replay_buffer_kwargs, self.n_steps = buffers.choose_replay_buffer(
             self.replay_buffer_class, self.replay_buffer_kwargs, self.n_steps, n_steps
         )
         super()._setup_model()
         self._setup_update(prior)
-        check_replay_buffer(self.replay_buffer, self, self.gamma)
+        buffers.check_replay_buffer(self.replay_buffer, self, self.gamma)
         self.action_noise, self.training_state.own_noise = choose_action_noise(
             self.action_noise, self.training_state.own_noise, self.exploration_noise, self.action_space
         )
@@ -235,9 +227,9 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         self.model_settings.note_users(self.policy, self.trust)
 
     def load_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase, truncate_last_traj: bool = True) -> None:
-        with kept_if_refused(self):
+        with buffers.kept_if_refused(self):
             super().load_replay_buffer(path, truncate_last_traj)
-            check_replay_buffer(self.replay_buffer, self, self.gamma)
+            buffers.check_replay_buffer(self.replay_buffer, self, self.gamma)
 
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
         super().set_env(env, force_reset)
@@ -307,7 +299,7 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         :return: the present inputs of a gradient other than the tensors of the update; they include the statistics of
             ``VecNormalize``
         """
-        give_env(self.replay_buffer, self.env)
+        buffers.give_env(self.replay_buffer, self.env)
         self.update.simulator = self.value_target.simulator_for(batch_size, self.env, self.update.simulator)
         return TrainingInputs(self.replay_buffer, batch_size, self.units(), self.update_settings)
 

@@ -2,7 +2,7 @@
 
 import inspect
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -92,6 +92,20 @@ def check_share(name: str, share: float) -> None:
     check_number(name, share, 0.0)
     if share > 1:
         raise ValueError(f"`{name}` must lie between 0 and 1, got {share!r}.")
+
+
+def check_policy(policy: Any, aliases: Mapping[str, type]) -> None:
+    """
+    :param policy: argument of the constructor
+    :param aliases: the policy classes that have a name, by their names
+    :raises ValueError: for another name
+    :raises TypeError: when it is neither a name nor a class
+    """
+    expected = f"`policy` must be one of {list(aliases)} or a policy class"
+    if isinstance(policy, str) and policy not in aliases:
+        raise ValueError(f"{expected}, got {policy!r}; there is none for images.")
+    if not isinstance(policy, (str, type)):
+        raise TypeError(f"{expected}, got an object of type {type(policy).__name__}.")
 
 
 def warn_of_record(step: int, infos: Sequence[dict[str, Any]], env: VecNormalize | None, *given: Any) -> bool:

@@ -123,6 +123,7 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         device: th.device | str,
     ):
         env = make_env(env, verbose)
+        checks.check_policy(policy, self.policy_aliases)
         buffers.check_buffer_class(replay_buffer_class, value_target.replay_n_steps)
         super().__init__(
             policy,

@@ -1,5 +1,7 @@
 """Which observations and actions are taken, and which are refused."""
 
+import re
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -132,6 +134,19 @@ def test_the_policy_fits_the_observations(case):
         case.make(case.env(spaces.Dict(a=FLOAT32)))
     with pytest.raises(ValueError, match="NoPolicy"):
         case.make(policy="NoPolicy")
+
+
+# What looks like an image to its reader is a box of floats after VecNormalize
+@pytest.mark.parametrize("space", [FLOAT32, spaces.Box(-np.inf, np.inf, (1, 36, 36))], ids=str)
+def test_a_policy_is_a_name_or_a_class(own_case, space):
+    env = own_case.env(space)
+    known = re.escape("must be one of ['MlpPolicy', 'MultiInputPolicy'] or a policy class")
+    for name in ("CnnPolicy", "mlppolicy"):
+        with pytest.raises(ValueError, match=f"{known}, got '{name}'; there is none for images"):
+            own_case.make(env, name)
+    for thing, got in ((None, "NoneType"), (own_case.make().policy, "MPGPolicy")):
+        with pytest.raises(TypeError, match=f"{known}, got an object of type {got}"):
+            own_case.make(env, thing)
 
 
 def test_a_dictionary_is_its_flat_vector(case):

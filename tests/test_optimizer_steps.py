@@ -41,6 +41,22 @@ def test_non_finite_gradients_are_skipped_counted_and_explained():
             assert th.equal(value, before[f"actor.{key}"])
 
 
+@pytest.mark.filterwarnings("ignore:An update was skipped")
+def test_rewards_that_are_too_large_are_named():
+    """The model is finite, and not to blame."""
+
+    class Huge(LinearEnv):
+        def step(self, action):
+            observation, reward, *rest = super().step(action)
+            return observation, 1e25 * reward, *rest
+
+    model = MPG("MlpPolicy", Huge(), horizons=(0,), max_skipped_updates=3, **SMALL)
+    with pytest.raises(FloatingPointError, match=r"value targets are as large as \de\+2\d.*`reward_scale`"):
+        model.learn(200)
+    model = MPG("MlpPolicy", Huge(), horizons=(0,), reward_scale=1e-25, **SMALL).learn(60)
+    assert model.n_skipped_updates == 0
+
+
 def test_a_single_bad_update_is_passed_over():
     model = MPG("MlpPolicy", LinearEnv(), horizons=(0, 2), policy_delay=1, **SMALL).learn(45)
     result = gradients(model, 1)

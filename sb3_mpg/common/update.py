@@ -25,6 +25,9 @@ from sb3_mpg.common.units import Units
 from sb3_mpg.common.utils import trainable_parameters
 from sb3_mpg.common.value_targets import TargetNetworks, ValueTarget
 
+# Squares of larger values, summed over a batch, overflow in single precision
+LARGEST_VALUE = 1e17
+
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateSettings:
@@ -227,6 +230,12 @@ class Update(ABC, Generic[Settings]):
                 return (
                     "recorded observations or rewards are not finite. Look at the environment: "
                     "gymnasium.utils.env_checker.check_env, stable_baselines3's VecCheckNan."
+                )
+            largest = batch.target_q_values.abs().max().item()
+            if largest > LARGEST_VALUE:
+                return (
+                    f"value targets are as large as {largest:.0e}, and the loss of critics overflows. Look at the rewards, "
+                    "and at what they depend on, such as actions with wide bounds; `reward_scale` makes them smaller."
                 )
             for horizon, weight in settings.weights.items():
                 reason = first_non_finite_step(observations, context, horizon) if weight >= NEGLIGIBLE_WEIGHT else None

@@ -17,6 +17,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from sb3_mpg import MPG, PriorModel
 from sb3_mpg.common.buffers import RecordedSteps
 from sb3_mpg.common.spaces import FlatObservations, TupleAsDict, check_spaces, flat_box
+from sb3_mpg.common.trust.weighting import make_weighting_rule
 from sb3_mpg.common.units import Units
 
 FLOATS = spaces.Box(-1, 1, (2,), np.float32)
@@ -246,6 +247,18 @@ class TestCritics:
         with pytest.raises(ValueError, match="compare the critics with each other, of which there is one"):
             model.learn(60)
         assert model.num_timesteps == 0
+
+    def test_measured_weights_of_a_callback(self):
+        def measure(variables, _):
+            algorithm = variables["self"]
+            if algorithm.num_timesteps == 50:
+                algorithm.weighting_rule = make_weighting_rule("measured", (0, 2))
+
+        kwargs = {**SMALL, "policy_kwargs": {"net_arch": [8], "n_critics": 1}, "weighting": "constant", "horizons": (0, 2)}
+        model = MPG("MlpPolicy", GoalEnv("flat"), **kwargs)
+        with pytest.raises(ValueError, match="compare the critics with each other, of which there is one"):
+            model.learn(60, callback=lambda *args: measure(*args) or True)
+        assert model.num_timesteps == 50
 
 
 class TestNSteps:

@@ -364,6 +364,8 @@ class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
         fitting = self.model_fitting
         if fitting is None:
             return {}
+        # A callback may have replaced the weighting rule
+        self.trust.check_comparison(self.update.n_critics, fitting.model.n_members)
         loss = fitting.fit(self._n_updates, recorded)
         context = self.update.context(inputs.units, self.gamma)
         q_functions = self.update.q_functions(fitting.model.n_members)

@@ -17,6 +17,7 @@ from learner_runs import Each, small_model, when_learning
 from lq import LinearEnv
 from stable_baselines3 import TD3
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor, VecNormalize
 
 from sb3_mpg import MPG, AsyncEvalCallback
 from sb3_mpg.common import off_policy_model_algorithm
@@ -107,11 +108,17 @@ class InParts(LinearEnv):
 
 
 @pytest.mark.parametrize("how", HOW)
-def test_copies_with_a_wrapper_that_is_not_the_users(how):
-    model = MPG("MultiInputPolicy", InParts(), **SMALL).learn(45)
-    copied = HOW[how](model)
-    assert copied.get_env() is not model.get_env()
-    assert_same_parameters(continued(copied), continued(model))
+def test_copies_have_wrapped_environments(how):
+    """SB3's `VecNormalize` leaves the environment inside behind, and its other wrappers cannot be pickled."""
+    normalized = VecNormalize(VecMonitor(DummyVecEnv([LinearEnv])))
+    for policy, env in (("MultiInputPolicy", InParts()), ("MlpPolicy", normalized)):
+        model = MPG(policy, env, **SMALL).learn(45)
+        copied = HOW[how](model)
+        wrapped, original = copied.get_env(), model.get_env()
+        assert wrapped is not original and wrapped.unwrapped is not original.unwrapped
+        assert_same_parameters(continued(copied), continued(model))
+    assert copied.get_vec_normalize_env() is wrapped and wrapped.obs_rms is not original.obs_rms
+    np.testing.assert_array_equal(wrapped.obs_rms.mean, original.obs_rms.mean)
 
 
 def test_copies_of_what_was_compiled(monkeypatch):

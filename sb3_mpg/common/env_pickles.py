@@ -1,4 +1,4 @@
-"""Environments for other processes: what a plain pickle of a vectorized environment and its wrappers lacks."""
+"""Environments in copies and in other processes: what a plain pickle of a vectorized environment and its wrappers lacks."""
 
 import csv
 import inspect
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import cloudpickle
 from stable_baselines3.common.monitor import ResultsWriter
-from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
+from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize, unwrap_vec_normalize
 
 
 class Wrapper(NamedTuple):
@@ -50,6 +50,26 @@ def put_env_together(wrappers: list[Wrapper], env: VecEnv) -> VecEnv:
         wrapper.__dict__.update(dict.fromkeys(names_of_inner, env))
         env = wrapper
     return env
+
+
+class PickledWithEnv:
+    """
+    For algorithms: copies and pickles have the whole environment. SB3's ``VecNormalize`` would leave the environment inside
+    behind, and other wrappers could not be pickled.
+    """
+
+    env: VecEnv | None
+    _vec_normalize_env: VecNormalize | None
+
+    def __getstate__(self) -> dict[str, Any]:
+        env = None if self.env is None else take_env_apart(self.env)
+        return {**vars(self), "env": env, "_vec_normalize_env": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if state["env"] is not None:
+            self.env = put_env_together(*state["env"])
+            self._vec_normalize_env = unwrap_vec_normalize(self.env)
 
 
 def reopen_results(cls: type[ResultsWriter], path: str, names: tuple[str, ...], attributes: dict[str, Any]) -> ResultsWriter:

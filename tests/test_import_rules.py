@@ -31,6 +31,7 @@ LAYERS = [
     ("sb3_mpg.common.spaces", 0),
     ("sb3_mpg.common.policies", 1),
     ("sb3_mpg.common.noise", 1),
+    ("sb3_mpg.common.goals", 1),
     ("sb3_mpg.common.settings", 1),
     ("sb3_mpg.common.saved_object", 1),
     ("sb3_mpg.common.training_state", 1),

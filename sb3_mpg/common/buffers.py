@@ -252,31 +252,34 @@ def choose_replay_buffer(
     return replay_buffer_class, replay_buffer_kwargs, n_steps
 
 
-def check_support(observation_space: spaces.Space, n_steps: int, optimize_memory_usage: bool) -> None:
+def check_support(
+    replay_buffer_class: type[ReplayBuffer] | None, observation_space: spaces.Space, n_steps: int, optimize_memory_usage: bool
+) -> None:
     """
+    :param replay_buffer_class: class of the replay buffer, ``None`` if SB3 chooses it
     :param observation_space: observation space of the algorithm
     :param n_steps: number of recorded steps that the value target spans
     :param optimize_memory_usage: argument of the algorithm
-    :raises ValueError: when SB3's replay buffers do not support the combination
+    :raises TypeError: when the class is no replay buffer
+    :raises ValueError: when SB3's replay buffers do not support the combination, or the value target needs a class that sums
+        rewards over several steps
     """
-    if isinstance(observation_space, spaces.Dict) and (n_steps > 1 or optimize_memory_usage):
-        setting = f"a value target of {n_steps} recorded steps" if n_steps > 1 else "optimize_memory_usage=True"
+    cls: Any = ReplayBuffer if replay_buffer_class is None else replay_buffer_class
+    if not isinstance(cls, type) or not issubclass(cls, ReplayBuffer):
+        raise TypeError(f"`replay_buffer_class` must be a class of replay buffers, or None for SB3's choice, got {cls!r}.")
+    sums = issubclass(cls, NStepReplayBuffer)
+    if isinstance(observation_space, spaces.Dict) and (n_steps > 1 or optimize_memory_usage or sums):
+        setting = "optimize_memory_usage=True" if optimize_memory_usage else cls.__name__
+        if n_steps > 1:
+            setting = f"a value target of {n_steps} recorded steps"
         raise ValueError(
             f"SB3's replay buffers support {setting} for a Box of observations only, got {observation_space}; flatten the "
             "observations (gymnasium.wrappers.FlattenObservation) or do without."
         )
-
-
-def check_buffer_class(replay_buffer_class: type[ReplayBuffer] | None, n_steps: int) -> None:
-    """
-    :param replay_buffer_class: argument of the constructor
-    :param n_steps: number of recorded steps that the value target spans
-    :raises ValueError: when the class does not sum rewards over several steps and the value target needs that
-    """
-    if n_steps > 1 and not (replay_buffer_class is None or issubclass(replay_buffer_class, NStepReplayBuffer)):
+    if n_steps > 1 and replay_buffer_class is not None and not sums:
         raise ValueError(
             f"The value target spans {n_steps} recorded steps and needs an NStepReplayBuffer, "
-            f"got replay_buffer_class={replay_buffer_class.__name__}; leave it at None, or take a target of one step."
+            f"got replay_buffer_class={cls.__name__}; leave it at None."
         )
 
 
@@ -291,7 +294,10 @@ def check_replay_buffer(buffer: ReplayBuffer, algorithm: Any, gamma: float | Non
     for name in ("observation_space", "action_space"):
         shape, expected = shape_of(getattr(buffer, name)), shape_of(getattr(algorithm, name))
         if shape != expected:
-            raise ValueError(f"The {name} of the replay buffer has the shape {shape}, that of the algorithm {expected}.")
+            raise ValueError(
+                f"The {name} of the replay buffer has the shape {shape}, that of the algorithm {expected}: load one that was "
+                "recorded in this environment, or fill a new one."
+            )
     if buffer.n_envs != algorithm.n_envs:
         raise ValueError(
             f"The replay buffer holds steps of n_envs={buffer.n_envs}, but the algorithm has n_envs={algorithm.n_envs}: give "

@@ -198,3 +198,19 @@ def warn_of_tiny_rewards(rewards: th.Tensor, reward_scale: float) -> None:
             f"The rewards recorded so far are of the size {size:.2g}, in which critics learn slowly or not at all: set "
             f"`reward_scale` to about {reward_scale / size:.0e}, or use VecNormalize."
         )
+
+
+def warn_of_late_goals(env: VecEnv, n_steps: int) -> None:
+    """
+    Warn of an update before the end of the first episode, when no step can get a new goal.
+
+    :param env: the environment
+    :param n_steps: number of steps of each environment until the first update
+    """
+    # The attribute of ``TimeLimit``: the specification of an environment may be impossible to send from its process
+    length = env.get_attr("_max_episode_steps")[0] if env.has_attr("_max_episode_steps") else None
+    if length is not None and n_steps < length:
+        warnings.warn(
+            f"Steps of finished episodes only can get new goals, but updates begin after {n_steps} steps of each environment, "
+            f"and episodes take up to {length}: set `learning_starts` to {length * env.num_envs} or more."
+        )

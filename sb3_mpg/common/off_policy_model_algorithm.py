@@ -16,7 +16,7 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TrainFreq
 from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
 
-from sb3_mpg.common import buffers, checks, saved_settings
+from sb3_mpg.common import buffers, checks, goals, saved_settings
 from sb3_mpg.common.buffers import RecordedSteps
 from sb3_mpg.common.callbacks import close_evaluators
 from sb3_mpg.common.compilation.step_compiler import COMPILE_FROM_MODEL_STEPS, StepCompiler
@@ -125,7 +125,6 @@ class OffPolicyModelAlgorithm(PickledWithEnv, OffPolicyAlgorithm):
     ):
         env = make_env(env, verbose)
         checks.check_policy(policy, self.policy_aliases)
-        buffers.check_buffer_class(replay_buffer_class, value_target.replay_n_steps)
         super().__init__(
             policy,
             env,  # type: ignore[arg-type]  # None when loading for predictions
@@ -191,10 +190,11 @@ class OffPolicyModelAlgorithm(PickledWithEnv, OffPolicyAlgorithm):
         self.set_random_seed(self.seed)
         prior = self.model_settings.find_prior(self.env, self.device, self.trust.uses_model, self.value_target)
         n_steps = self.value_target.replay_n_steps
-        buffers.check_support(self.observation_space, n_steps, self.optimize_memory_usage)
         self.replay_buffer_class, self.replay_buffer_kwargs, self.n_steps = buffers.choose_replay_buffer(
             self.replay_buffer_class, self.replay_buffer_kwargs, self.n_steps, n_steps
         )
+        buffers.check_support(self.replay_buffer_class, self.observation_space, n_steps, self.optimize_memory_usage)
+        goals.check_goals(self.replay_buffer_class, self.replay_buffer_kwargs, self.observation_space)
         super()._setup_model()
         self._setup_update(prior)
         buffers.check_replay_buffer(self.replay_buffer, self, self.gamma)
@@ -235,6 +235,7 @@ class OffPolicyModelAlgorithm(PickledWithEnv, OffPolicyAlgorithm):
 
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
         super().set_env(env, force_reset)
+        goals.follow_env(self.replay_buffer, self.env)
         self.renew_update()
 
     def renew_update(self) -> None:
@@ -401,6 +402,7 @@ class OffPolicyModelAlgorithm(PickledWithEnv, OffPolicyAlgorithm):
             state.n_updates_at_start = self._n_updates
         self.action_noise = for_n_envs(self.action_noise, self.n_envs)
         setup = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+        goals.prepare_goals(self)
         state.restore_rng(self.device, is_continued=not reset_num_timesteps)
         if reset_num_timesteps or state.is_compiled is None or self.compile != "auto":
             assert isinstance(self.train_freq, TrainFreq)

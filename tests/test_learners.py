@@ -211,14 +211,14 @@ class HasGain(PriorModel):
 
 
 class Remembers(DictReplayBuffer):
-    """Draws what it has not drawn yet."""
+    """Draws what it has not drawn yet, in an order that torch chooses."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.n_drawn = 0
 
     def sample(self, batch_size, env=None):
-        rows = (self.n_drawn + np.arange(batch_size)) % self.size()
+        rows = (self.n_drawn + th.randperm(batch_size).numpy()) % self.size()
         self.n_drawn += batch_size
         return self._get_samples(rows, env)
 

@@ -424,7 +424,7 @@ class OffPolicyModelAlgorithm(PickledWithEnv, OffPolicyAlgorithm):
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
     ) -> SelfOffPolicyModelAlgorithm:
-        saved_settings.check_trainable(self)
+        saved_settings.prepare_training(self)
         tb_log_name = type(self).__name__ if tb_log_name is None else tb_log_name
         try:
             with matmul_precision(choose_matmul_precision(self.policy, self.batch_size)):

@@ -125,9 +125,9 @@ def check_has_model(algorithm: Any, purpose: str) -> None:
         raise ValueError(f"There is no model to {purpose}: the only horizon is 0, or the environment is missing (`set_env`).")
 
 
-def check_trainable(algorithm: Any) -> None:
+def prepare_training(algorithm: Any) -> None:
     """
-    Check an algorithm before it trains. What it is made of may have been replaced since it was set up.
+    Check an algorithm before it trains, and renew its update if what it is made of was replaced since it was set up.
 
     :param algorithm: the algorithm
     :raises ValueError: when the environment is missing, a setting could not be opened, the replay buffer does not fit,

@@ -241,7 +241,7 @@ class DrawnReplay(LearnersReplay):
         with randomness_of_update(update.seed, n_updates, update.device):
             samples = self.buffer.sample(batch_size)
             # The learner draws all other random numbers of the update
-            return cloudpickle.dumps((to_device(samples, "cpu"), np.random.get_state()))
+            return cloudpickle.dumps((to_device(samples, "cpu"), np.random.get_state(), th.get_rng_state()))
 
 
 class DrawnReader(ReplayReader):
@@ -261,8 +261,9 @@ class DrawnReader(ReplayReader):
         self.drawn = drawn
 
     def sample(self, batch_size: int) -> ReplayBufferSamples:
-        samples, random_state = cloudpickle.loads(self.drawn)
-        np.random.set_state(random_state)
+        samples, numpy_state, torch_state = cloudpickle.loads(self.drawn)
+        np.random.set_state(numpy_state)
+        th.set_rng_state(torch_state)
         return to_device(samples, self.device)
 
 

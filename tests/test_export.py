@@ -151,6 +151,26 @@ class TestPolicy:
         model.export_onnx(tmp_path / "policy.onnx")
         check_policy(model, tmp_path / "policy.onnx")
 
+    @pytest.mark.parametrize(
+        "names",
+        [
+            {"": "observation_", "action": "observation_action", "observation_action": "observation_observation_action"},
+            {1: "1", 2: "2"},
+        ],
+        ids=["taken", "numbers"],
+    )
+    def test_names_of_inputs(self, names, tmp_path):
+        """Each key has a name of its own, that the file can hold."""
+        observation_space = spaces.Dict({key: spaces.Box(-3, 3, (2,), np.float32) for key in names})
+        model = MPG("MultiInputPolicy", ShowsAnything(observation_space, RANGES), **WITHOUT_MODEL)
+        random_policy(model)
+        model.export_onnx(tmp_path / "policy.onnx")
+        file = session(tmp_path / "policy.onnx")
+        assert list(inputs_of(file)) == list(names.values())
+        raw = samples(model.observation_space, 3)
+        (actions,) = file.run(None, {names[key]: part for key, part in raw.items()})
+        np.testing.assert_allclose(actions, model.predict(raw, deterministic=True)[0], 1e-4, 1e-5)
+
     @pytest.mark.parametrize("name", ["float64_table", "dict"])
     def test_statistics_of_vec_normalize(self, name, tmp_path):
         env = DummyVecEnv([lambda: ShowsAnything(*SPACES[name])])

@@ -1,6 +1,7 @@
 """Spaces: flat observations and back, which are refused, and the same training whatever the space."""
 
 import copy
+import re
 from functools import cache
 
 import numpy as np
@@ -193,6 +194,54 @@ class TestTraining:
         assert np.isfinite(actions).all()
         assert np.isfinite(model.replay_buffer.actions[:80]).all()
         assert th.isfinite(model.policy_gradient(np.zeros((3, 4), np.float32), 2)).all()
+
+
+class StrictEnv(GoalEnv):
+    """Takes no actions but those of its space."""
+
+    def step(self, action):
+        assert self.action_space.contains(action), (action, action.dtype)
+        return super().step(action)
+
+
+class TestActionsOfTheSpace:
+    # Twice the half range from the lower bound is more than the upper bound, in single precision
+    ROUNDED_UP = (-0.7878449, 0.079942696)
+
+    def test_rounding_stays_within_the_bounds(self):
+        low, high = np.float32(self.ROUNDED_UP)
+        assert low + (high - low) > high
+        env = StrictEnv("flat", spaces.Box(low, high, (1,), np.float32))
+        model = train(env, "MlpPolicy", horizons=(0,), weighting="constant", exploration_noise=3.0)
+        assert (model.replay_buffer.actions[:80] == 1).any()
+
+    @pytest.mark.parametrize("dtype", [np.float16, np.float64])
+    def test_types_are_those_of_the_space(self, dtype):
+        """While training, and of a policy."""
+        env = StrictEnv("flat", spaces.Box(-1, 1, (1,), dtype))
+        model = train(env, "MlpPolicy", horizons=(0,), weighting="constant")
+        assert model.predict(np.zeros((3, 4), np.float32))[0].dtype == dtype
+
+
+class TestObservationsOfOtherSpaces:
+    @pytest.mark.parametrize(
+        ("kind", "observation", "got"),
+        [
+            ("goal", np.zeros(4, np.float32), "ndarray"),
+            ("goal", {"observation": np.zeros(2, np.float32)}, r"\['observation'\]"),
+            ("goal", GoalEnv("tuple").reset(seed=0)[0], "tuple"),
+            ("tuple", GoalEnv("tuple").reset(seed=0)[0][:2], "tuple"),
+            ("tuple", list(GoalEnv("tuple").reset(seed=0)[0]), "list"),
+        ],
+        ids=["flat", "a key", "tuple", "short tuple", "list"],
+    )
+    def test_keys_are_told(self, kind, observation, got):
+        model = MPG("MultiInputPolicy", GoalEnv(kind), **SMALL, horizons=(0, 2))
+        keys = list(model.observation_space.spaces)
+        with pytest.raises(ValueError, match=rf"with the keys {re.escape(str(keys))}, got {got}"):
+            model.predict(observation)
+        with pytest.raises(ValueError, match="with the keys"):
+            model.policy_gradient(observation, 2)
 
 
 class TestGoals:

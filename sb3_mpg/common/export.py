@@ -4,7 +4,7 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
@@ -40,6 +40,18 @@ def dtype_of(space: spaces.Box) -> th.dtype:
     return th.from_numpy(np.zeros(0, space.dtype)).dtype
 
 
+def free_name(key: Any, taken: Collection[str]) -> str:
+    """
+    :param key: key of an observation
+    :param taken: names that others have
+    :return: the key as a name that is not taken
+    """
+    name = str(key)
+    while not name or name in taken:
+        name = f"observation_{name}"
+    return name
+
+
 class Graph(nn.Module):
     """
     What becomes a file: a module that maps observations of the environment, and maybe actions, to tensors.
@@ -60,12 +72,12 @@ class Graph(nn.Module):
         super().__init__()
         self.name, self.outputs = name, outputs
         self.flat = FlatObservations(observation_space)
-        other_inputs = other_inputs or {}
-        taken = (*outputs, *other_inputs)
         #: Boxes of all inputs, by name
-        self.inputs: dict[str, spaces.Box] = {
-            f"observation_{key}" if key in taken else key: box for key, box in self.flat.boxes.items()
-        } | other_inputs
+        self.inputs: dict[str, spaces.Box] = {}
+        other_inputs = other_inputs or {}
+        for key, box in self.flat.boxes.items():
+            self.inputs[free_name(key, (*outputs, *other_inputs, *self.inputs))] = box
+        self.inputs |= other_inputs
 
     def observations_of(self, parts: tuple[th.Tensor, ...]) -> PyTorchObs:
         """

@@ -1,5 +1,6 @@
 """What the policies of all algorithms have in common."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -33,14 +34,21 @@ class FlatInputs(BaseModel):
 
 
 class ModelBasePolicy(BasePolicy):
-    """In front of the policy class of SB3: takes tuples of observations, and actions of a fixed value (``low == high``)."""
+    """
+    In front of the policy class of SB3: takes tuples of observations, and actions of a fixed value (``low == high``). Its
+    actions lie in the action space, also after rounding.
+    """
 
     action_space: spaces.Box
 
     def obs_to_tensor(self, observation: Any) -> tuple[PyTorchObs, bool]:
-        if isinstance(observation, tuple) and isinstance(self.observation_space, spaces.Dict):
-            # The keys of `TupleAsDict`
-            observation = dict(zip(tuple_keys(len(observation)), observation, strict=True))
+        if isinstance(self.observation_space, spaces.Dict):
+            keys = list(self.observation_space.spaces)
+            if isinstance(observation, tuple) and keys == tuple_keys(len(observation)):
+                observation = dict(zip(keys, observation, strict=True))
+            if not isinstance(observation, Mapping) or observation.keys() != set(keys):
+                got = list(observation) if isinstance(observation, Mapping) else type(observation).__name__
+                raise ValueError(f"Expected an observation with the keys {keys}, got {got}; pass what the environment shows.")
         return super().obs_to_tensor(observation)
 
     def scale_action(self, action: np.ndarray) -> np.ndarray:
@@ -48,3 +56,7 @@ class ModelBasePolicy(BasePolicy):
             scaled = super().scale_action(action)
         # A dimension of no width has one value only, which every scaled action stands for
         return np.where(self.action_space.low < self.action_space.high, scaled, np.zeros_like(scaled))
+
+    def unscale_action(self, scaled_action: np.ndarray) -> np.ndarray:
+        unscaled = super().unscale_action(scaled_action)
+        return np.clip(unscaled, self.action_space.low, self.action_space.high).astype(self.action_space.dtype, copy=False)

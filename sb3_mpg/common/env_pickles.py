@@ -1,4 +1,4 @@
-"""Environments for other processes: what a plain pickle of a vectorized environment and its wrappers lacks."""
+"""Vectorized environments with their wrappers in pickles and copies, which SB3's wrappers do not support."""
 
 import csv
 import inspect
@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 import cloudpickle
 from stable_baselines3.common.monitor import ResultsWriter
-from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
+from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, unwrap_vec_normalize
+from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 
 class Wrapper(NamedTuple):
@@ -50,6 +51,24 @@ def put_env_together(wrappers: list[Wrapper], env: VecEnv) -> VecEnv:
         wrapper.__dict__.update(dict.fromkeys(names_of_inner, env))
         env = wrapper
     return env
+
+
+class CopiedWithEnv:
+    """An algorithm whose copies and pickles keep its environment, with all wrappers."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(vars(self))
+        # Found again in the environment
+        state.pop("_vec_normalize_env", None)
+        return {**state, "env": take_env_apart(state["env"])}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        env = put_env_together(*state["env"])
+        vars(self).update(state, env=env, _vec_normalize_env=unwrap_vec_normalize(env))
+        buffer = state.get("replay_buffer")
+        if isinstance(buffer, HerReplayBuffer) and env is not None:
+            # It asks the environment for rewards, and its pickle has none
+            buffer.set_env(env)
 
 
 def reopen_results(cls: type[ResultsWriter], path: str, names: tuple[str, ...], attributes: dict[str, Any]) -> ResultsWriter:

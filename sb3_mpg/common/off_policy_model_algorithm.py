@@ -20,6 +20,7 @@ from sb3_mpg.common import buffers, checks, saved_settings
 from sb3_mpg.common.buffers import RecordedSteps
 from sb3_mpg.common.callbacks import close_evaluators
 from sb3_mpg.common.compilation.step_compiler import COMPILE_FROM_MODEL_STEPS, StepCompiler
+from sb3_mpg.common.env_pickles import CopiedWithEnv
 from sb3_mpg.common.export import Exported, write_onnx
 from sb3_mpg.common.files import saved_whole
 from sb3_mpg.common.learners import InProcessLearner, Learners, LearnerSettings, MultiprocessLearners, TrainingInputs
@@ -45,7 +46,7 @@ from sb3_mpg.common.value_targets import ValueTarget
 SelfOffPolicyModelAlgorithm = TypeVar("SelfOffPolicyModelAlgorithm", bound="OffPolicyModelAlgorithm")
 
 
-class OffPolicyModelAlgorithm(OffPolicyAlgorithm):
+class OffPolicyModelAlgorithm(CopiedWithEnv, OffPolicyAlgorithm):
     """
     The base of off-policy algorithms that learn from a replay buffer and from a differentiable model. Subclasses define
     the policies, and an :class:`~sb3_mpg.common.update.Update` that computes the gradients.

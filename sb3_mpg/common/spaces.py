@@ -192,10 +192,6 @@ class TupleAsDict(VecEnvWrapper):
         # A sequence, because a dictionary would be sorted by its keys
         super().__init__(venv, observation_space=spaces.Dict(list(zip(self.part_keys, parts, strict=True))))
 
-    def __reduce__(self) -> tuple[type["TupleAsDict"], tuple[VecEnv]]:
-        # SB3's wrappers cannot be pickled, but this one is not the user's choice
-        return TupleAsDict, (self.venv,)
-
     def _as_dict(self, observations: Any) -> dict[str, np.ndarray]:
         return dict(zip(self.part_keys, observations, strict=True))
 

@@ -16,12 +16,15 @@ from helpers import assert_same_parameters
 from learner_runs import Each, small_model, when_learning
 from lq import LinearEnv
 from stable_baselines3 import TD3
+from goals import GoalEnv
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor, VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, VecCheckNan, VecMonitor, VecNormalize
+from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_mpg import MPG, AsyncEvalCallback
 from sb3_mpg.common import off_policy_model_algorithm
 from sb3_mpg.common.compilation.step_compiler import StepCompiler
+from sb3_mpg.common.env_pickles import take_env_apart
 from sb3_mpg.common.learners import InProcessLearner, MultiprocessLearners
 
 SMALL = {**settings.SMALL, "policy_kwargs": {"net_arch": [8]}, "batch_size": 16, "horizons": (0, 2)}
@@ -107,18 +110,29 @@ class InParts(LinearEnv):
         return (observation[:1], observation[1:]), *rest
 
 
+def wrapped(kind):
+    """An algorithm around whose environment there are wrappers; those of SB3 cannot be copied by themselves."""
+    if kind == "tuple":
+        return MPG("MultiInputPolicy", InParts(), **SMALL)
+    if kind == "goals":
+        env = VecMonitor(DummyVecEnv([lambda: GoalEnv()]))
+        return MPG("MultiInputPolicy", env, replay_buffer_class=HerReplayBuffer, **{**SMALL, "learning_starts": 60})
+    env = VecMonitor(VecNormalize(VecCheckNan(DummyVecEnv([LinearEnv] * 2))))
+    return MPG("MlpPolicy", env, **SMALL)
+
+
+@pytest.mark.parametrize("kind", ["tuple", "goals", "normalized"])
 @pytest.mark.parametrize("how", HOW)
-def test_copies_have_wrapped_environments(how):
-    """SB3's `VecNormalize` leaves the environment inside behind, and its other wrappers cannot be pickled."""
-    normalized = VecNormalize(VecMonitor(DummyVecEnv([LinearEnv])))
-    for policy, env in (("MultiInputPolicy", InParts()), ("MlpPolicy", normalized)):
-        model = MPG(policy, env, **SMALL).learn(45)
-        copied = HOW[how](model)
-        wrapped, original = copied.get_env(), model.get_env()
-        assert wrapped is not original and wrapped.unwrapped is not original.unwrapped
-        assert_same_parameters(continued(copied), continued(model))
-    assert copied.get_vec_normalize_env() is wrapped and wrapped.obs_rms is not original.obs_rms
-    np.testing.assert_array_equal(wrapped.obs_rms.mean, original.obs_rms.mean)
+def test_copies_keep_wrappers(how, kind):
+    model = wrapped(kind).learn(70)
+    copied = HOW[how](model)
+    wrappers = [[wrapper.cls for wrapper in take_env_apart(algorithm.get_env())[0]] for algorithm in (copied, model)]
+    assert wrappers[0] == wrappers[1] != []
+    assert copied.get_env() is not model.get_env()
+    if kind == "normalized":
+        assert copied.get_vec_normalize_env() is copied.get_env().venv is not model.get_vec_normalize_env()
+        assert copied.get_vec_normalize_env().obs_rms.count == model.get_vec_normalize_env().obs_rms.count
+    assert_same_parameters(continued(copied, 60), continued(model, 60))
 
 
 def test_copies_of_what_was_compiled(monkeypatch):
@@ -183,10 +197,10 @@ def test_copies_while_learners_run(tmp_path):
 
 def test_copies_of_an_algorithm_that_holds_its_evaluation(tmp_path):
     """A copy has no evaluator, and evaluates what the first one has not finished."""
-    env = make_vec_env(lambda: gym.wrappers.TimeLimit(LinearEnv(), 10), 1, seed=3)
+    env = VecCheckNan(make_vec_env(lambda: gym.wrappers.TimeLimit(LinearEnv(), 10), 1, seed=3))
     folders = [tmp_path / name for name in ("first", "second")]
     callback = AsyncEvalCallback(env, eval_freq=20, n_eval_episodes=1, log_path=str(folders[0]), verbose=0)
-    model = small_model(compile=False)
+    model = small_model(VecCheckNan(DummyVecEnv([LinearEnv])), compile=False)
     model.evaluation = callback
     copies = []
 

@@ -189,7 +189,11 @@ class AsyncEvalCallback(EvalCallback):
         unfinished = deque([*([] if self._running is None else [self._running]), *self._waiting])
         state = {**vars(self), "_worker": None, "_is_ready": False, "_running": None, "_waiting": unfinished}
         # The variables of `learn`, which cannot be pickled
-        return {**state, "_last_resort": None, "locals": {}, "globals": {}}
+        state = {**state, "_last_resort": None, "locals": {}, "globals": {}}
+        return {**state, "eval_env": take_env_apart(self.eval_env)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, eval_env=put_env_together(*state["eval_env"]))
 
     def _init_callback(self) -> None:
         exit_without_main_guard()

@@ -5,11 +5,12 @@ import io
 
 import pytest
 import torch as th
+from helpers import assert_same_parameters
 from lq import LinearEnv
 from settings import SMALL
 from torch.func import functional_call, hessian, jacfwd, jacrev, jvp, stack_module_state, vmap
 
-from sb3_mpg import MPG, NStepADP, NStepDPG
+from sb3_mpg import MPG, NStepADP, NStepDPG, check_prior_model
 
 # torch announces that torch.export will replace them; SB3's documentation uses them
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:DeprecationWarning")
@@ -113,3 +114,23 @@ def test_parameters_are_averaged_and_drawn_at_random(algorithm):
         for name, tensor in models[0].policy.state_dict().items():
             assert th.equal(tensor, state[name])
         assert models[0].learn(42)._n_updates > 0
+
+
+@pytest.mark.parametrize("mode", [th.no_grad, th.inference_mode])
+def test_gradients_are_computed_in_every_mode(mode):
+    """Of a program that only predicts, as far as it knows."""
+
+    def train():
+        model = MPG("MlpPolicy", LinearEnv(), horizons=(0, 2), compile=False, **SMALL).learn(45)
+        env = LinearEnv()
+        env.reset(seed=0)
+        model.set_env(env)
+        model.learn(45)
+        check_prior_model(LinearEnv().prior_model(), LinearEnv(), n_samples=64, verbose=False)
+        return model, model.policy_gradient(th.ones(3, 2), 2)
+
+    expected, expected_gradient = train()
+    with mode():
+        model, gradient = train()
+    assert_same_parameters(model, expected)
+    assert th.equal(gradient, expected_gradient)

@@ -183,6 +183,7 @@ class OffPolicyModelAlgorithm(PickledWithEnv, OffPolicyAlgorithm):
         checks.check_share("gamma", self.gamma)
         checks.check_share("tau", self.tau)
 
+    @th.inference_mode(mode=False)
     def _setup_model(self) -> None:
         saved_settings.assign_loaded_settings(self)
         self._check_settings()
@@ -238,6 +239,7 @@ class OffPolicyModelAlgorithm(PickledWithEnv, OffPolicyAlgorithm):
         goals.follow_env(self.replay_buffer, self.env)
         self.renew_update()
 
+    @th.inference_mode(mode=False)
     def renew_update(self) -> None:
         """
         Create the update and the model anew, because something that they depend on was replaced: the environment, the policy,
@@ -415,6 +417,7 @@ class OffPolicyModelAlgorithm(PickledWithEnv, OffPolicyAlgorithm):
             self.learners = MultiprocessLearners(self.update, self.training_inputs(self.batch_size), self.learner_settings)
         return setup
 
+    @th.inference_mode(mode=False)
     def learn(
         self: SelfOffPolicyModelAlgorithm,
         total_timesteps: int,

@@ -267,6 +267,7 @@ class MPG(OffPolicyModelAlgorithm):
         common = vars(super().update_settings(n_updates))
         return MPGUpdateSettings(**common, policy_delay=self.policy_delay, differentiate=self.differentiate)
 
+    @th.inference_mode(mode=False)
     def policy_gradient(self, observations: Any, horizon: int, differentiate: Differentiate = "first_action") -> th.Tensor:
         r"""
         The policy gradient of one horizon at the given states, for analysis: :math:`\nabla_\theta J_n` (eq. 6), or

@@ -34,6 +34,7 @@ N_INVENTED_ROWS = 64
 SIZES = (1.0, 30.0, 1000.0)
 
 
+@th.inference_mode(mode=False)
 def check_prior_model(
     model: PriorModel,
     env: gym.Env | VecEnv | str,

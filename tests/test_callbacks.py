@@ -15,6 +15,7 @@ from typing import ClassVar
 import gymnasium as gym
 import numpy as np
 import pytest
+from goals import GoalEnv
 from helpers import assert_same_parameters
 from lq import LinearEnv
 from settings import SMALL
@@ -238,6 +239,29 @@ def test_environments_that_cannot_be_sent(tmp_path):
             model.learn(30, callback=AsyncEvalCallback(DummyVecEnv([lambda: env]), eval_freq=1000, verbose=0))
         assert model.num_timesteps == 0
     handle.close()
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        (GoalEnv("flat"), r"observation_space of the evaluation has the shape \(4,\), that of the algorithm \{"),
+        (GoalEnv("tuple"), r"observation_space of the evaluation has the shape \{'0': \(1,\)"),
+        (GoalEnv("goal", gym.spaces.Box(-1, 1, (1, 1))), r"action_space of the evaluation has the shape \(1, 1\)"),
+    ],
+    ids=["Box", "Tuple", "actions"],
+)
+def test_environments_of_other_spaces(env, message):
+    model = MPG("MultiInputPolicy", GoalEnv(), **FAST)
+    with pytest.raises(ValueError, match=message):
+        model.learn(30, callback=AsyncEvalCallback(env, eval_freq=1000, verbose=0))
+    assert model.num_timesteps == 0
+
+
+@pytest.mark.filterwarnings("error:Training and eval env are not of the same type")
+def test_tuples_of_observations():
+    callback = AsyncEvalCallback(Monitor(GoalEnv("tuple")), eval_freq=20, n_eval_episodes=1, verbose=0)
+    MPG("MultiInputPolicy", GoalEnv("tuple"), **FAST).learn(30, callback=callback)
+    assert -60 < callback.best_mean_reward < 0
 
 
 def monitored(kind, path):

@@ -36,7 +36,7 @@ from sb3_mpg.common.processes import (
     exit_without_main_guard,
     process_context,
 )
-from sb3_mpg.common.spaces import check_kind_of_env
+from sb3_mpg.common.spaces import check_kind_of_env, shape_of, wrap_env
 
 # Seconds that the evaluator may take to close its environment, which may write a video
 CLOSE_SECONDS = 60.0
@@ -142,7 +142,8 @@ class AsyncEvalCallback(EvalCallback):
     The other parameters are those of ``EvalCallback``.
 
     :raises TypeError: for a vector environment of Gymnasium
-    :raises ValueError: for a ``SubprocVecEnv``; before the first step, when environment or policy cannot be pickled
+    :raises ValueError: for a ``SubprocVecEnv``; before the first step, when environment or policy cannot be pickled, or when
+        the environment has other spaces than that of the training
     """
 
     def __init__(
@@ -173,6 +174,8 @@ class AsyncEvalCallback(EvalCallback):
             verbose,
             warn,
         )
+        # A tuple of observations becomes a dictionary, as in training
+        self.eval_env = wrap_env(self.eval_env)
         if isinstance(take_env_apart(self.eval_env)[1], SubprocVecEnv):
             raise ValueError(
                 "The environment of an AsyncEvalCallback is copied to a process of its own and cannot be a SubprocVecEnv: "
@@ -197,8 +200,15 @@ class AsyncEvalCallback(EvalCallback):
 
     def _init_callback(self) -> None:
         exit_without_main_guard()
-        super()._init_callback()
         # Fail before the first step
+        for name in ("observation_space", "action_space"):
+            shape, expected = (shape_of(getattr(owner, name)) for owner in (self.eval_env, self.model))
+            if shape != expected:
+                raise ValueError(
+                    f"The {name} of the evaluation has the shape {shape}, that of the algorithm {expected}: evaluate in an "
+                    "environment with the spaces of the training."
+                )
+        super()._init_callback()
         self._pickled_content()
 
     def _pickled_content(self) -> bytes:

@@ -183,6 +183,17 @@ class Failing(CartModel):
         return states @ th.ones(3, 3)
 
 
+class TakesKeys(CartModel):
+    def transition(self, states, actions):
+        return super().transition(th.cat([states["position"], states["velocity"]], dim=1), actions)
+
+
+class ReturnsKeys(CartModel):
+    def transition(self, states, actions):
+        position, velocity = super().transition(states, actions).split(1, dim=1)
+        return {"position": position, "velocity": velocity}
+
+
 INTERFACE_ERRORS = [
     (FlatReward, ValueError, r"FlatReward\.reward returned shape \(64,\), expected \(64, 1\).*keepdim=True"),
     (ScalarReward, ValueError, r"returned shape \(\), expected \(64, 1\)"),
@@ -191,7 +202,7 @@ INTERFACE_ERRORS = [
     (DetachedTransition, ValueError, "not differentiable with respect to states.*detach"),
     (DetachedActions, ValueError, "not differentiable with respect to actions.*detach"),
     (NumpyTransition, ValueError, "transition failed.*numpy.*stay in torch"),
-    (NumpyReward, TypeError, "returned ndarray, expected a torch.Tensor"),
+    (NumpyReward, TypeError, "returned ndarray, expected a torch.Tensor.*NumPy"),
     (NotFinite, ValueError, r"not finite in next_state\[1\].*divisions"),
     (RootAtZero, ValueError, "gradients with respect to actions that are not finite"),
     (OneStateTooMany, ValueError, r"transition returned shape \(64, 3\), expected \(64, 2\)"),
@@ -200,6 +211,8 @@ INTERFACE_ERRORS = [
     (NumberTerminal, ValueError, "terminal returned torch.float32.*expected torch.bool.*comparison"),
     (InPlace, ValueError, "modifies its argument states in place"),
     (Failing, ValueError, r"transition failed for states \(64, 2\), actions \(64, 1\)"),
+    (TakesKeys, ValueError, r"transition failed.*also that of a Dict: one key after the other"),
+    (ReturnsKeys, TypeError, r"returned dict, expected a torch.Tensor: put the parts into one tensor"),
     (DetachedStep, ValueError, r"DetachedStep\.step is not differentiable: its next states carry no gradient"),
     (FlatStep, ValueError, r"FlatStep\.step returned rewards \(64,\) .*expected \(64, 1\)"),
     (OtherStep, ValueError, "OtherStep.step returned other next states than expected"),

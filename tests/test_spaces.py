@@ -289,6 +289,10 @@ class TestCritics:
         train(GoalEnv("flat"), "MlpPolicy", weighting="constant", **kwargs)
         train(GoalEnv("flat"), "MlpPolicy", horizons=(0,), **kwargs)
 
+    def test_no_critic(self):
+        with pytest.raises(ValueError, match="`n_critics` must be a whole number, 1 or more, got 0"):
+            MPG("MlpPolicy", GoalEnv("flat"), policy_kwargs={"n_critics": 0})
+
     def test_measured_weights_need_two(self):
         """It is said when they are used: a policy of one critic can be created, loaded and asked for actions."""
         model = MPG("MlpPolicy", GoalEnv("flat"), **{**SMALL, "policy_kwargs": {"net_arch": [8], "n_critics": 1}})

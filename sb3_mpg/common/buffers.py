@@ -10,6 +10,7 @@ from gymnasium import spaces
 from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
+from sb3_mpg.common.goals import check_goals
 from sb3_mpg.common.models.windows import Transitions, Windows, cut_windows, to_tensor
 from sb3_mpg.common.spaces import FlatObservations, shape_of
 
@@ -230,26 +231,27 @@ def give_env(buffer: ReplayBuffer, env: Any) -> None:
         buffer.env = env
 
 
-def choose_replay_buffer(
-    replay_buffer_class: type[ReplayBuffer] | None, replay_buffer_kwargs: dict[str, Any], n_steps: int, n_target_steps: int
-) -> tuple[type[ReplayBuffer] | None, dict[str, Any], int]:
+def choose_replay_buffer(algorithm: Any) -> tuple[type[ReplayBuffer] | None, dict[str, Any], int]:
     """
     Let SB3 choose the replay buffer that the value target needs, unless the user passed a class. SB3's earlier choice in a
     loaded algorithm is undone, because the value target may have changed. It is an ``NStepReplayBuffer`` with ``n_steps > 1``;
     with the user's ``NStepReplayBuffer``, ``n_steps`` is 1.
 
-    :param replay_buffer_class: argument of the algorithm
-    :param replay_buffer_kwargs: argument of the algorithm
-    :param n_steps: SB3's ``n_steps``
-    :param n_target_steps: number of recorded steps that the value target spans
+    :param algorithm: an algorithm that is being set up
     :return: class, keyword arguments and ``n_steps`` for SB3
+    :raises TypeError: when the class is no replay buffer
+    :raises ValueError: when observations, value target and the class do not go together
     """
-    if replay_buffer_class is NStepReplayBuffer and n_steps > 1:
-        replay_buffer_class = None
-        replay_buffer_kwargs = {k: v for k, v in replay_buffer_kwargs.items() if k not in ("n_steps", "gamma")}
-    if replay_buffer_class in (None, ReplayBuffer):
-        return None, replay_buffer_kwargs, n_target_steps
-    return replay_buffer_class, replay_buffer_kwargs, n_steps
+    cls, kwargs, n_steps = algorithm.replay_buffer_class, algorithm.replay_buffer_kwargs, algorithm.n_steps
+    n_target_steps = algorithm.value_target.replay_n_steps
+    if cls is NStepReplayBuffer and n_steps > 1:
+        cls = None
+        kwargs = {key: value for key, value in kwargs.items() if key not in ("n_steps", "gamma")}
+    if cls in (None, ReplayBuffer):
+        cls, n_steps = None, n_target_steps
+    check_support(cls, algorithm.observation_space, n_target_steps, algorithm.optimize_memory_usage)
+    check_goals(cls, kwargs, algorithm.observation_space)
+    return cls, kwargs, n_steps
 
 
 def check_support(

@@ -190,12 +190,7 @@ class OffPolicyModelAlgorithm(PickledWithEnv, OffPolicyAlgorithm):
         # The prior model may create networks
         self.set_random_seed(self.seed)
         prior = self.model_settings.find_prior(self.env, self.device, self.trust.uses_model, self.value_target)
-        n_steps = self.value_target.replay_n_steps
-        self.replay_buffer_class, self.replay_buffer_kwargs, self.n_steps = buffers.choose_replay_buffer(
-            self.replay_buffer_class, self.replay_buffer_kwargs, self.n_steps, n_steps
-        )
-        buffers.check_support(self.replay_buffer_class, self.observation_space, n_steps, self.optimize_memory_usage)
-        goals.check_goals(self.replay_buffer_class, self.replay_buffer_kwargs, self.observation_space)
+        self.replay_buffer_class, self.replay_buffer_kwargs, self.n_steps = buffers.choose_replay_buffer(self)
         super()._setup_model()
         self._setup_update(prior)
         buffers.check_replay_buffer(self.replay_buffer, self, self.gamma)

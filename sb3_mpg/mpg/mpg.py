@@ -238,7 +238,7 @@ class MPG(OffPolicyModelAlgorithm):
         if not issubclass(self.policy_class, MPGPolicy):
             raise TypeError(
                 f"{type(self).__name__} needs an MPGPolicy, got {self.policy_class.__name__}, which belongs to another "
-                "algorithm. Pass 'MlpPolicy', or load the file with the algorithm that saved it."
+                f"algorithm. Pass one of {list(self.policy_aliases)}, or load the file with the algorithm that saved it."
             )
         check_count("policy_delay", self.policy_delay, 1)
         check_differentiate(self.differentiate)

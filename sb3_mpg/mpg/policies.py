@@ -8,6 +8,7 @@ from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.td3.policies import Actor, TD3Policy
 from torch import nn
 
+from sb3_mpg.common.checks import check_count
 from sb3_mpg.common.policies import FlatInputs, ModelBasePolicy
 from sb3_mpg.common.torch_layers import ELU, ObservationScaler
 
@@ -60,6 +61,7 @@ class MPGPolicy(ModelBasePolicy, TD3Policy):
                 "`share_features_extractor=True` cuts the gradient of the critic with respect to the state, "
                 "which the model rollout needs; leave it at False."
             )
+        check_count("n_critics", n_critics, 1)
         if optimizer_kwargs is None and optimizer_class is th.optim.Adam:
             # The same arithmetic in one call for all parameters
             optimizer_kwargs = {"fused": True}

@@ -187,13 +187,14 @@ def call_method(model: PriorModel, method: Method, inputs: tuple[th.Tensor, ...]
         raise ValueError(
             f"{where_of(model, method)} failed for {arguments} ({inputs[0].dtype} on {inputs[0].device}) with "
             f"{type(error).__name__}: {error}; it must take such batches of torch tensors and stay in torch all the way. "
-            "A state is an observation, unless the model has an `observation` and a `state_from_observation` of its own."
+            "A state is an observation, unless the model has an `observation` and a `state_from_observation` of its own, and "
+            "an observation is one flat row, also that of a Dict: one key after the other."
         ) from error
     if not isinstance(output, th.Tensor):
-        raise TypeError(
-            f"{where_of(model, method)} returned {type(output).__name__}, expected a torch.Tensor: write it with torch "
-            "functions instead of NumPy."
-        )
+        advice = "put the parts into one tensor, `th.cat([...], dim=1)`, in the order of the states"
+        if not isinstance(output, (dict, list, tuple)):
+            advice = "write it with torch functions instead of NumPy"
+        raise TypeError(f"{where_of(model, method)} returned {type(output).__name__}, expected a torch.Tensor: {advice}.")
     return output
 
 

@@ -103,7 +103,7 @@ class TestRefusals:
             make(n_steps=3)
 
     def test_classes_of_other_observations(self):
-        with pytest.raises(ValueError, match=r"support NStepReplayBuffer for a Box of observations only, got Dict"):
+        with pytest.raises(ValueError, match=r"support an NStepReplayBuffer for a Box of observations only, got Dict"):
             make(replay_buffer_class=NStepReplayBuffer)
         with pytest.raises(
             TypeError, match="must be a class of replay buffers, or None for SB3's choice, got 'HerReplayBuffer'"

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
+from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_mpg.common.goals import check_goals
@@ -239,7 +239,6 @@ def choose_replay_buffer(algorithm: Any) -> tuple[type[ReplayBuffer] | None, dic
 
     :param algorithm: an algorithm that is being set up
     :return: class, keyword arguments and ``n_steps`` for SB3
-    :raises TypeError: when the class is no replay buffer
     :raises ValueError: when observations, value target and the class do not go together
     """
     cls, kwargs, n_steps = algorithm.replay_buffer_class, algorithm.replay_buffer_kwargs, algorithm.n_steps
@@ -262,26 +261,37 @@ def check_support(
     :param observation_space: observation space of the algorithm
     :param n_steps: number of recorded steps that the value target spans
     :param optimize_memory_usage: argument of the algorithm
-    :raises TypeError: when the class is no replay buffer
-    :raises ValueError: when SB3's replay buffers do not support the combination, or the value target needs a class that sums
-        rewards over several steps
+    :raises ValueError: when SB3's replay buffers do not support the combination
     """
-    cls: Any = ReplayBuffer if replay_buffer_class is None else replay_buffer_class
-    if not isinstance(cls, type) or not issubclass(cls, ReplayBuffer):
-        raise TypeError(f"`replay_buffer_class` must be a class of replay buffers, or None for SB3's choice, got {cls!r}.")
-    sums = issubclass(cls, NStepReplayBuffer)
+    sums = replay_buffer_class is not None and issubclass(replay_buffer_class, NStepReplayBuffer)
     if isinstance(observation_space, spaces.Dict) and (n_steps > 1 or optimize_memory_usage or sums):
-        setting = "optimize_memory_usage=True" if optimize_memory_usage else cls.__name__
+        setting = "optimize_memory_usage=True" if optimize_memory_usage else "an NStepReplayBuffer"
         if n_steps > 1:
             setting = f"a value target of {n_steps} recorded steps"
         raise ValueError(
             f"SB3's replay buffers support {setting} for a Box of observations only, got {observation_space}; flatten the "
             "observations (gymnasium.wrappers.FlattenObservation) or do without."
         )
-    if n_steps > 1 and replay_buffer_class is not None and not sums:
+
+
+def check_buffer_class(replay_buffer_class: Any, n_steps: int) -> None:
+    """
+    :param replay_buffer_class: argument of the constructor
+    :param n_steps: number of recorded steps that the value target spans
+    :raises TypeError: when it is no class of replay buffers
+    :raises ValueError: when the class does not sum rewards over several steps and the value target needs that
+    """
+    if replay_buffer_class is None:
+        return
+    if not isinstance(replay_buffer_class, type) or not issubclass(replay_buffer_class, ReplayBuffer):
+        raise TypeError(
+            f"`replay_buffer_class` must be a class of replay buffers, or None for SB3's choice, got {replay_buffer_class!r}."
+        )
+    # There is none that sums for a Dict of observations
+    if n_steps > 1 and not issubclass(replay_buffer_class, (NStepReplayBuffer, DictReplayBuffer)):
         raise ValueError(
             f"The value target spans {n_steps} recorded steps and needs an NStepReplayBuffer, "
-            f"got replay_buffer_class={cls.__name__}; leave it at None."
+            f"got replay_buffer_class={replay_buffer_class.__name__}; leave it at None."
         )
 
 

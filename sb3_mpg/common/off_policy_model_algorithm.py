@@ -125,6 +125,7 @@ class OffPolicyModelAlgorithm(PickledWithEnv, OffPolicyAlgorithm):
     ):
         env = make_env(env, verbose)
         checks.check_policy(policy, self.policy_aliases)
+        buffers.check_buffer_class(replay_buffer_class, value_target.replay_n_steps)
         super().__init__(
             policy,
             env,  # type: ignore[arg-type]  # None when loading for predictions

@@ -123,6 +123,19 @@ class TestFirstUpdate:
             model.learn(N_STEPS * n_envs)
         assert make(env, learning_starts=(N_STEPS - 1) * n_envs).learn((N_STEPS + 1) * n_envs)._n_updates > 0
 
+    def test_training_goes_on_without_its_buffer(self, tmp_path):
+        env = gym.wrappers.TimeLimit(GoalEnv(), N_STEPS)
+        model = make(env).learn(60)
+        model.save(tmp_path / "model.zip")
+        model.save_replay_buffer(tmp_path / "buffer.pkl")
+        loaded = MPG.load(tmp_path / "model.zip", env=env)
+        with pytest.warns(UserWarning, match="begin after 1 steps.*to 80 or more, or load a replay buffer"):
+            with pytest.raises(RuntimeError, match="end of the first episode"):
+                loaded.learn(30, reset_num_timesteps=False)
+        loaded = MPG.load(tmp_path / "model.zip", env=env)
+        loaded.load_replay_buffer(tmp_path / "buffer.pkl")
+        assert loaded.learn(30, reset_num_timesteps=False).num_timesteps == 90
+
     def test_no_warning_where_updates_follow_episodes(self):
         env = gym.wrappers.TimeLimit(GoalEnv(), N_STEPS)
         assert make(env, learning_starts=0, train_freq=(1, "episode")).learn(2 * N_STEPS)._n_updates == 2

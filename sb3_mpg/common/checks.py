@@ -200,17 +200,20 @@ def warn_of_tiny_rewards(rewards: th.Tensor, reward_scale: float) -> None:
         )
 
 
-def warn_of_late_goals(env: VecEnv, n_steps: int) -> None:
+def warn_of_late_goals(env: VecEnv, num_timesteps: int, learning_starts: int) -> None:
     """
     Warn of an update before the end of the first episode, when no step can get a new goal.
 
     :param env: the environment
-    :param n_steps: number of steps of each environment until the first update
+    :param num_timesteps: number of steps so far
+    :param learning_starts: after how many steps updates begin
     """
     # The attribute of ``TimeLimit``: the specification of an environment may be impossible to send from its process
     length = env.get_attr("_max_episode_steps")[0] if env.has_attr("_max_episode_steps") else None
+    n_steps = max(learning_starts - num_timesteps, 0) // env.num_envs + 1
     if length is not None and n_steps < length:
         warnings.warn(
             f"Steps of finished episodes only can get new goals, but updates begin after {n_steps} steps of each environment, "
-            f"and episodes take up to {length}: set `learning_starts` to {length * env.num_envs} or more."
+            f"and episodes take up to {length}: set `learning_starts` to {num_timesteps + length * env.num_envs} or more, or "
+            "load a replay buffer."
         )

@@ -64,10 +64,8 @@ def prepare_goals(algorithm: Any) -> None:
     follow_env(buffer, algorithm.env)
     if buffer.size() == 0:
         check_rewards(buffer, algorithm.env, algorithm._last_original_obs or algorithm._last_obs)
-    # Steps of one environment until the first update
-    n_first = algorithm.learning_starts // buffer.n_envs + 1
     if algorithm.train_freq.unit == TrainFrequencyUnit.STEP and not buffer.ep_length.any():
-        warn_of_late_goals(algorithm.env, n_first)
+        warn_of_late_goals(algorithm.env, algorithm.num_timesteps, algorithm.learning_starts)
 
 
 def check_rewards(buffer: HerReplayBuffer, env: VecEnv, observations: dict[str, np.ndarray]) -> None:

@@ -196,6 +196,26 @@ class TestTraining:
         assert th.isfinite(model.policy_gradient(np.zeros((3, 4), np.float32), 2)).all()
 
 
+class TestOrder:
+    @pytest.mark.parametrize("is_loaded", [False, True])
+    def test_another_order_is_refused(self, is_loaded, tmp_path):
+        """Gymnasium says that the spaces are equal."""
+        env = GoalEnv()
+        env.observation_space = spaces.Dict(list(env.observation_space.spaces.items())[::-1])
+        assert env.observation_space == GoalEnv().observation_space
+        model = MPG("MultiInputPolicy", GoalEnv(), **SMALL, horizons=(0, 2))
+        if is_loaded:
+            model.save(tmp_path / "model.zip")
+            model = MPG.load(tmp_path / "model.zip", env=env)
+        else:
+            model.set_env(env)
+        observation = env.reset(seed=0)[0]
+        np.testing.assert_array_equal(model.predict(observation)[0], model.predict(dict(reversed(observation.items())))[0])
+        with pytest.raises(ValueError, match=r"order \['observation',.*of the algorithm in the order \['achieved_goal',"):
+            model.learn(60)
+        assert model.num_timesteps == 0
+
+
 class StrictEnv(GoalEnv):
     """Takes no actions but those of its space."""
 

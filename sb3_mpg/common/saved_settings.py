@@ -21,6 +21,7 @@ from sb3_mpg.common.checks import check_default_dtype
 from sb3_mpg.common.models.loading import import_from_path
 from sb3_mpg.common.saved_object import SavedObject
 from sb3_mpg.common.settings import SettingOf
+from sb3_mpg.common.spaces import check_order
 from sb3_mpg.common.training_state import TrainingState, rng_state
 from sb3_mpg.common.trust.weighting import ConstantWeighting
 from sb3_mpg.common.value_targets import ReplayTarget, make_value_target
@@ -130,13 +131,15 @@ def prepare_training(algorithm: Any) -> None:
     Check an algorithm before it trains, and renew its update if what it is made of was replaced since it was set up.
 
     :param algorithm: the algorithm
-    :raises ValueError: when the environment is missing, a setting could not be opened, the replay buffer does not fit,
-        measured weights have too little to compare, or torch's default precision was changed
+    :raises ValueError: when the environment is missing or has its observations in another order, a setting could not be
+        opened, the replay buffer does not fit, measured weights have too little to compare, or torch's default precision was
+        changed
     """
     check_default_dtype()
     check_opened(algorithm, OF_TRAINING)
     if algorithm.env is None:
         raise ValueError("Training needs an environment: give `load` one (`env=`), or call `set_env`.")
+    check_order(algorithm.env.observation_space, algorithm.observation_space)
     algorithm.value_target = make_value_target(algorithm.value_target)
     check_replay_buffer(algorithm.replay_buffer, algorithm)
     if algorithm.model_settings.is_outdated(algorithm.policy, algorithm.trust):

@@ -169,6 +169,20 @@ def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) ->
         )
 
 
+def check_order(got: spaces.Space, expected: spaces.Space) -> None:
+    """
+    :param got: observation space of the environment
+    :param expected: that of the algorithm. Gymnasium takes spaces for equal whose keys come in another order
+    :raises ValueError: when the elements of flat observations come in another order
+    """
+    orders = [list(space.spaces) for space in (got, expected) if isinstance(space, spaces.Dict)]
+    if len(orders) == 2 and orders[0] != orders[1]:
+        raise ValueError(
+            f"The keys of the observations come in the order {orders[0]}, those of the algorithm in the order {orders[1]}, in "
+            "which the networks take them: make the `Dict` space of a list of pairs in that order."
+        )
+
+
 def tuple_keys(n_parts: int) -> list[str]:
     """
     :param n_parts: number of parts of a ``Tuple`` space

@@ -112,6 +112,16 @@ def test_actions_of_the_wrong_strength_are_recognised(function, verdict, hint):
     assert [hint in text for text in report.hints[:1]] == ([] if hint is None else [True])
 
 
+def test_an_action_without_effect_is_recognised():
+    class Ignores(Falls):
+        def step(self, action):
+            return super().step(0 * action)
+
+    report = check_prior_model(Scaled(lambda a: a), Ignores(), n_samples=400, verbose=False)
+    assert report.verdicts[1].split(",")[0] == "wrong gain of action 0"
+    assert "action 0 moves observation[1] in the model, and not in the environment" in report.hints[0]
+
+
 def test_noise_is_no_mistake_of_the_model():
     env = Falls()
     env.noise = 0.05

@@ -13,6 +13,8 @@ from sb3_mpg.common.models.windows import MIN_WINDOWS, rms
 GOOD_RELATIVE_ERROR = 0.1
 # The effect of an action may be this many times larger or smaller than in the model
 WRONG_GAIN = 1.3
+# An effect that is smaller than this share of that in the model is none
+NO_GAIN = 1e-4
 # The same for changes
 WRONG_SCALE = 1.25
 # Factors of changes are the same if they differ by no more than this share
@@ -245,6 +247,11 @@ def _judge_gains(gains: np.ndarray) -> Finding | None:
             f"action {action} acts {only}{{values[0]:.2g}} times as strongly on {{names}} as in the model: check its factor "
             "in `transition`, and its units: a model gets actions as the environment does, not scaled to [-1, 1]."
         )
+        if abs(gains[action]) < NO_GAIN:
+            hint = (
+                f"action {action} moves {{names}} in the model, and not in the environment: remove its term from `transition`, "
+                "and look whether the elements of the states are in the order of the observations."
+            )
         return Finding(Cost.WRONG_SCALE, f"wrong gain of action {action}", hint, values=(gains[action],))
     return None
 

@@ -249,8 +249,8 @@ def _judge_gains(gains: np.ndarray) -> Finding | None:
         )
         if abs(gains[action]) < NO_GAIN:
             hint = (
-                f"action {action} moves {{names}} in the model, and not in the environment: remove its term from `transition`, "
-                "and look whether the elements of the states are in the order of the observations."
+                f"action {action} moves {{names}} in the model, and not in the environment: remove its term, and "
+                "look whether the elements of the states are in the order of the observations."
             )
         return Finding(Cost.WRONG_SCALE, f"wrong gain of action {action}", hint, values=(gains[action],))
     return None

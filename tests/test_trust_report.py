@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 import settings
 import torch as th
+from goals import GoalEnv, GoalModel
 from gymnasium import spaces
 from lq import LinearEnv
 from models import Wrong
 
-from sb3_mpg import MPG, PriorModel
+from sb3_mpg import MPG, PriorModel, check_prior_model
 
 SMALL = {**settings.SMALL, "learning_starts": 100, "batch_size": 64, "buffer_size": 5000}
 
@@ -86,7 +87,7 @@ def test_a_dimension_that_never_changes_has_no_relative_error(tmp_path):
     model = MPG("MlpPolicy", Constant(LinearEnv()), prior_model=Drifts(), horizons=(0, 10), **SMALL).learn(120)
     report = model.trust_report()
     assert np.isnan(report.prior.relative[:, 2]).all() and np.isfinite(report.prior.relative[:, :2]).all()
-    (row,) = [line for line in str(report).split("corrected model")[0].splitlines() if line.startswith("state[2]")]
+    (row,) = [line for line in str(report).split("corrected model")[0].splitlines() if line.startswith("observation[2]")]
     assert row.split()[1:] == ["constant"] * 3
     line = report.plot(tmp_path / "trust.png").axes[0].lines[0].get_ydata()
     np.testing.assert_allclose(line, np.sqrt((report.prior.relative[:, :2] ** 2).mean(axis=1)))
@@ -99,3 +100,10 @@ def test_errors_of_the_exact_model_are_those_of_rounding():
     assert report.prior.relative.max() < 1e-3
     assert (report.prior.returns < 1e-4 * report.prior.return_spread).all()
     assert (report.prior.return_spread > 0).all()
+
+
+def test_dimensions_have_the_names_of_the_checker():
+    """Those of the keys, where the states of the model are the observations."""
+    model = MPG("MultiInputPolicy", GoalEnv(), **{**SMALL, "horizons": (0, 2)}).learn(60)
+    names = ("achieved_goal[0]", "desired_goal[0]", "observation[0]", "observation[1]")
+    assert model.trust_report().dimensions == names == check_prior_model(GoalModel(), GoalEnv(), verbose=False).dimensions

@@ -127,7 +127,8 @@ class Trust(ABC):
         windows = recorded.windows(N_REPORTED_STEPS, self.longest_horizon)
         if windows is None or len(windows.lengths) < MIN_WINDOWS:
             raise ValueError("Nothing is recorded to compare the model with: call `learn` or `load_replay_buffer` first.")
-        return make_trust_report(model, is_corrected, windows, gamma, self.rule.horizons, self.measurements)
+        names = recorded.flat.names
+        return make_trust_report(model, is_corrected, windows, gamma, self.rule.horizons, self.measurements, names)
 
     def forget(self) -> None:
         """Drop all measurements, because the model was replaced."""

@@ -200,6 +200,7 @@ def make_trust_report(
     gamma: float,
     horizons: tuple[int, ...],
     measurements: Sequence[Measurement],
+    names_of_observations: Sequence[str],
 ) -> TrustReport:
     """
     :param model: the model of the rollouts
@@ -208,6 +209,7 @@ def make_trust_report(
     :param gamma: discount factor of the returns
     :param horizons: numbers of model steps
     :param measurements: measurements during training
+    :param names_of_observations: names of the elements of an observation, ``O``
     :return: the report
     """
     prior = model.prior if isinstance(model, CorrectedModel) else model
@@ -216,7 +218,9 @@ def make_trust_report(
         is_hidden, is_re_encoded = np.zeros(n_states, dtype=bool), np.zeros(n_states, dtype=bool)
         if isinstance(model, CorrectedModel):
             is_hidden, is_re_encoded = model.describe_states()
-        names = [f"state[{dim}]{', hidden' if is_hidden[dim] else ''}" for dim in range(n_states)]
+        shows_states = type(prior).observation is PriorModel.observation
+        names = list(names_of_observations) if shows_states else [f"state[{dim}]" for dim in range(n_states)]
+        names = [f"{name}, hidden" if is_hidden[dim] else name for dim, name in enumerate(names)]
         return TrustReport(
             horizons=horizons,
             measurements=list(measurements),

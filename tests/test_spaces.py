@@ -147,7 +147,8 @@ class TestTraining:
     def test_extractors_of_sb3_get_observations_of_the_space(self):
         """Also when they are compiled."""
         policy_kwargs = {"net_arch": [8], "features_extractor_class": CombinedExtractor}
-        models = [train(GoalEnv(), n_steps=60, policy_kwargs=policy_kwargs, compile=compile) for compile in (False, True)]
+        kwargs = {"policy_kwargs": policy_kwargs, "horizons": (2,), "weighting": "constant", "residual": False, "n_steps": 60}
+        models = [train(GoalEnv(), **kwargs, compile=compile) for compile in (False, True)]
         actions = [model.predict(GoalEnv().reset(seed=3)[0])[0] for model in models]
         np.testing.assert_allclose(*actions, rtol=1e-4)
         table = train(GoalEnv("table"), "MlpPolicy", policy_kwargs={"features_extractor_class": FlattenExtractor})

@@ -62,3 +62,20 @@ class ChangedCart(CartModel):
 
     def reward(self, states, actions, next_states):
         return self.reward_scale * super().reward(states, actions, next_states)
+
+
+class TurntableEnv(gym.Env):
+    """An angle that wraps, see ``models.Turntable``."""
+
+    observation_space = spaces.Box(-np.pi, np.pi, (1,), np.float32)
+    action_space = ACTION_SPACE
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.angle = self.np_random.uniform(-np.pi, np.pi, 1)
+        return self.angle.astype(np.float32), {}
+
+    def step(self, action):
+        reward = float(np.cos(self.angle[0]))
+        self.angle = np.remainder(self.angle + 0.5 + 0.1 * action + np.pi, 2 * np.pi) - np.pi
+        return self.angle.astype(np.float32), reward, False, False, {}

@@ -4,7 +4,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
-from cart import TIME_STEP, Cart, CartModel, ChangedCart
+from cart import TIME_STEP, Cart, CartModel, ChangedCart, TurntableEnv
 from gymnasium import spaces
 from models import HiddenVelocity, KnowsNothing, Turntable
 
@@ -219,24 +219,10 @@ class TestCauses:
         assert "the error is 0.2 times observation[1], so a term with it is wrong or missing" in hint
 
     def test_an_angle_that_wraps(self):
-        class Turns(gym.Env):
-            observation_space = spaces.Box(-np.pi, np.pi, (1,), np.float32)
-            action_space = spaces.Box(-2, 2, (1,), np.float32)
-
-            def reset(self, *, seed=None, options=None):
-                super().reset(seed=seed)
-                self.angle = self.np_random.uniform(-np.pi, np.pi, 1)
-                return self.angle.astype(np.float32), {}
-
-            def step(self, action):
-                reward = float(np.cos(self.angle[0]))
-                self.angle = np.remainder(self.angle + 0.5 + 0.1 * action + np.pi, 2 * np.pi) - np.pi
-                return self.angle.astype(np.float32), reward, False, False, {}
-
         class Unaware(Turntable):
             state_difference = PriorModel.state_difference
 
-        report = check_prior_model(Unaware(), Turns(), n_samples=400, verbose=False)
+        report = check_prior_model(Unaware(), TurntableEnv(), n_samples=400, verbose=False)
         assert report.verdicts[0].split(",")[0] == "rare jumps"
         assert "and 6.28 off in others. It is probably an angle that wraps" in report.hints[0]
 

@@ -4,8 +4,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
-from cart import ACTION_SPACE, TIME_STEP, Cart, CartModel, ChangedCart
-from gymnasium import spaces
+from cart import TIME_STEP, Cart, CartModel, ChangedCart, TurntableEnv
 from models import KnowsNothing, Turntable
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
@@ -14,23 +13,6 @@ from sb3_mpg import PriorModel, check_prior_model
 
 def measure(**changes):
     return check_prior_model(ChangedCart(**changes), Cart(), n_samples=400, verbose=False)
-
-
-class TurntableEnv(gym.Env):
-    """An angle that wraps."""
-
-    observation_space = spaces.Box(-np.pi, np.pi, (1,), np.float32)
-    action_space = ACTION_SPACE
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.angle = self.np_random.uniform(-np.pi, np.pi, 1)
-        return self.angle.astype(np.float32), {}
-
-    def step(self, action):
-        reward = float(np.cos(self.angle[0]))
-        self.angle = np.remainder(self.angle + 0.5 + 0.1 * action + np.pi, 2 * np.pi) - np.pi
-        return self.angle.astype(np.float32), reward, False, False, {}
 
 
 def test_angles_are_compared_the_short_way_around():

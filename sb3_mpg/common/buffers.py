@@ -220,17 +220,6 @@ class RecordedSteps:
         return windows if len(windows.lengths) > 0 else None
 
 
-def give_env(buffer: ReplayBuffer, env: Any) -> None:
-    """
-    A ``HerReplayBuffer`` computes rewards with the environment. Copies have none, and SB3's ``set_env`` leaves it the old one.
-
-    :param buffer: a replay buffer
-    :param env: the present environment
-    """
-    if isinstance(buffer, HerReplayBuffer):
-        buffer.env = env
-
-
 def choose_replay_buffer(algorithm: Any) -> tuple[type[ReplayBuffer] | None, dict[str, Any], int]:
     """
     Let SB3 choose the replay buffer that the value target needs, unless the user passed a class. SB3's earlier choice in a

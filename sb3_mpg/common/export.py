@@ -23,7 +23,7 @@ from sb3_mpg.common.models.base import PriorModel
 from sb3_mpg.common.models.loading import name_of
 from sb3_mpg.common.models.trainable import members_of
 from sb3_mpg.common.saved_settings import check_has_model
-from sb3_mpg.common.spaces import FlatObservations
+from sb3_mpg.common.spaces import FlatObservations, statistics_by_key
 from sb3_mpg.version import __version__
 
 Exported = Literal["policy", "model"]
@@ -128,8 +128,7 @@ class PolicyGraph(Graph):
         self.statistics: dict[str, tuple[th.Tensor, th.Tensor]] = {}
         if env is not None and env.norm_obs:
             self.clip = float(env.clip_obs)
-            statistics = env.obs_rms if isinstance(env.obs_rms, dict) else {"observation": env.obs_rms}
-            for key, rms in statistics.items():
+            for key, rms in statistics_by_key(env).items():
                 # In double precision, as VecNormalize computes: raw observations may be far from zero
                 mean, std = rms.mean, np.sqrt(rms.var + env.epsilon)
                 self.statistics[key] = (th.as_tensor(mean, device=policy.device), th.as_tensor(std, device=policy.device))

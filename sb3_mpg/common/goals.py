@@ -61,7 +61,6 @@ def prepare_goals(algorithm: Any) -> None:
     buffer = algorithm.replay_buffer
     if not isinstance(buffer, HerReplayBuffer):
         return
-    follow_env(buffer, algorithm.env)
     if buffer.size() == 0:
         check_rewards(buffer, algorithm.env, algorithm._last_original_obs or algorithm._last_obs)
     if algorithm.train_freq.unit == TrainFrequencyUnit.STEP and not buffer.ep_length.any():

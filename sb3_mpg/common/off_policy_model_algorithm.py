@@ -300,7 +300,7 @@ class OffPolicyModelAlgorithm(PickledWithEnv, OffPolicyAlgorithm):
         :return: the present inputs of a gradient other than the tensors of the update; they include the statistics of
             ``VecNormalize``
         """
-        buffers.give_env(self.replay_buffer, self.env)
+        goals.follow_env(self.replay_buffer, self.env)
         self.update.simulator = self.value_target.simulator_for(batch_size, self.env, self.update.simulator)
         return TrainingInputs(self.replay_buffer, batch_size, self.units(), self.update_settings)
 
@@ -309,8 +309,7 @@ class OffPolicyModelAlgorithm(PickledWithEnv, OffPolicyAlgorithm):
         return Units.of(self.action_space, self.device, self.reward_scale, self._vec_normalize_env)
 
     def train(self, gradient_steps: int, batch_size: int = 100) -> None:
-        if self.model_settings.is_outdated(self.policy, self.trust):
-            self.renew_update()
+        saved_settings.renew_if_outdated(self)
         # Switch to train mode (this affects batch norm / dropout, and the noise of the model)
         self.policy.set_training_mode(True)
         self.update.model.train()
@@ -364,8 +363,6 @@ class OffPolicyModelAlgorithm(PickledWithEnv, OffPolicyAlgorithm):
         fitting = self.model_fitting
         if fitting is None:
             return {}
-        # A callback may have replaced the weighting rule
-        self.trust.check_comparison(self.update.n_critics, fitting.model.n_members)
         loss = fitting.fit(self._n_updates, recorded)
         context = self.update.context(inputs.units, self.gamma)
         q_functions = self.update.q_functions(fitting.model.n_members)

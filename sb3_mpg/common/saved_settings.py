@@ -142,6 +142,16 @@ def prepare_training(algorithm: Any) -> None:
     check_order(algorithm.env.observation_space, algorithm.observation_space)
     algorithm.value_target = make_value_target(algorithm.value_target)
     check_replay_buffer(algorithm.replay_buffer, algorithm)
+    renew_if_outdated(algorithm)
+
+
+def renew_if_outdated(algorithm: Any) -> None:
+    """
+    Renew the update of an algorithm if what it is made of was replaced, which a callback may do at any time.
+
+    :param algorithm: the algorithm
+    :raises ValueError: when measured weights have too little to compare
+    """
     if algorithm.model_settings.is_outdated(algorithm.policy, algorithm.trust):
         algorithm.renew_update()
     if algorithm.model_fitting is not None:

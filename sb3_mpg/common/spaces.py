@@ -9,6 +9,7 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm, maybe_make_env
 from stable_baselines3.common.preprocessing import is_image_space
+from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.type_aliases import GymEnv, PyTorchObs
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize, unwrap_vec_normalize
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
@@ -84,7 +85,7 @@ class FlatObservations:
         :param env: a ``VecNormalize`` of these observations, which normalises some keys of a ``Dict`` or the whole ``Box``
         :return: mean and standard deviation of the elements, and whether they are normalised, ``(O,)`` each
         """
-        statistics = env.obs_rms if isinstance(env.obs_rms, dict) else {"observation": env.obs_rms}
+        statistics = statistics_by_key(env)
         means, stds, is_normalized = [], [], []
         for key, size in zip(self.boxes, self.sizes, strict=True):
             rms = statistics.get(key)
@@ -92,6 +93,14 @@ class FlatObservations:
             stds.append(np.ones(size) if rms is None else np.sqrt(rms.var + env.epsilon).reshape(-1))
             is_normalized.append(np.full(size, rms is not None))
         return np.concatenate(means), np.concatenate(stds), np.concatenate(is_normalized)
+
+
+def statistics_by_key(env: VecNormalize) -> dict[str, RunningMeanStd]:
+    """
+    :param env: a ``VecNormalize`` that normalises observations
+    :return: its statistics, by the keys of ``FlatObservations.boxes``; other parts are not normalised
+    """
+    return env.obs_rms if isinstance(env.obs_rms, dict) else {"observation": env.obs_rms}
 
 
 def flat_box(*boxes: Any) -> spaces.Box:

@@ -65,7 +65,7 @@ def truth(n_rows, seed=0):
     actions = 2 * th.rand(n_rows, 2, generator=rng) - 1
     next_states = states - 0.3 * actions + 0.2 * th.sin(3 * states) + 0.5
     rewards = -(states**2).sum(1, keepdim=True) + actions[:, :1] ** 2
-    return Transitions(states, actions, rewards, next_states)
+    return Transitions(states, actions, rewards, next_states, th.zeros_like(rewards))
 
 
 def batch_of(transitions, n_rows, seed):

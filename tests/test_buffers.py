@@ -108,9 +108,10 @@ def test_next_observations_of_terminations_and_of_other_steps():
     recorded = filled_buffer(n_steps=250)
     # Of the last 200 steps, those at 62, 76, ... 244; those at 55, 69, ... were truncated
     assert recorded.termination_rate() == pytest.approx(14 / 200)
-    assert recorded.observed_last(100, terminated=True).tolist() == [[-1.0, env] for _ in range(14) for env in range(2)]
-    assert recorded.observed_last(3, terminated=True).shape == (3, 2)
-    others = recorded.observed_last(12, terminated=False).tolist()
+    ends = recorded.observed_last(100, terminated=True)
+    assert ends.next_observations.tolist() == [[-1.0, env] for _ in range(14) for env in range(2)] and ends.terminated.all()
+    assert recorded.observed_last(3, terminated=True).next_observations.shape == (3, 2)
+    others = recorded.observed_last(12, terminated=False).next_observations.tolist()
     # Step 244 terminated
     assert others == [[t + 1.0, env] for t in (249, 248, 247, 246, 245, 243) for env in range(2)]
     assert filled_buffer(n_steps=6).observed_last(10, terminated=True) is None
@@ -120,6 +121,34 @@ def test_next_observations_of_terminations_and_of_other_steps():
         ignorant = filled_buffer(optimize_memory_usage=saves_memory, handle_timeout_termination=False, n_steps=250)
         assert ignorant.termination_rate() == 0
         assert ignorant.observed_last(10, terminated=True) is None
-        others = ignorant.observed_last(1000, terminated=False)
+        others = ignorant.observed_last(1000, terminated=False).next_observations
         # Steps that are no episode end, of the last 200 or 199
         assert set(others[:, 0].tolist()) == {t + 1.0 for t in range(50 + saves_memory, 250) if t % 7 != 6}
+
+
+def test_it_is_known_which_steps_terminated():
+    for knows in (True, False):
+        recorded = filled_buffer(n_steps=250, handle_timeout_termination=knows)
+        steps = recorded.sample(500)
+        t = steps.observations[:, 0].long()
+        assert th.equal(th.isnan(steps.terminated[:, 0]), (t % 7 == 6) & (not knows))
+        assert th.equal(steps.terminated[:, 0] == 1, (t % 14 == 6) & knows)
+
+
+def test_ends_are_sampled_from_the_training_steps_and_judged_on_others():
+    recorded = filled_buffer(n_steps=200)
+    held_out = recorded.observed_last(100, terminated=True, held_out=True).observations
+    sampled = recorded.sample_ends(500).observations
+    assert (sampled[:, 0] % 14 == 6).all()
+    held_out, sampled = ({tuple(row) for row in rows.tolist()} for rows in (held_out, sampled))
+    assert held_out and not held_out & sampled and len(held_out | sampled) == 2 * 14
+    assert recorded.n_ends() == len(sampled)
+    none = filled_buffer(n_steps=6)
+    assert none.n_ends() == 0 and none.sample_ends(10) is None
+
+
+def test_lengths_of_episodes_that_terminated():
+    for n_steps, n_ends in ((6, 0), (130, 9), (250, 14)):
+        lengths = filled_buffer(n_steps=n_steps).lengths_of_terminated()
+        # The first episode of a full buffer may be incomplete
+        assert lengths.tolist() == [7] * (2 * n_ends)

@@ -6,18 +6,15 @@ import numpy as np
 import pytest
 import torch as th
 from helpers import rollout_context
-from lq import LinearActor, LinearEnv, LinearModel, analytic_gradient, quadratic_q, random_problem, tensors
+from lq import LinearActor, LinearModel, analytic_gradient, quadratic_q, random_problem, tensors
 from models import Known, batch_of, truth
-from recorded import filled_buffer
 
 from sb3_mpg.common.models.residual import ResidualModel
-from sb3_mpg.common.models.terminations import ends_matter
 from sb3_mpg.common.trust.gradient_errors import (
     GradientErrors,
     action_gradients,
     gradient_errors,
     measure_gradient_errors,
-    misjudges_ends,
     warn_of_errors,
 )
 
@@ -106,30 +103,22 @@ def test_a_few_rollouts_that_explode_decide_nothing():
     assert gradient_errors(gradients, (0, 25)).errors[1] == np.inf
 
 
-def test_terminations_that_few_rollouts_reach_do_not_matter():
-    recorded = filled_buffer(n_steps=200)
-    blind, horizon = LinearEnv().prior_model(), 10
-    rate = recorded.termination_rate()
-    assert ends_matter(rate, horizon) and misjudges_ends(blind, recorded, horizon)
-    assert not ends_matter(rate, 1) and not misjudges_ends(blind, recorded, 1)
-
-
-def errors_of(errors=(1.0, 1.0), is_useless=(False, False), misjudges_ends=False):
+def errors_of(errors=(1.0, 1.0), is_useless=(False, False), trust_in_ends=1.0):
     errors, is_useless = np.array(errors), np.array(is_useless)
-    return GradientErrors((0, 5), errors, 0.1 * errors, 1.0, is_useless, misjudges_ends)
+    return GradientErrors((0, 5), errors, 0.1 * errors, 1.0, is_useless, trust_in_ends)
 
 
 def test_horizons_of_a_model_are_excluded_and_horizon_0_is_not():
     assert errors_of().is_excluded.tolist() == [False, False]
     assert errors_of(is_useless=(False, True)).is_excluded.tolist() == [False, True]
-    assert errors_of(misjudges_ends=True).is_excluded.tolist() == [False, True]
+    assert errors_of(trust_in_ends=0.0).is_excluded.tolist() == [False, True]
 
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
         (errors_of(is_useless=(False, True)), "Mine is excluded"),
-        (errors_of(misjudges_ends=True), "`Mine.terminal` does not know where episodes terminate"),
+        (errors_of(trust_in_ends=0.0), "`Mine.terminal` does not know where episodes terminate"),
         (errors_of(errors=(1.0, np.inf)), "gradient of Mine over 5 steps is not finite"),
     ],
 )

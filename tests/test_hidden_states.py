@@ -17,7 +17,8 @@ def test_hidden_dimensions_are_predicted_by_the_prior_model():
     positions, velocities = 2 * th.rand(300, 1, generator=rng) - 1, th.randn(300, 1, generator=rng)
     actions = 2 * th.rand(300, 1, generator=rng) - 1
     prior = HiddenVelocity()
-    data = Transitions(positions, actions, prior.reward(positions, actions, positions), positions + 0.1 * velocities)
+    rewards = prior.reward(positions, actions, positions)
+    data = Transitions(positions, actions, rewards, positions + 0.1 * velocities, th.zeros_like(rewards))
     model = ResidualModel(prior, 2, 1)
     model.rescale(data)
     for _ in range(50):
@@ -97,7 +98,8 @@ def test_latent_state_is_kept_where_that_predicts_better(prior, system, is_kept,
     model = ResidualModel(prior, n_states, windows.actions.shape[2])
     # A correction that is only compared with the prior model must choose as well
     model.use_correction(is_used)
-    model.rescale(Transitions(windows.observations, windows.actions[0], windows.rewards[0], windows.next_observations[0]))
+    first = windows.actions[0], windows.rewards[0], windows.next_observations[0], windows.terminated.float()
+    model.rescale(Transitions(windows.observations, *first))
     # Whatever was chosen before
     hidden = model.hidden
     hidden.keep_all_but(th.nonzero(~hidden.is_observed).flatten().tolist())

@@ -3,7 +3,7 @@
 import pytest
 import torch as th
 
-from sb3_mpg.common.models.least_squares import MIN_ROWS_PER_FACTOR, LeastSquares, QuadraticReward
+from sb3_mpg.common.models.least_squares import MIN_ROWS_PER_FACTOR, EndRewards, LeastSquares, QuadraticReward
 
 
 def test_an_affine_function_is_found():
@@ -47,19 +47,28 @@ def quadratic_rewards(values):
 def test_a_quadratic_reward_is_found():
     values, new = th.randn(300, 2), th.randn(20, 2)
     reward = QuadraticReward(2)
-    reward.solve(values, quadratic_rewards(values), None)
-    th.testing.assert_close(reward(new, None), quadratic_rewards(new), rtol=0, atol=1e-4)
+    reward.solve(values, quadratic_rewards(values))
+    th.testing.assert_close(reward(new), quadratic_rewards(new), rtol=0, atol=1e-4)
 
 
-def test_a_penalty_in_terminal_states_is_none_of_the_factors():
-    values, new = th.randn(300, 2), th.randn(20, 2)
-    is_terminal, new_is_terminal = values[:, :1] > 1.5, new[:, :1] > 0
-    assert 5 < is_terminal.sum() < 40 and new_is_terminal.any()
-    reward = QuadraticReward(2)
-    reward.solve(values, quadratic_rewards(values) - 50.0 * is_terminal, is_terminal)
-    assert reward.terminal_reward.item() == pytest.approx(-50, abs=1e-3)
-    expected = quadratic_rewards(new) - 50.0 * new_is_terminal
-    th.testing.assert_close(reward(new, new_is_terminal), expected, rtol=0, atol=2e-3)
-    # Without terminal states there is none
-    reward.solve(values, quadratic_rewards(values), th.zeros_like(is_terminal))
-    assert reward.terminal_reward.item() == 0
+def test_outputs_that_would_be_predicted_worse_are_zero():
+    """Rare extreme targets have a large influence on all factors."""
+    rng = th.Generator().manual_seed(0)
+    inputs = th.randn(500, 2, generator=rng)
+    outlier = -100.0 * (th.rand(500, 1, generator=rng) < 0.02)
+    targets = th.cat([inputs[:, :1], outlier, inputs[:, 1:] + outlier], dim=1)
+    solved = LeastSquares(2, 3)
+    solved.solve(inputs, targets)
+    assert solved.factors[:, 0].tolist() == pytest.approx([0, 1, 0], abs=1e-5)
+    assert not solved.factors[:, 1:].any()
+
+
+def test_rewards_of_ends_are_those_of_most_of_them():
+    missed, before_end = th.tensor([[1.0], [2.0], [9.0], [4.0], [5.0]]), th.tensor([[0.0], [7.0], [8.0], [0.0], [90.0]])
+    column = lambda *values: th.tensor(values).reshape(-1, 1)  # noqa: E731
+    is_end, is_claimed = column(False, True, True, False, True), column(True, True, True, True, False)
+    rewards = EndRewards()
+    rewards.solve(missed, before_end, is_end, is_claimed, is_inside=column(True, False, False, False, False))
+    assert (rewards.found.item(), rewards.invented.item(), rewards.jump.item()) == (2, 1, 8)
+    rewards.solve(missed, before_end, ~is_end | is_end, ~is_end & is_end, ~is_end & is_end)
+    assert (rewards.found.item(), rewards.invented.item(), rewards.jump.item()) == (0, 0, 7)

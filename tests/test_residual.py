@@ -101,12 +101,21 @@ def noisy(n_rows, n_states, seed=0):
     states, noise = (th.randn(n_rows, n_states, generator=rng) for _ in range(2))
     actions = 2 * th.rand(n_rows, n_states, generator=rng) - 1
     rewards = Known().reward(states, actions, states) + 0.1 * th.randn(n_rows, 1, generator=rng)
-    return Transitions(states, actions, rewards, states + 0.1 * actions + 0.1 * noise)
+    next_states = states + 0.1 * actions + 0.1 * noise
+    return Transitions(states, actions, rewards, next_states, th.zeros_like(rewards))
 
 
 def test_nothing_is_solved_for_from_too_few_data():
     """As many factors as rows reproduce any noise."""
-    model = ResidualModel(Known(), 20, 20)
+
+    class Biased(Known):
+        def transition(self, states, actions):
+            return super().transition(states, actions) + 1.0
+
+        def reward(self, states, actions, next_states):
+            return super().reward(states, actions, next_states) + 1.0
+
+    model = ResidualModel(Biased(), 20, 20)
     # 41 factors of the linear part, 121 of the quadratic one
     for n_rows, solves_linear, solves_quadratic in ((100, False, False), (300, True, False), (700, True, True)):
         data = noisy(n_rows, 20)
@@ -116,6 +125,7 @@ def test_nothing_is_solved_for_from_too_few_data():
         assert bool(model.quadratic_reward.quadratic.factors.any()) == solves_quadratic
         assert not model.needs_rescaling(data)
     few = noisy(130, 20)
+    model = ResidualModel(Known(), 20, 20)
     model.rescale(few)
     new = noisy(500, 20, seed=1)
     error = (model.reward(new.observations, new.actions, new.next_observations) - new.rewards).square().mean().sqrt()
@@ -151,10 +161,10 @@ def test_a_penalty_where_an_episode_terminates_is_solved_for_separately():
     ends = Ends().terminal(next_states)
     assert 0.005 < ends.float().mean() < 0.05
     rewards = Known().reward(data.observations, data.actions, next_states) - 100.0 * ends
-    data = Transitions(data.observations, data.actions, rewards, next_states)
+    data = Transitions(data.observations, data.actions, rewards, next_states, ends.float())
     model = ResidualModel(Ends(), 2, 2)
     model.rescale(data)
-    assert model.quadratic_reward.terminal_reward.item() == pytest.approx(-100.0, abs=0.01)
+    assert model.end_rewards.found.item() == pytest.approx(-100.0, abs=0.01)
     states = data.observations.clone().requires_grad_()
     _, predicted = model.step(states, data.actions)
     th.testing.assert_close(predicted, rewards, rtol=0, atol=0.01)

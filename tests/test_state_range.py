@@ -13,7 +13,7 @@ EVERYTHING = th.ones(2, dtype=th.bool)
 
 
 def transitions(states, next_states):
-    return Transitions(states, th.zeros_like(states), states[:, :1], next_states)
+    return Transitions(states, th.zeros_like(states), states[:, :1], next_states, th.zeros_like(states[:, :1]))
 
 
 def test_without_data_there_is_no_range():
@@ -96,7 +96,8 @@ def test_periodic_states_pass_the_border_of_the_range():
     prior = Turntable()
     after = prior.transition(angles, actions)
     model = ResidualModel(prior, 1, 1)
-    model.rescale(Transitions(angles, actions, angles.cos(), after - 2 * math.pi * th.round(after / (2 * math.pi))))
+    wrapped = after - 2 * math.pi * th.round(after / (2 * math.pi))
+    model.rescale(Transitions(angles, actions, angles.cos(), wrapped, th.zeros_like(angles)))
     states, expected = th.zeros(4, 1), th.zeros(4, 1)
     for _ in range(40):
         states, expected = model.transition(states, th.zeros(4, 1)), prior.transition(expected, th.zeros(4, 1))

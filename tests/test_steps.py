@@ -59,7 +59,7 @@ def test_steps_of_a_rollout_are_those_of_a_loop(steps, model_class):
         expected = th.where(is_alive, next_states, start)
     th.testing.assert_close((states, network_inputs, actions), (expected, expected, expected @ k.T))
     th.testing.assert_close(rewards, total)
-    assert th.equal(alive, is_alive) and alive.any() and alive.all() == (model_class is LinearModel)
+    assert th.equal(alive, is_alive.float()) and alive.any() and bool(alive.all()) == (model_class is LinearModel)
     assert th.isfinite(gradient).all() and (gradient != 0).all()
 
 

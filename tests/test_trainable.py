@@ -121,8 +121,8 @@ def test_scales_follow_the_units_of_the_data(make):
     errors = []
     for factor in (1.0, 1000.0):
         data, held_out = (
-            Transitions(factor * observations, actions, factor * rewards, factor * next_observations)
-            for observations, actions, rewards, next_observations in (truth(500), truth(200, seed=1))
+            Transitions(factor * observations, actions, factor * rewards, factor * next_observations, 0 * rewards)
+            for observations, actions, rewards, next_observations, _ in (truth(500), truth(200, seed=1))
         )
         model = make()
         model.rescale(data)

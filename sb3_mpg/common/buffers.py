@@ -98,6 +98,8 @@ class RecordedSteps:
             steps.actions,
             steps.rewards.index_copy(0, index, virtual.rewards.float()),
             steps.next_observations.index_copy(0, index, self.flat.flatten(virtual.next_observations)),
+            # Whether the episode would have ended with another goal was not recorded
+            steps.terminated.index_fill(0, index, float("nan")),
         )
 
     def _gather(self, positions: np.ndarray, envs: np.ndarray) -> Transitions:
@@ -112,6 +114,7 @@ class RecordedSteps:
             self.unscale_actions(to_tensor(buffer.actions[positions, envs], self.device)),
             to_tensor(buffer.rewards[positions, envs], self.device).reshape(-1, 1),
             to_tensor(next_observations, self.device),
+            to_tensor(self._terminated(positions, envs), self.device).reshape(-1, 1),
         )
 
     def sample(self, n_samples: int, held_out: bool = False) -> Transitions | None:
@@ -147,7 +150,13 @@ class RecordedSteps:
         positions, envs = positions[usable], envs[usable]
         return self._relabelled(self._gather(positions, envs), positions, envs) if len(positions) > 0 else None
 
-    def _has_terminated(self, positions: np.ndarray | slice) -> np.ndarray:
+    def _terminated(self, positions: np.ndarray, envs: np.ndarray) -> np.ndarray:
+        """Flags of :class:`Transitions`: NaN where terminations cannot be distinguished from time limits."""
+        buffer = self.replay_buffer
+        is_known = (buffer.dones[positions, envs] == 0) | buffer.handle_timeout_termination
+        return np.where(is_known, self._has_terminated(positions, envs), np.nan)
+
+    def _has_terminated(self, *positions: Any) -> np.ndarray:
         # Time limits and early resets end an episode without terminating it. A buffer that does not handle timeouts cannot
         # distinguish them from terminations
         buffer = self.replay_buffer
@@ -159,11 +168,50 @@ class RecordedSteps:
         """
         return float(self._has_terminated(slice(self.replay_buffer.size())).mean())
 
-    def observed_last(self, n_samples: int, terminated: bool) -> th.Tensor | None:
+    def n_ends(self) -> int:
+        """
+        :return: number of training steps that are known to have terminated
+        """
+        return len(self._places_of_ends()[0])
+
+    def _places_of_ends(self) -> tuple[np.ndarray, np.ndarray]:
+        positions, envs = np.nonzero(self._has_terminated(slice(self.replay_buffer.size())))
+        usable = self._is_usable(positions, envs, held_out=False)
+        return positions[usable], envs[usable]
+
+    def sample_ends(self, n_samples: int) -> Transitions | None:
+        """
+        :param n_samples: number of steps, drawn with replacement
+        :return: training steps that are known to have terminated, ``None`` if there are none
+        """
+        positions, envs = self._places_of_ends()
+        if len(positions) == 0:
+            return None
+        chosen = np.random.randint(0, len(positions), size=n_samples)
+        return self._gather(positions[chosen], envs[chosen])
+
+    def lengths_of_terminated(self) -> np.ndarray:
+        """
+        :return: numbers of steps of the recorded episodes that are known to have terminated
+        """
+        buffer = self.replay_buffer
+        rows = np.arange(buffer.size()) if not buffer.full else (buffer.pos + np.arange(buffer.size())) % buffer.size()
+        dones, terminated = buffer.dones[rows] > 0, self._has_terminated(rows)
+        lengths = []
+        for env in range(buffer.n_envs):
+            ends = np.flatnonzero(dones[:, env])
+            # The beginning of the first episode may have been overwritten
+            firsts = ends[:-1] if buffer.full else np.concatenate([[-1], ends[:-1]])
+            ends = ends[len(ends) - len(firsts) :]
+            lengths.append((ends - firsts)[terminated[ends, env]])
+        return np.concatenate(lengths).astype(np.int64)
+
+    def observed_last(self, n_samples: int, terminated: bool, held_out: bool = False) -> Transitions | None:
         """
         :param n_samples: largest number of steps
         :param terminated: whether to take steps that are known to have terminated, or steps that are known not to have
-        :return: next observations of these steps, newest first, ``(n, O)``; ``None`` if there are none
+        :param held_out: whether to take held-out steps only
+        :return: these steps, newest first; ``None`` if there are none
         """
         buffer = self.replay_buffer
         # Find rows, newest first
@@ -175,10 +223,12 @@ class RecordedSteps:
             # Unlike terminations, other steps are frequent: the newest rows contain enough of them
             rows = (buffer.pos - 1 - np.arange(min(self._n_intact_rows(), 2 * n_samples))) % buffer.buffer_size
             is_wanted = (buffer.dones[rows] == 0) | (buffer.timeouts[rows] > 0)
+        if held_out:
+            is_wanted = is_wanted & self._is_usable(*np.meshgrid(rows, np.arange(buffer.n_envs), indexing="ij"), held_out=True)
         places, envs = np.nonzero(is_wanted)
         if len(places) == 0:
             return None
-        return self._gather(rows[places[:n_samples]], envs[:n_samples]).next_observations
+        return self._gather(rows[places[:n_samples]], envs[:n_samples])
 
     def _n_intact_rows(self) -> int:
         # With optimize_memory_usage, the newest observation has overwritten the oldest step

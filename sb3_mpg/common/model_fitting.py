@@ -4,7 +4,10 @@ import warnings
 from typing import Any
 
 from sb3_mpg.common.buffers import RecordedSteps
-from sb3_mpg.common.models.trainable import CorrectedModel, TrainableModel
+from sb3_mpg.common.models.judged_ends import misjudged_ends
+from sb3_mpg.common.models.learned_ends import MIN_ENDS, N_FITS
+from sb3_mpg.common.models.terminations import looks_like_time_limit
+from sb3_mpg.common.models.trainable import CorrectedModel, TrainableModel, evaluated
 from sb3_mpg.common.models.windows import Transitions
 from sb3_mpg.common.saved_object import SavedObject
 
@@ -43,6 +46,7 @@ class ModelFitting:
         self.n_prepared_for = 0
         # Since the last update of the policy
         self._has_just_converged = False
+        self._has_warned_of_limit = False
 
     @property
     def is_prepared(self) -> bool:
@@ -84,9 +88,46 @@ class ModelFitting:
             self.model.rescale(latest)
             self._fit_until_converged(recorded)
             self._has_just_converged = True
+        if isinstance(self.model, CorrectedModel) and recorded.termination_rate() > 0:
+            self._learn_ends(self.model, recorded)
+            self.model.solve_end_rewards(latest)
         windows = recorded.windows(self.n_rollout_steps, horizon)
         if windows is not None:
             self.model.tune_on_rollouts(windows)
+
+    def _learn_ends(self, model: CorrectedModel, recorded: RecordedSteps) -> None:
+        """
+        Learn where episodes terminate, if enough terminations are recorded. What is learned is used if it is as right as the
+        terminations of the prior model.
+
+        :param model: the model
+        :param recorded: the recorded steps
+        """
+        limit = looks_like_time_limit(recorded.lengths_of_terminated())
+        if limit is not None and not self._has_warned_of_limit:
+            self._has_warned_of_limit = True
+            warnings.warn(
+                f"Episodes terminate after {limit} steps, whatever the state: this looks like a time limit, for which the "
+                "environment must return truncated=True instead of terminated=True. Otherwise the critics learn that nothing "
+                "follows. These terminations are not expected of the model."
+            )
+        if limit is not None or recorded.n_ends() < MIN_ENDS:
+            model.use_learned_ends(False)
+            return
+        for _ in range(N_FITS):
+            self._fit_ends(model, recorded)
+        judged = [recorded.observed_last(self.n_rollout_steps, terminated) for terminated in (True, False)]
+        with evaluated(model):
+            model.use_learned_ends(False)
+            own = misjudged_ends(model, *judged)
+            model.use_learned_ends(True)
+            model.use_learned_ends(misjudged_ends(model, *judged).is_as_good_as(own))
+
+    def _fit_ends(self, model: CorrectedModel, recorded: RecordedSteps) -> None:
+        steps = recorded.sample(self.batch_size * model.n_members)
+        ends = recorded.sample_ends(self.batch_size // 4 * model.n_members)
+        if steps is not None and ends is not None:
+            model.fit_ends(steps, ends, recorded.termination_rate())
 
     def fit(self, n_updates: int, recorded: RecordedSteps) -> float | None:
         """
@@ -101,11 +142,22 @@ class ModelFitting:
         def fit_until_converged() -> float | None:
             return None if has_just_converged else self._fit_until_converged(recorded)
 
-        return self.model.fitting_schedule.fit(n_updates, lambda: self._fit_once(recorded), fit_until_converged)
+        loss = self.model.fitting_schedule.fit(n_updates, lambda: self._fit_once(recorded), fit_until_converged)
+        if isinstance(self.model, CorrectedModel):
+            if self.model.learns_ends:
+                self._fit_ends(self.model, recorded)
+            if n_updates % self.check_every == 0:
+                self._choose_outputs(self.model, recorded)
+        return loss
 
     def _fit_once(self, recorded: RecordedSteps) -> float | None:
         batch = recorded.sample(self.batch_size * self.model.n_members)
         return None if batch is None else self.model.fit(batch)
+
+    def _choose_outputs(self, model: CorrectedModel, recorded: RecordedSteps) -> None:
+        held_out = self.held_out_steps(recorded)
+        if held_out is not None:
+            model.choose_outputs(held_out)
 
     def _fit_until_converged(self, recorded: RecordedSteps) -> float | None:
         best_error, best_step, loss = float("inf"), 0, None

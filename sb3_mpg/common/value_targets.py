@@ -210,8 +210,8 @@ class SimulatorTarget(ValueTarget):
 
     def _roll_out(self, replay_data: ReplayBufferSamples, context: RolloutContext) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         """
-        :return: sums of discounted rewards, ``(B, 1)``; last normalised observations, ``(B, O)``; whether the row has
-            not terminated, bool ``(B, 1)``
+        :return: sums of discounted rewards, ``(B, 1)``; last normalised observations, ``(B, O)``; probability that the row
+            has not terminated, ``(B, 1)``
         """
         rollout = start_rollout(replay_data.observations, context, replay_data.actions)
         rollout, returns = context.steps.advance(rollout, self.n_steps, parameters_of_modules(context.actor), context)

@@ -199,14 +199,19 @@ def compile_loop(step: Callable[..., Any], device: th.device, backend: str) -> C
     return CompiledLoop(rewritten(step, device), compile_graph)
 
 
-def like_a_middle(rollout: RolloutState) -> RolloutState:
+def like_a_middle(rollout: RolloutState, model: PriorModel) -> RolloutState:
     """
     :param rollout: state of a rollout
-    :return: the same, where states and network inputs require a gradient. They do so in the middle of a rollout; without this,
-        its first step would be compiled separately
+    :param model: the model
+    :return: the same, where states and network inputs require a gradient, and so does the survival if the model may terminate.
+        They do so in the middle of a rollout; without this, its first step would be compiled separately
     """
-    states, network_inputs = (tensor if tensor.requires_grad else tensor.detach().requires_grad_() for tensor in rollout[:2])
-    return rollout._replace(states=states, network_inputs=network_inputs)
+
+    def with_gradient(tensor: th.Tensor) -> th.Tensor:
+        return tensor if tensor.requires_grad else tensor.detach().requires_grad_()
+
+    rollout = rollout._replace(states=with_gradient(rollout.states), network_inputs=with_gradient(rollout.network_inputs))
+    return rollout._replace(alive=with_gradient(rollout.alive)) if model.may_terminate else rollout
 
 
 def even_rows(tensors: Iterable[th.Tensor], model: PriorModel) -> list[th.Tensor]:
@@ -334,7 +339,7 @@ class StepCompiler(Steps):
             self._steps[has_gradient] = compile_loop(step, rollout.states.device, self.backend)
         rollout = RolloutState(*even_rows(rollout, model))
         if has_gradient:
-            rollout = like_a_middle(rollout)
+            rollout = like_a_middle(rollout, model)
         loop = self._steps[has_gradient]
         rollout, rewards = loop(rollout, n_steps, context.actor, actor_parameters, model, units)
         total = (discounts_of(context.gamma, n_steps, rewards.device) * rewards).sum(dim=0)

@@ -73,6 +73,16 @@ class PriorModel(th.nn.Module):
         """
         return th.zeros(states.shape[0], 1, dtype=th.bool, device=states.device)
 
+    def termination_probability(self, states: th.Tensor) -> th.Tensor:
+        """
+        The probability that an episode terminates in a state, which rollouts use. By default it follows from
+        :meth:`terminal` and is 0 or 1, with a derivative of zero. Override it for probabilities that are known to be smooth.
+
+        :param states: states, ``(B, S)``
+        :return: probabilities, ``(B, 1)``
+        """
+        return self.terminal(states).to(states.dtype)
+
     @property
     def may_terminate(self) -> bool:
         """

@@ -29,6 +29,9 @@ class InDoublePrecision(PriorModel):
     def terminal(self, states: th.Tensor) -> th.Tensor:
         return self.model.terminal(states)
 
+    def termination_probability(self, states: th.Tensor) -> th.Tensor:
+        return self.model.termination_probability(states).float()
+
     @property
     def may_terminate(self) -> bool:
         return self.model.may_terminate

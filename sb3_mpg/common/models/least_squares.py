@@ -7,6 +7,8 @@ from torch import nn
 MIN_ROWS_PER_FACTOR = 5
 # Ridge regularisation, relative to the squares of each regressor: makes linearly dependent regressors solvable
 RIDGE = 1e-8
+# Number of parts of the data, each of which is predicted from the others
+N_FOLDS = 5
 
 
 class LeastSquares(nn.Module):
@@ -40,34 +42,51 @@ class LeastSquares(nn.Module):
 
     def solve(self, inputs: th.Tensor, targets: th.Tensor) -> None:
         """
-        Solve for the factors. They become zero if there are not enough rows.
+        Solve for the factors. They become zero if there are not enough rows. So do those of each output that they would
+        predict worse than zeros: a few extreme targets have a large influence on all factors.
 
-        :param inputs: finite, ``(B, n_inputs)``
+        :param inputs: finite, ``(B, n_inputs)``, neighbouring rows may be similar
         :param targets: finite, ``(B, n_outputs)``
         """
+        self.factors.zero_()
         if not self.can_be_solved(len(inputs)):
-            self.factors.zero_()
             return
         regressors = th.cat([th.ones_like(inputs[:, :1]), inputs], dim=1).double()
-        gram = regressors.T @ regressors
-        gram.diagonal().mul_(1 + RIDGE).add_(1e-12)
-        self.factors.copy_(th.linalg.solve(gram, regressors.T @ targets.double()).to(inputs.dtype))
+        targets = targets.double()
+        parts = [*zip(regressors.chunk(N_FOLDS), targets.chunk(N_FOLDS), strict=True)]
+        grams = [part.T @ part for part, _ in parts]
+        moments = [part.T @ wanted for part, wanted in parts]
+        gram, moment = th.stack(grams).sum(dim=0), th.stack(moments).sum(dim=0)
+        errors, errors_of_zero = th.zeros_like(targets[0]), th.zeros_like(targets[0])
+        for (part, wanted), own_gram, own_moment in zip(parts, grams, moments, strict=True):
+            # Absolute errors, because squares would say how well the most extreme targets are predicted
+            errors += (wanted - part @ _solution(gram - own_gram, moment - own_moment)).abs().sum(dim=0)
+            errors_of_zero += wanted.abs().sum(dim=0)
+        factors = _solution(gram, moment)
+        self.factors.copy_(th.where(errors < errors_of_zero, factors, 0.0).to(inputs.dtype))
+
+
+def _solution(gram: th.Tensor, moment: th.Tensor) -> th.Tensor:
+    """
+    :param gram: products of the regressors with each other, ``(n, n)``
+    :param moment: products of the regressors with the targets, ``(n, n_outputs)``
+    :return: factors of the regressors, ``(n, n_outputs)``
+    """
+    gram = gram.clone()
+    gram.diagonal().mul_(1 + RIDGE).add_(1e-12)
+    return th.linalg.solve(gram, moment)
 
 
 class QuadraticReward(nn.Module):
     """
-    A reward that is a weighted sum of some values and of their squares, with a bonus or penalty where an episode terminates.
-    Both are solved for; the second is the mean of what the first leaves over in terminal states.
+    A reward that is a weighted sum of some values and of their squares, solved for by least squares.
 
     :param n_values: number of values
     """
 
-    terminal_reward: th.Tensor
-
     def __init__(self, n_values: int):
         super().__init__()
         self.quadratic = LeastSquares(2 * n_values, 1)
-        self.register_buffer("terminal_reward", th.zeros(1))
 
     @staticmethod
     def _with_squares(values: th.Tensor) -> th.Tensor:
@@ -77,24 +96,52 @@ class QuadraticReward(nn.Module):
         """
         return th.cat([values, values.square()], dim=1)
 
-    def forward(self, values: th.Tensor, is_terminal: th.Tensor | None) -> th.Tensor:
+    def forward(self, values: th.Tensor) -> th.Tensor:
         """
         :param values: ``(B, n_values)``
-        :param is_terminal: whether an episode terminates there, bool ``(B, 1)``; ``None`` if it never does
         :return: rewards, ``(B, 1)``
         """
-        rewards = self.quadratic(self._with_squares(values))
-        return rewards if is_terminal is None else rewards + th.where(is_terminal, self.terminal_reward, 0.0)
+        return self.quadratic(self._with_squares(values))
 
-    def solve(self, values: th.Tensor, rewards: th.Tensor, is_terminal: th.Tensor | None) -> None:
+    def solve(self, values: th.Tensor, rewards: th.Tensor) -> None:
         """
         :param values: finite, ``(B, n_values)``
         :param rewards: finite, ``(B, 1)``
-        :param is_terminal: as in :meth:`forward`
         """
-        regressors = self._with_squares(values)
-        ends = th.zeros_like(rewards[:, 0], dtype=th.bool) if is_terminal is None else is_terminal.squeeze(1)
-        self.quadratic.solve(regressors[~ends], rewards[~ends])
-        self.terminal_reward.zero_()
-        if ends.any():
-            self.terminal_reward.copy_((rewards[ends] - self.quadratic(regressors[ends])).mean(dim=0))
+        self.quadratic.solve(self._with_squares(values), rewards)
+
+
+class EndRewards(nn.Module):
+    """
+    Bonus or penalty where an episode ends, solved for. The model's own rewards may know it, but pay it in the wrong states,
+    and jump there.
+    """
+
+    found: th.Tensor
+    invented: th.Tensor
+    jump: th.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        # What the model's rewards lack where it claims an end: where there is one, and where there is none
+        self.register_buffer("found", th.zeros(()))
+        self.register_buffer("invented", th.zeros(()))
+        # By how much rewards change where an episode ends
+        self.register_buffer("jump", th.zeros(()))
+
+    def solve(
+        self, missed: th.Tensor, missed_before_end: th.Tensor, is_end: th.Tensor, is_claimed: th.Tensor, is_inside: th.Tensor
+    ) -> None:
+        """
+        :param missed: what the model's rewards lack, finite, ``(B, 1)``
+        :param missed_before_end: the same of rewards that pay nothing for an end, finite, ``(B, 1)``
+        :param is_end: whether an episode ended, bool ``(B, 1)``
+        :param is_claimed: whether the model claims that, bool ``(B, 1)``
+        :param is_inside: whether the model claims that even of the state before, bool ``(B, 1)``
+        """
+        for value, rewards, is_case in (
+            (self.found, missed, is_end & is_claimed),
+            (self.invented, missed, ~is_end & is_inside),
+            (self.jump, missed_before_end, is_end),
+        ):
+            value.copy_(rewards[is_case].median() if is_case.any() else th.zeros_like(value))

@@ -14,7 +14,8 @@ from sb3_mpg.common.models.base import PriorModel
 from sb3_mpg.common.models.ensemble import NetworkEnsemble, is_architecture, values_of_rows
 from sb3_mpg.common.models.fingerprint import Fingerprint
 from sb3_mpg.common.models.hidden_states import HiddenStates, clipped_rollout_error
-from sb3_mpg.common.models.least_squares import LeastSquares, QuadraticReward
+from sb3_mpg.common.models.learned_ends import LearnedEnds, blurred
+from sb3_mpg.common.models.least_squares import EndRewards, LeastSquares, QuadraticReward
 from sb3_mpg.common.models.scaling import Standardizer
 from sb3_mpg.common.models.state_range import StateRange
 from sb3_mpg.common.models.trainable import CorrectedModel, StateDescription, copy_to_cpu
@@ -54,6 +55,7 @@ class ResidualModel(CorrectedModel):
     """
 
     target_scale: th.Tensor
+    output_scale: th.Tensor
     n_rows: th.Tensor
     gains: th.Tensor
 
@@ -81,11 +83,15 @@ class ResidualModel(CorrectedModel):
         self.networks = NetworkEnsemble(n_members, n_inputs, n_states + 1, net_arch, learning_rate)
         self.linear = LeastSquares(n_inputs, n_states)
         self.quadratic_reward = QuadraticReward(n_inputs + n_states)
+        self.end_rewards = EndRewards()
+        self.ends = LearnedEnds(n_states, n_members, learning_rate)
         self.range = StateRange(n_states)
         self.hidden = HiddenStates(n_states)
         self.fingerprint = Fingerprint(n_states, n_actions)
         for name, buffer in {
             "target_scale": th.ones(n_states + 1),
+            # The same, and 0 for outputs of the networks that are not used
+            "output_scale": th.ones(n_states + 1),
             # Number of transitions that scales and least squares are from
             "n_rows": th.zeros((), dtype=th.int64),
             # Factor of each member's correction: 0 is the prior model as it is
@@ -95,6 +101,36 @@ class ResidualModel(CorrectedModel):
 
     def refresh(self) -> None:
         self.hidden.refresh()
+        self.ends.refresh()
+
+    @property
+    def may_terminate(self) -> bool:
+        return self.prior.may_terminate or self.ends.is_used
+
+    def termination_probability(self, states: th.Tensor) -> th.Tensor:
+        known = self.prior.termination_probability(states)
+        if not self.ends.is_used:
+            return known
+        gains = values_of_rows(self.gains, states.shape[0], self.members)
+        return th.where(gains > 0, self._learned_ends(states), known)
+
+    def terminal(self, states: th.Tensor) -> th.Tensor:
+        return self.termination_probability(states) > 0.5 if self.ends.is_used else self.prior.terminal(states)
+
+    def _scaled_states(self, states: th.Tensor) -> th.Tensor:
+        """
+        :param states: ``(B, S)``
+        :return: the states within the range of the data, standardised by their statistics, ``(B, S)``
+        """
+        mean, std = self.standardizer.mean[: self.n_states], self.standardizer.std[: self.n_states]
+        return (self.range.clip(self.prior, states) - mean) / std
+
+    def _learned_ends(self, states: th.Tensor) -> th.Tensor:
+        """
+        :param states: ``(B, S)``
+        :return: learned probabilities that an episode terminates there, ``(B, 1)``
+        """
+        return self.ends(self._scaled_states(states), self.members)
 
     def use_correction(self, is_used: bool) -> None:
         super().use_correction(is_used)
@@ -130,23 +166,32 @@ class ResidualModel(CorrectedModel):
         """
         return self.standardizer(th.cat([states, actions], dim=1))
 
-    def _reward_inputs(self, scaled: th.Tensor, next_states: th.Tensor) -> tuple[th.Tensor, th.Tensor | None]:
-        """
-        :param scaled: of :meth:`_scaled`, ``(B, S + A)``
-        :param next_states: ``(B, S)``
-        :return: inputs of ``QuadraticReward``: scaled states, actions and next states, ``(B, S + A + S)``; and whether the
-            next states are terminal, bool ``(B, 1)``
-        """
-        mean, std = self.standardizer.mean[: self.n_states], self.standardizer.std[: self.n_states]
-        next_scaled = (self.range.clip(self.prior, next_states) - mean) / std
-        return th.cat([scaled, next_scaled], dim=1), self.terminal(next_states) if self.may_terminate else None
-
     def _network_outputs(self, scaled: th.Tensor) -> th.Tensor:
         """
         :param scaled: of :meth:`_scaled`, ``(B, S + A)``
         :return: the networks' corrections of next states and rewards, in the units of the environment, ``(B, S + 1)``
         """
-        return self.networks(scaled, self.members) * self.target_scale
+        return self.networks(scaled, self.members) * self.output_scale
+
+    def _reward_before_end(
+        self, states: th.Tensor, actions: th.Tensor, next_states: th.Tensor, is_claimed: th.Tensor
+    ) -> th.Tensor:
+        """
+        :param states: ``(B, S)``
+        :param actions: ``(B, A)``
+        :param next_states: ``(B, S)``
+        :param is_claimed: whether the prior model claims that the next states are terminal, bool ``(B, 1)``
+        :return: rewards of the prior model without what it pays for the end of an episode, ``(B, 1)``
+        """
+        return self.prior.reward(states, actions, th.where(is_claimed, states, next_states))
+
+    def _quadratic(self, scaled: th.Tensor, next_states: th.Tensor) -> th.Tensor:
+        """
+        :param scaled: of :meth:`_scaled`, ``(B, S + A)``
+        :param next_states: ``(B, S)``
+        :return: the quadratic part of the reward's correction, ``(B, 1)``
+        """
+        return self.quadratic_reward(th.cat([scaled, self._scaled_states(next_states)], dim=1))
 
     def _corrected_reward(
         self, states: th.Tensor, actions: th.Tensor, next_states: th.Tensor, scaled: th.Tensor, learned: th.Tensor
@@ -159,9 +204,21 @@ class ResidualModel(CorrectedModel):
         :param learned: of :meth:`_network_outputs`, ``(B, S + 1)``
         :return: ``(B, 1)``
         """
-        correction = learned[:, self.n_states :] + self.quadratic_reward(*self._reward_inputs(scaled, next_states))
+        correction = learned[:, self.n_states :] + self._quadratic(scaled, next_states)
         gains = values_of_rows(self.gains, states.shape[0], self.members)
-        return self.prior.reward(states, actions, next_states) + gains * correction
+        rewards = self.prior.reward(states, actions, next_states)
+        if self.may_terminate:
+            is_claimed = self.prior.terminal(next_states)
+            if self.ends.is_used:
+                # Replace the jump in the rewards of the prior model by a smooth one
+                before_end = self._reward_before_end(states, actions, next_states, is_claimed)
+                rewards = th.where(gains > 0, before_end, rewards)
+                is_inside = is_claimed & self.prior.terminal(states)
+                correction = correction + th.where(is_inside, self.end_rewards.invented, 0.0)
+                correction = correction + self._learned_ends(next_states) * self.end_rewards.jump
+            else:
+                correction = correction + th.where(is_claimed, self.end_rewards.found, 0.0)
+        return rewards + gains * correction
 
     def step(self, states: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         scaled = self._scaled(states, actions)
@@ -197,15 +254,27 @@ class ResidualModel(CorrectedModel):
         missed_reward = transitions.rewards - self.prior.reward(states, transitions.actions, next_states)
         return self._scaled(states, transitions.actions), next_states, th.cat([missed, missed_reward], dim=1)
 
-    def _missed_by_least_squares(self, scaled: th.Tensor, next_states: th.Tensor, missed: th.Tensor) -> th.Tensor:
+    def _ends_of(self, transitions: Transitions, next_states: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """
-        :param scaled: of :meth:`_missed_by_prior`, ``(B, S + A)``
-        :param next_states: of :meth:`_missed_by_prior`, ``(B, S)``
-        :param missed: of :meth:`_missed_by_prior`, ``(B, S + 1)``
-        :return: residuals of least squares, ``(B, S + 1)``
+        :param transitions: recorded transitions
+        :param next_states: their next states, ``(B, S)``
+        :return: whether the episode terminated, and whether the prior model claims that, bool ``(B, 1)`` each; a model is
+            believed where it is unknown
         """
-        solved = [self.linear(scaled), self.quadratic_reward(*self._reward_inputs(scaled, next_states))]
-        return missed - th.cat(solved, dim=1)
+        is_claimed = self.prior.terminal(next_states)
+        return th.where(th.isnan(transitions.terminated), is_claimed, transitions.terminated > 0), is_claimed
+
+    def _missed_by_least_squares(self, transitions: Transitions) -> tuple[th.Tensor, th.Tensor]:
+        """
+        :param transitions: recorded transitions
+        :return: scaled states and actions, ``(B, S + A)``; and residuals of least squares, ``(B, S + 1)``. That of the reward
+            is 0 at the end of an episode, recorded or claimed, where rewards jump.
+        """
+        scaled, next_states, missed = self._missed_by_prior(transitions)
+        is_end, is_claimed = self._ends_of(transitions, next_states)
+        missed = missed - th.cat([self.linear(scaled), self._quadratic(scaled, next_states)], dim=1)
+        ordinary = th.where(is_end | is_claimed, 0.0, missed[:, self.n_states :])
+        return scaled, th.cat([missed[:, : self.n_states], ordinary], dim=1)
 
     @th.no_grad()
     def _inputs_and_targets(self, transitions: Transitions) -> tuple[th.Tensor, th.Tensor]:
@@ -213,15 +282,15 @@ class ResidualModel(CorrectedModel):
         :param transitions: recorded transitions
         :return: inputs of the networks, ``(B, S + A)``, and their scaled targets, ``(B, S + 1)``
         """
-        scaled, next_states, missed = self._missed_by_prior(transitions)
-        return scaled, self._missed_by_least_squares(scaled, next_states, missed) / self.target_scale
+        scaled, missed = self._missed_by_least_squares(transitions)
+        return scaled, missed / self.target_scale
 
     @th.no_grad()
     def rescale(self, transitions: Transitions) -> None:
         # A single value that is not finite would make the scales useless for good
-        is_finite = th.stack([th.isfinite(tensor.flatten(1)).all(dim=1) for tensor in transitions]).all(dim=0)
+        is_finite = th.stack([th.isfinite(tensor).all(dim=1) for tensor in transitions[:4]]).all(dim=0)
         if is_finite.any():
-            transitions = Transitions(*(tensor[is_finite] for tensor in transitions))
+            transitions = transitions.select(is_finite)
         states = self.prior.state_from_observation(transitions.observations)
         self.fingerprint.take(self.prior, states, transitions.actions)
         self.hidden.find(self.prior, states, transitions.actions)
@@ -233,18 +302,43 @@ class ResidualModel(CorrectedModel):
         scaled, next_states, missed = self._missed_by_prior(transitions)
         # The prior model may overflow in some states
         finite = th.isfinite(missed).all(dim=1)
+        transitions = transitions.select(finite)
         scaled, next_states, missed, states = (tensor[finite] for tensor in (scaled, next_states, missed, states))
         self.n_rows.fill_(len(missed))
         self.linear.solve(scaled, missed[:, : self.n_states])
-        values, is_terminal = self._reward_inputs(scaled, next_states)
-        self.quadratic_reward.solve(values, missed[:, self.n_states :], is_terminal)
+        # Rewards jump where an episode ends; as extreme targets of least squares they would spoil all others
+        is_ordinary = ~th.cat(self._ends_of(transitions, next_states), dim=1).any(dim=1)
+        values = th.cat([scaled, self._scaled_states(next_states)], dim=1)
+        self.quadratic_reward.solve(values[is_ordinary], missed[is_ordinary, self.n_states :])
         if len(missed) > 0:
-            targets = self._missed_by_least_squares(scaled, next_states, missed)
-            changes = th.cat([self.state_difference(next_states, states), transitions.rewards[finite]], dim=1)
+            _, targets = self._missed_by_least_squares(transitions)
+            changes = th.cat([self.state_difference(next_states, states), transitions.rewards], dim=1)
             smallest = SMALLEST_TARGET_SCALE * changes.square().mean(dim=0).sqrt() + 1e-8
             self.target_scale.copy_(th.maximum(targets.square().mean(dim=0).sqrt(), smallest))
+        self.output_scale.copy_(self.target_scale)
         # The targets of the networks have other units and other least squares now
         self.networks.reset_outputs()
+        self.ends.reset()
+        self.solve_end_rewards(transitions)
+
+    @th.no_grad()
+    def solve_end_rewards(self, transitions: Transitions) -> None:
+        states = self.prior.state_from_observation(transitions.observations)
+        scaled, next_states, missed = self._missed_by_prior(transitions)
+        is_end, is_claimed = self._ends_of(transitions, next_states)
+        missed_reward = missed[:, self.n_states :]
+        before_end = self._reward_before_end(states, transitions.actions, next_states, is_claimed)
+        with self.using_members("mean"):
+            correction = self._network_outputs(scaled)[:, self.n_states :] + self._quadratic(scaled, next_states)
+        finite = th.isfinite(missed_reward) & th.isfinite(before_end)
+        is_inside = is_claimed & self.prior.terminal(states)
+        self.end_rewards.solve(
+            missed_reward - correction,
+            transitions.rewards - before_end - correction,
+            is_end & finite,
+            is_claimed & finite,
+            is_inside & finite,
+        )
 
     @th.no_grad()
     def needs_rescaling(self, transitions: Transitions) -> bool:
@@ -256,6 +350,44 @@ class ResidualModel(CorrectedModel):
             for solved in (self.linear, self.quadratic_reward.quadratic)
         )
         return could_solve_more or (n_now > 0 and bool((targets.square().mean(dim=0).sqrt() > LARGEST_TARGET).any()))
+
+    @th.no_grad()
+    def choose_outputs(self, transitions: Transitions) -> None:
+        scaled, targets = self._inputs_and_targets(transitions)
+        finite = th.isfinite(targets).all(dim=1) & th.isfinite(scaled).all(dim=1)
+        if not finite.any():
+            return
+        with self.using_members("mean"):
+            errors = (targets[finite] - self.networks(scaled[finite], "mean")).abs().mean(dim=0)
+        errors_of_zero = targets[finite].abs().mean(dim=0)
+        self.output_scale.copy_(th.where(errors <= errors_of_zero, self.target_scale, 0.0))
+
+    def fit_ends(self, steps: Transitions, ends: Transitions, rate: float) -> None:
+        others, terminal = (
+            self._blurred(transitions, is_end)
+            for transitions, is_end in ((steps.select((steps.terminated == 0)[:, 0]), False), (ends, True))
+        )
+        if len(others) > 0 and len(terminal) > 0:
+            self.ends.fit(others, terminal, rate)
+
+    @th.no_grad()
+    def _blurred(self, transitions: Transitions, is_end: bool) -> th.Tensor:
+        """
+        :param transitions: recorded transitions
+        :param is_end: whether they terminated
+        :return: their blurred next states, scaled; without those that are not finite, ``(B', S)``
+        """
+        states = self.prior.state_from_observation(transitions.observations)
+        next_states = self.prior.state_from_observation(transitions.next_observations)
+        scaled = self._scaled_states(blurred(self.prior, states, next_states, is_end))
+        return scaled[th.isfinite(scaled).all(dim=1)]
+
+    @property
+    def learns_ends(self) -> bool:
+        return self.ends.is_used
+
+    def use_learned_ends(self, is_used: bool) -> None:
+        self.ends.use(is_used)
 
     @th.no_grad()
     def tune_on_rollouts(self, windows: Windows) -> None:
@@ -283,7 +415,9 @@ class ResidualModel(CorrectedModel):
 
     @th.no_grad()
     def improves_on_prior(self, transitions: Transitions) -> bool:
-        _, _, missed = self._missed_by_prior(transitions)
+        _, next_states, missed = self._missed_by_prior(transitions)
+        is_jump = th.cat(self._ends_of(transitions, next_states), dim=1).any(dim=1)
+        missed[:, self.n_states] = th.where(is_jump, 0.0, missed[:, self.n_states])
         missed = missed / self.target_scale
         return self.validation_error(transitions) < huber_loss(th.zeros_like(missed), missed).item()
 
@@ -294,8 +428,15 @@ class ResidualModel(CorrectedModel):
         state = self.state_dict()
         return {name: value for name, value in state.items() if not name.startswith("prior.") and name != "gains"}
 
+    def _ensembles(self) -> dict[str, NetworkEnsemble]:
+        """
+        :return: all networks, by name
+        """
+        return {"correction": self.networks, "ends": self.ends.networks}
+
     def learned_state(self) -> dict[str, Any]:
-        return copy_to_cpu({"model": self._own_state(), "optimizer": self.networks.optimizer.state_dict()})
+        optimizers = {name: networks.optimizer.state_dict() for name, networks in self._ensembles().items()}
+        return copy_to_cpu({"model": self._own_state(), "optimizers": optimizers})
 
     @th.no_grad()
     def load_learned_state(self, state: dict[str, Any]) -> bool:
@@ -308,10 +449,11 @@ class ResidualModel(CorrectedModel):
             return False
         self.load_state_dict(saved, strict=False)
         self.refresh()
-        # torch would share the tensors of the optimizer with the state
-        self.networks.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
-        # The saved learning rate may have been replaced
-        update_learning_rate(self.networks.optimizer, self.networks.learning_rate)
+        for name, networks in self._ensembles().items():
+            # torch would share the tensors of the optimizer with the state
+            networks.optimizer.load_state_dict(copy.deepcopy(state["optimizers"][name]))
+            # The saved learning rate may have been replaced
+            update_learning_rate(networks.optimizer, networks.learning_rate)
         return True
 
 

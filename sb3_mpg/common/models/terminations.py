@@ -25,7 +25,7 @@ def ends_matter(termination_rate: float, horizon: int) -> bool:
     return termination_rate * horizon > MATTERING_ENDS
 
 
-def looks_like_time_limit(episode_lengths: Sequence[int]) -> int | None:
+def looks_like_time_limit(episode_lengths: Sequence[int] | np.ndarray) -> int | None:
     """
     Whether an environment reports a time limit as a termination: then the longest episodes all have the same length. No
     model that knows only states can predict these ends. Episodes that end in certain states have different lengths, and

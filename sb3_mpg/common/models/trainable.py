@@ -190,6 +190,9 @@ class CorrectedModel(TrainableModel):
     def terminal(self, states: th.Tensor) -> th.Tensor:
         return self.prior.terminal(states)
 
+    def termination_probability(self, states: th.Tensor) -> th.Tensor:
+        return self.prior.termination_probability(states)
+
     def observation(self, states: th.Tensor) -> th.Tensor:
         return self.prior.observation(states)
 
@@ -222,6 +225,40 @@ class CorrectedModel(TrainableModel):
         """
         :param transitions: held-out transitions
         :return: whether they are predicted better with the correction than without it
+        """
+
+    @property
+    def learns_ends(self) -> bool:
+        """Whether learned terminations replace those of the prior model."""
+        return False
+
+    def choose_outputs(self, transitions: Transitions) -> None:
+        """
+        Use each output of the correction only if it predicts held-out transitions better than without it. By default, all are
+        used.
+
+        :param transitions: held-out transitions
+        """
+
+    def fit_ends(self, steps: Transitions, ends: Transitions, rate: float) -> None:
+        """
+        One step of the optimizer of learned terminations. By default they are not learned.
+
+        :param steps: a batch of recorded steps
+        :param ends: recorded steps that terminated
+        :param rate: terminations for each recorded step
+        """
+
+    def use_learned_ends(self, is_used: bool) -> None:
+        """
+        :param is_used: whether learned terminations replace those of the prior model
+        """
+
+    def solve_end_rewards(self, transitions: Transitions) -> None:
+        """
+        Solve for what the prior model's rewards lack where an episode ends. By default nothing is solved for.
+
+        :param transitions: all transitions to fit to that are recorded so far
         """
 
     @abstractmethod

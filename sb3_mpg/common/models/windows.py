@@ -20,12 +20,21 @@ class Transitions(NamedTuple):
     :param actions: ``(B, A)``
     :param rewards: ``(B, 1)``
     :param next_observations: ``(B, O)``
+    :param terminated: 1 where the step terminated the episode, 0 where it did not, NaN where that is unknown, ``(B, 1)``
     """
 
     observations: th.Tensor
     actions: th.Tensor
     rewards: th.Tensor
     next_observations: th.Tensor
+    terminated: th.Tensor
+
+    def select(self, is_kept: th.Tensor) -> "Transitions":
+        """
+        :param is_kept: which transitions, bool ``(B,)``
+        :return: these transitions
+        """
+        return Transitions(*(tensor[is_kept] for tensor in self))
 
 
 class Windows(NamedTuple):

@@ -3,7 +3,7 @@
 import torch as th
 
 from sb3_mpg.common.rollouts.model_rollout import start_rollout
-from sb3_mpg.common.rollouts.steps import EagerSteps, RolloutContext
+from sb3_mpg.common.rollouts.steps import EagerSteps, RolloutContext, expected
 
 
 def first_non_finite_step(observations: th.Tensor, context: RolloutContext, horizon: int) -> str | None:
@@ -32,7 +32,7 @@ def first_non_finite_step(observations: th.Tensor, context: RolloutContext, hori
                 return f"the {name} of model step {step} is not finite, in the state {before[row].tolist()}"
         total = total + gamma**step * rewards.mean()
         trail.append(rollout.states)
-    values = th.where(rollout.alive, context.q_function(rollout.network_inputs, rollout.actions), 0.0)
+    values = expected(context.q_function(rollout.network_inputs, rollout.actions), rollout.alive)
     total = total + gamma**horizon * values.mean()
     if not th.isfinite(total):
         return "the critic's value " + (f"after model step {horizon - 1} " if horizon > 0 else "") + "is not finite"

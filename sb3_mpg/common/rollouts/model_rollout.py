@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch as th
 
-from sb3_mpg.common.rollouts.steps import RolloutContext, RolloutState
+from sb3_mpg.common.rollouts.steps import RolloutContext, RolloutState, expected
 from sb3_mpg.common.type_aliases import Differentiate
 from sb3_mpg.common.utils import parameters_of_modules
 
@@ -18,7 +18,7 @@ def start_rollout(observations: th.Tensor, context: RolloutContext, first_action
     """
     states = context.model.state_from_observation(observations)
     network_inputs = context.units.normalize_observations(observations)
-    alive = th.ones(observations.shape[0], 1, dtype=th.bool, device=observations.device)
+    alive = th.ones(observations.shape[0], 1, device=observations.device)
     actions = context.actor(network_inputs) if first_actions is None else first_actions
     return RolloutState(states, network_inputs, actions, alive, states.detach())
 
@@ -38,7 +38,7 @@ def model_rollout(
         \hat s_{l+1} = f(\hat s_l, \pi(\hat s_l)), \; \hat s_t = s_t.
 
     The model is stepped only ``max(horizons)`` times: all horizons share one rollout. Terminal states are followed by neither
-    reward nor value.
+    reward nor value; where terminations have a probability, rewards and values are weighted by that of having survived.
 
     :param observations: raw observations, ``(B, O)``
     :param context: policy, critic, model, units, discount factor and steps
@@ -69,6 +69,6 @@ def model_rollout(
             step = horizon
         values = context.q_function(rollout.network_inputs, rollout.actions)
         if model.may_terminate:
-            values = th.where(rollout.alive, values, 0.0)
+            values = expected(values, rollout.alive)
         returns[horizon] = rewards_so_far + gamma**horizon * values
     return returns

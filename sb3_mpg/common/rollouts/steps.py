@@ -11,6 +11,9 @@ from sb3_mpg.common.models.base import PriorModel
 from sb3_mpg.common.type_aliases import Policy
 from sb3_mpg.common.units import Units
 
+# A row has terminated for sure if the probability that it has not is this small
+NEGLIGIBLE_SURVIVAL = 1e-3
+
 #: (normalised observations (B, O), actions in [-1, 1] (B, A)) -> values (B, 1)
 QFunction = Callable[[th.Tensor, th.Tensor], th.Tensor]
 
@@ -42,8 +45,9 @@ class RolloutState(NamedTuple):
     :param states: states of the model, ``(B, S)``
     :param network_inputs: normalised observations of these states, ``(B, O)``
     :param actions: actions of the policy in these states, in [-1, 1], ``(B, A)``
-    :param alive: rows that have not terminated, bool ``(B, 1)``
-    :param start: first states of the rollout, without gradient, ``(B, S)``; terminated rows are reset to them
+    :param alive: probability that the row has not terminated, ``(B, 1)``
+    :param start: first states of the rollout, without gradient, ``(B, S)``; rows that have terminated for sure are reset to
+        them
     """
 
     states: th.Tensor
@@ -63,6 +67,15 @@ class HeldState(NamedTuple):
 
     states: th.Tensor
     n_left: th.Tensor
+
+
+def expected(values: th.Tensor, alive: th.Tensor) -> th.Tensor:
+    """
+    :param values: rewards or values; anything where the row has terminated for sure, ``(B, 1)``
+    :param alive: probability that the row has not terminated, ``(B, 1)``
+    :return: their expectations; behind a termination they are zero, ``(B, 1)``
+    """
+    return alive * th.where(alive > 0, values, 0.0)
 
 
 def advance(
@@ -95,9 +108,10 @@ def advance(
         if model.may_terminate:
             # After a terminal state the model may return anything, and a mask cannot remove infinities from the gradient
             # (0 * inf is not 0). So terminated rows are reset to their start state
-            rewards = th.where(alive, rewards, 0.0)
-            alive = alive & ~model.terminal(next_states)
-            next_states = th.where(alive, next_states, start)
+            rewards = expected(rewards, alive)
+            alive = alive * (1 - model.termination_probability(next_states))
+            alive = th.where(alive > NEGLIGIBLE_SURVIVAL, alive, 0.0)
+            next_states = th.where(alive > 0, next_states, start)
         rewards_of_steps.append(rewards)
         states = next_states
         network_inputs = units.normalize_observations(model.observation(states))

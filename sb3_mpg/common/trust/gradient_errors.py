@@ -12,20 +12,16 @@ from typing import NamedTuple
 import numpy as np
 import torch as th
 
-from sb3_mpg.common.buffers import RecordedSteps
-from sb3_mpg.common.models.base import PriorModel
-from sb3_mpg.common.models.terminations import MAX_MISJUDGED_ENDS, ends_matter
 from sb3_mpg.common.models.trainable import CorrectedModel, TrainableModel
 from sb3_mpg.common.models.windows import Transitions
 from sb3_mpg.common.rollouts.model_rollout import model_rollout
 from sb3_mpg.common.rollouts.steps import QFunction, RolloutContext
+from sb3_mpg.common.trust.terminations import LITTLE_TRUST
 
 # A cross-validated model is excluded when its squared error is more than this multiple of the squared gradient
 USELESS_ERROR = 3.0
 # It is also excluded when its squared gradient is less than this share of the squared gradient of the corrected model
 SILENT_GRADIENT = 0.01
-# Number of recorded steps at which the terminations of a model are compared
-N_JUDGED_ENDS = 256
 
 
 class GradientErrors(NamedTuple):
@@ -39,7 +35,8 @@ class GradientErrors(NamedTuple):
     :param gradient_norm: median of the squared norm of the action gradient, for the model horizon of the smallest error
     :param is_useless: whether the gradient of a horizon is wrong or nearly zero, see :func:`gradient_errors`,
         ``(n_horizons,)``
-    :param misjudges_ends: whether the model is wrong about terminations, see :func:`misjudges_ends`
+    :param trust_in_ends: trust in the model's terminations, from 0 to 1, see
+        :func:`~sb3_mpg.common.trust.terminations.trust_in_ends`
     """
 
     horizons: tuple[int, ...]
@@ -47,37 +44,17 @@ class GradientErrors(NamedTuple):
     standard_errors: np.ndarray
     gradient_norm: float
     is_useless: np.ndarray
-    misjudges_ends: bool = False
+    trust_in_ends: float = 1.0
+
+    @property
+    def misjudges_ends(self) -> bool:
+        """Whether the model is wrong about terminations."""
+        return self.trust_in_ends < LITTLE_TRUST
 
     @property
     def is_excluded(self) -> np.ndarray:
         """Whether a horizon is excluded regardless of its measured error, ``(n_horizons,)``."""
-        return self.is_useless | (self.misjudges_ends & (np.array(self.horizons) > 0))
-
-
-@th.no_grad()
-def misjudges_ends(model: PriorModel, recorded: RecordedSteps, horizon: int) -> bool:
-    """
-    Whether a model is wrong about where episodes terminate. The measured errors do not show this: terminations are not
-    corrected, so all members of an ensemble share the mistake.
-
-    :param model: the model
-    :param recorded: the recorded steps
-    :param horizon: number of model steps of its rollouts
-    :return: whether the model misses most of the recorded terminations, if these are frequent enough to matter, or predicts
-        terminations at most of the other steps
-    """
-
-    def share_misjudged(terminated: bool) -> float:
-        observations = recorded.observed_last(N_JUDGED_ENDS, terminated)
-        if observations is None:
-            return 0.0
-        predicted = model.terminal(model.state_from_observation(observations))
-        return (predicted != terminated).float().mean().item()
-
-    if ends_matter(recorded.termination_rate(), horizon) and share_misjudged(True) > MAX_MISJUDGED_ENDS:
-        return True
-    return model.may_terminate and share_misjudged(False) > MAX_MISJUDGED_ENDS
+        return self.is_useless | ((self.trust_in_ends == 0) & (np.array(self.horizons) > 0))
 
 
 def action_gradients(
@@ -219,10 +196,10 @@ def warn_of_errors(measured: GradientErrors, model_name: str, earlier: Sequence[
     """
     if measured.misjudges_ends and not any(before.misjudges_ends for before in earlier):
         warnings.warn(
-            f"`{model_name}.terminal` does not know where episodes terminate: it misses most of the recorded terminations, or "
-            "is true at most other steps. The model is excluded until this is mended: horizon 0 takes its place, if it is "
-            "among the horizons. `terminal` must be true where the environment returns terminated=True; `check_prior_model` "
-            "compares the two."
+            f"`{model_name}.terminal` does not know where episodes terminate: it misses recorded terminations, or is true at "
+            f"other steps. That spoils {1 - measured.trust_in_ends:.0%} of the rollouts, and their weight is as much less: "
+            "horizon 0 takes their place, if it is among the horizons. `terminal` must be true where the environment returns "
+            "terminated=True; `check_prior_model` compares the two. Terminations are learned once enough are recorded."
         )
     if measured.is_useless.any() and not any(before.is_useless.any() for before in earlier):
         warnings.warn(

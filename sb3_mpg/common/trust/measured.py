@@ -16,10 +16,10 @@ from sb3_mpg.common.rollouts.steps import QFunction, RolloutContext
 from sb3_mpg.common.trust.gradient_errors import (
     action_gradients,
     measure_gradient_errors,
-    misjudges_ends,
     warn_of_errors,
 )
 from sb3_mpg.common.trust.report import Measurement, TrustReport, make_trust_report
+from sb3_mpg.common.trust.terminations import discounted_by_trust, trust_in_ends
 from sb3_mpg.common.trust.weighting import WeightingRule
 
 # Number of latest steps that a report compares the model with
@@ -210,8 +210,9 @@ class MeasuredTrust(Trust):
             judges_prior=isinstance(model, CorrectedModel) and not self.learns,
             held_out_steps=lambda: fitting.held_out_steps(recorded),
         )
-        measured = measured._replace(misjudges_ends=misjudges_ends(model, recorded, self.longest_horizon))
-        self.rule.observe(np.where(measured.is_excluded, np.inf, measured.errors))
+        measured = measured._replace(trust_in_ends=trust_in_ends(model, recorded, self.longest_horizon))
+        errors = np.where(measured.is_excluded, np.inf, measured.errors)
+        self.rule.observe(discounted_by_trust(errors, horizons, measured.trust_in_ends))
         warn_of_errors(measured, name_of(model), [earlier.gradients for earlier in self.measurements])
         error_or_nan = float("nan") if validation_error is None else validation_error
         self.measurements.append(Measurement(n_updates, measured, self.rule.weights(n_updates), error_or_nan))

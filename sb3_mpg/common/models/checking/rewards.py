@@ -11,6 +11,7 @@ from sb3_mpg.common.models.checking.gradients import judge_reward_gradient
 from sb3_mpg.common.models.checking.verdicts import GOOD_RELATIVE_ERROR, is_wrong_scale, scale_factor
 from sb3_mpg.common.models.terminations import MAX_MISJUDGED_ENDS, ends_matter
 from sb3_mpg.common.models.windows import Windows, rms, rounding_errors, to_numpy
+from sb3_mpg.common.tables import format_share
 
 
 class RewardJudgement(NamedTuple):
@@ -78,7 +79,9 @@ def _judge_wrong_reward(predicted: np.ndarray, actual: np.ndarray) -> Finding:
         hint = f"the reward is predicted {bias:+.3g} off on average: a constant term is missing or too much."
         return Finding(Cost.REWARD, "biased", hint)
     std = float(actual.std())
-    size = f"{error:.3g} off ({error / std:.0%} of its standard deviation)" if std > 0 else f"{error:.3g} off"
+    size = (
+        f"{error:.3g} off ({format_share(error / std, digits=0)} of its standard deviation)" if std > 0 else f"{error:.3g} off"
+    )
     hint = f"the reward is {size}: check its terms, and whether it is of the state before or after the step."
     return Finding(Cost.REWARD, "worse than a constant" if error >= std else "rough", hint)
 

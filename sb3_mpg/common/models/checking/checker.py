@@ -13,6 +13,7 @@ from gymnasium import spaces
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_mpg.common.models.base import PriorModel
+from sb3_mpg.common.models.checking.couplings import find_couplings
 from sb3_mpg.common.models.checking.derivatives import check_finite_differences, check_gradient_flow
 from sb3_mpg.common.models.checking.encoding import find_encoding_gaps
 from sb3_mpg.common.models.checking.findings import Cost, Finding, hints_of, verdict_of
@@ -258,6 +259,18 @@ def _judge_records(n_windows: int, n_finite: int) -> list[Finding]:
     return [Finding(Cost.NOT_FINITE, "", text)]
 
 
+def _names_of_states(model: PriorModel, names: tuple[str, ...], windows: Windows) -> tuple[str, ...]:
+    """
+    :param model: the model
+    :param names: names of the observation dimensions
+    :param windows: recorded windows
+    :return: names of the dimensions of the state: those of the observation, if it is the state
+    """
+    if type(model).observation is PriorModel.observation:
+        return names
+    return tuple(f"state[{dim}]" for dim in range(model.state_from_observation(windows.observations[:1]).shape[1]))
+
+
 def _make_report(
     model: PriorModel, recording: Recording, names: tuple[str, ...], horizon: int, of_env: list[Finding]
 ) -> PriorModelReport:
@@ -275,7 +288,10 @@ def _make_report(
     # All dimensions together; clip the relative errors of those that hardly move, which would dominate
     together = rms(np.minimum(residuals.relative_errors(), 1e3).T)
     gaps, encoding = find_encoding_gaps(model, windows, names, residuals.rms_changes[0])
-    of_dimensions = judge_dimensions(residuals, gains, names, gaps, encoding)
+    couplings = find_couplings(model, windows, residuals)
+    of_dimensions = judge_dimensions(
+        residuals, gains, names, _names_of_states(model, names, windows), couplings, gaps, encoding
+    )
     reward = judge_reward(model, windows)
     terminal_errors, of_terminal = judge_terminal(model, recording, horizon)
     of_model = [*of_terminal, *reward.findings, *judge_transition_gradient(model, windows)]

@@ -43,10 +43,12 @@ class Cost(IntEnum):
     RARE_JUMPS = 13
     #: A term or a parameter is off; this can be good enough to train with
     ROUGH = 14
-    #: A dimension is good in one step, but errors add up, often those of other dimensions
-    DRIFT = 15
+    #: A dimension follows another one by another integration scheme
+    SCHEME = 15
+    #: Errors are those of other dimensions, or add up over the steps
+    DRIFT = 16
     #: Noise, and differences that can stay
-    NOISE = 16
+    NOISE = 17
 
 
 class Finding(NamedTuple):

@@ -9,6 +9,7 @@ from models import KnowsNothing, Turntable
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_mpg import PriorModel, check_prior_model
+from sb3_mpg.common.models.checking.verdicts import scale_factor
 
 
 def measure(**changes):
@@ -118,7 +119,8 @@ def test_rms_error_of_no_change():
     """The relative error of the model that predicts no change is one, by definition."""
     report = check_prior_model(KnowsNothing(), Cart(), n_samples=400, verbose=False)
     np.testing.assert_allclose(report.relative_errors, 1.0)
-    assert all("worse than no change" in verdict for verdict in report.verdicts)
+    # Which is no worse than no change
+    assert report.verdicts == ("not moved", "misses action 0")
 
 
 def test_missing_terminal():
@@ -151,3 +153,21 @@ def test_windows_stay_within_episodes():
 def test_same_seed_same_report():
     reports = [check_prior_model(ChangedCart(bias=0.1), Cart(), n_samples=100, seed=3, verbose=False) for _ in range(2)]
     np.testing.assert_array_equal(reports[0].rms_errors, reports[1].rms_errors)
+
+
+def test_large_errors_do_not_hide_the_effect_of_an_action():
+    """What observations explain is no noise of the regression."""
+
+    class Sticks(ChangedCart):
+        def transition(self, states, actions):
+            return super().transition(states, actions) - th.cat([0 * actions, 5 * states[:, :1] ** 2], dim=1)
+
+    gains = check_prior_model(Sticks(gain=0.5), Cart(), n_samples=400, verbose=False).action_gains
+    assert gains[0, 1] == pytest.approx(2.0, abs=0.05)
+
+
+def test_a_factor_is_none_if_a_constant_is_off_too():
+    predicted = np.linspace(-1, 1, 50)
+    assert scale_factor(1.3 * predicted, predicted) == pytest.approx(1.3)
+    assert scale_factor(1.3 * predicted + 5, predicted) is None
+    assert scale_factor(1.3 * predicted + 5, predicted + 5 / 1.3) == pytest.approx(1.3)

@@ -11,6 +11,8 @@ from lq import LinearEnv
 from models import Wrong
 
 from sb3_mpg import MPG, PriorModel, check_prior_model
+from sb3_mpg.common.trust.gradient_errors import GradientErrors
+from sb3_mpg.common.trust.report import Measurement, PredictionErrors, TrustReport, remark_on
 
 SMALL = {**settings.SMALL, "learning_starts": 100, "batch_size": 64, "buffer_size": 5000}
 
@@ -107,3 +109,67 @@ def test_dimensions_have_the_names_of_the_checker():
     model = MPG("MultiInputPolicy", GoalEnv(), **{**SMALL, "horizons": (0, 2)}).learn(60)
     names = ("achieved_goal[0]", "desired_goal[0]", "observation[0]", "observation[1]")
     assert model.trust_report().dimensions == names == check_prior_model(GoalModel(), GoalEnv(), verbose=False).dimensions
+
+
+def synthetic_report(
+    errors=(1.0, 0.01), norm=1.0, relative=((0.5, np.nan),), returns=(1.0,), spread=(2.0,), weights=(0.2, 0.8)
+):
+    """A report of the horizons 0 and 5 with given numbers."""
+    gradients = GradientErrors((0, 5), np.array(errors), np.zeros(2), norm, np.zeros(2, dtype=bool))
+    prior = PredictionErrors(np.array(relative), np.array(returns), np.array(spread))
+    return TrustReport((0, 5), [Measurement(1, gradients, np.array(weights), np.nan)], prior, None, ("x", "y"))
+
+
+def cells_of(report, name):
+    """The cells of the first row of a table with this name, which two spaces separate."""
+    line = next(line for line in str(report).splitlines() if line.startswith(name))
+    return [cell.strip() for cell in line.split("  ") if cell.strip()]
+
+
+class TestNumbersThatSayNothing:
+    """What is beyond ten times the change, or the gradient, is useless however large it is."""
+
+    def test_a_model_without_gradient(self):
+        report = synthetic_report(errors=(1.6, 0.0), norm=0.0)
+        assert cells_of(report, "data-driven")[1:3] == ["1.26", "no gradient"]
+        assert cells_of(report, "5 model steps")[1:3] == ["0", "no gradient"]
+        assert "the returns of the model do not depend on the first action" in str(report)
+        assert "do not depend" not in str(synthetic_report())
+
+    @pytest.mark.parametrize(
+        ("squared_error", "text"), [(0.25, "50%"), (81.0, "900%"), (1e40, "> 1000%"), (np.inf, "not finite"), (0.0, "0%")]
+    )
+    def test_errors_of_gradients(self, squared_error, text):
+        report = synthetic_report(errors=(1.0, squared_error))
+        assert cells_of(report, "5 model steps")[2] == text
+
+    def test_errors_of_predictions(self):
+        relative = [[0.123, 4e17], [np.inf, np.nan]]
+        report = synthetic_report(relative=relative, returns=[1e9, np.inf], spread=[2.0, 3.0])
+        assert cells_of(report, "x") == ["x", "12.3%", "not finite"]
+        assert cells_of(report, "y") == ["y", "> 1000%", "constant"]
+        assert cells_of(report, "return") == ["return", "> 20 of 2", "not finite of 3"]
+
+    def test_the_figure_is_limited_too(self, tmp_path):
+        relative = [[0.3, 0.4], [1e20, np.nan], [np.inf, 1.0], [np.nan, np.nan]]
+        report = synthetic_report(
+            errors=(1e40, 0.0), relative=relative, returns=[1.0, 1e30, np.inf, 0.0], spread=[2.0, 2.0, 2.0, 0.0]
+        )
+        predictions, gradients, _ = report.plot(tmp_path / "trust.png").axes
+        state, of_return = (line.get_ydata() for line in predictions.lines[:2])
+        np.testing.assert_allclose(state, [np.sqrt(0.125), 10.0, np.sqrt(50.5), np.nan])
+        np.testing.assert_allclose(of_return, [0.5, 10.0, 10.0, 0.0])
+        np.testing.assert_allclose([line.get_ydata() for line in gradients.lines], [[10.0], [np.nan]])
+
+    def test_no_gradient_at_all_can_be_drawn(self, tmp_path):
+        synthetic_report(errors=(np.inf, 0.0), norm=0.0, relative=[[np.nan, np.nan]]).plot(tmp_path / "trust.png")
+
+
+def test_remarks():
+    report = synthetic_report()
+    (measurement,) = report.measurements
+    assert [remark_on(measurement, index) for index in (0, 1)] == ["", "<- trusted most"]
+    useless = measurement._replace(gradients=measurement.gradients._replace(is_useless=np.array([False, True])))
+    assert remark_on(useless, 1) == "excluded: useless gradient"
+    ends = measurement._replace(gradients=useless.gradients._replace(misjudges_ends=True))
+    assert remark_on(ends, 1) == "excluded: wrong terminations" and remark_on(ends, 0) == ""

@@ -25,6 +25,16 @@ def ends_matter(termination_rate: float, horizon: int) -> bool:
     return termination_rate * horizon > MATTERING_ENDS
 
 
+def steps_of_episodes(ends: np.ndarray) -> np.ndarray:
+    """
+    :param ends: whether an episode ends at a step, bool ``(n_steps, n_envs)``
+    :return: number of each step in its episode, from 1; the first row counts as the first step, ``(n_steps, n_envs)``
+    """
+    rows = np.arange(1, len(ends) + 1)[:, np.newaxis]
+    last_ends = np.maximum.accumulate(np.where(ends, rows, 0), axis=0)
+    return rows - np.concatenate([np.zeros_like(last_ends[:1]), last_ends[:-1]])
+
+
 def looks_like_time_limit(episode_lengths: Sequence[int] | np.ndarray) -> int | None:
     """
     Whether an environment reports a time limit as a termination: then the longest episodes all have the same length. No

@@ -11,7 +11,7 @@ import torch as th
 from sb3_mpg.common.models.base import PriorModel
 from sb3_mpg.common.models.trainable import CorrectedModel, evaluated
 from sb3_mpg.common.models.windows import MIN_WINDOWS, Windows, rms, rollout_errors, rounding_errors, to_numpy
-from sb3_mpg.common.tables import format_table
+from sb3_mpg.common.tables import MAX_SHARE, format_number, format_share, format_table
 from sb3_mpg.common.trust.gradient_errors import GradientErrors
 
 if TYPE_CHECKING:
@@ -48,6 +48,32 @@ class PredictionErrors(NamedTuple):
     returns: np.ndarray
     return_spread: np.ndarray
 
+    def together(self) -> np.ndarray:
+        """
+        :return: RMS over the dimensions of their relative errors, each at most ``MAX_SHARE``, ``(H,)``; NaN where no dimension
+            changes
+        """
+        is_known = ~np.isnan(self.relative)
+        squares = np.where(is_known, np.minimum(self.relative, MAX_SHARE) ** 2, 0.0).sum(axis=1)
+        return np.sqrt(squares / np.where(is_known.any(axis=1), is_known.sum(axis=1), np.nan))
+
+    def of_returns(self) -> np.ndarray:
+        """
+        :return: errors of the returns divided by their spread, at most ``MAX_SHARE``, ``(H,)``
+        """
+        shares = self.returns / np.maximum(self.return_spread, 1e-12)
+        return np.minimum(np.nan_to_num(shares, nan=np.inf), MAX_SHARE)
+
+    def format_return(self, step: int) -> str:
+        """
+        :param step: number of steps, from 1
+        :return: the error of the return and its spread as text
+        """
+        error, spread = self.returns[step - 1], self.return_spread[step - 1]
+        if spread > 0 and MAX_SHARE * spread < error < np.inf:
+            return f"> {MAX_SHARE * spread:.3g} of {spread:.3g}"
+        return f"{format_number(error)} of {format_number(spread)}"
+
 
 @th.no_grad()
 def prediction_errors(model: PriorModel, windows: Windows, gamma: float) -> PredictionErrors:
@@ -77,6 +103,34 @@ def prediction_errors(model: PriorModel, windows: Windows, gamma: float) -> Pred
         returns.append(float(rms(to_numpy((predicted_returns - actual_returns)[is_counted]))[0]))
         spread.append(float(actual_returns[is_counted].double().std()))
     return PredictionErrors(np.array(relative), np.array(returns), np.array(spread))
+
+
+def _name_of_horizon(horizon: int) -> str:
+    return "data-driven" if horizon == 0 else f"{horizon} model steps"
+
+
+def remark_on(measurement: Measurement, index: int) -> str:
+    """
+    :param measurement: a measurement
+    :param index: of a horizon
+    :return: what is remarkable about this horizon, in a few words; the first reason to leave it out comes first
+    """
+    if measurement.gradients.is_excluded[index]:
+        return "excluded: " + ("wrong terminations" if measurement.gradients.misjudges_ends else "useless gradient")
+    return "<- trusted most" if index == int(np.argmax(measurement.weights)) else ""
+
+
+def _drawn_errors(measurements: Sequence[Measurement], index: int) -> np.ndarray:
+    """
+    :param measurements: ``N`` of them
+    :param index: of a horizon
+    :return: errors of the gradient of the horizon, at most ``MAX_SHARE`` times the norm of the gradient; NaN where there is
+        nothing to draw on a logarithmic axis, ``(N,)``
+    """
+    errors = np.sqrt([float(measurement.gradients.errors[index]) for measurement in measurements])
+    norms = np.sqrt([float(measurement.gradients.gradient_norm) for measurement in measurements])
+    errors = np.where(norms > 0, np.minimum(errors, MAX_SHARE * norms), errors)
+    return np.where(np.isfinite(errors) & (errors > 0), errors, np.nan)
 
 
 @dataclass(frozen=True)
@@ -109,22 +163,20 @@ class TrustReport:
             lines.append("The errors of gradients were not measured yet.")
         else:
             latest = self.measurements[-1]
+            norm = float(np.sqrt(latest.gradients.gradient_norm))
             rows = [["horizon", "error of gradient", "of gradient", "weight", ""]]
             for index, horizon in enumerate(self.horizons):
                 error = float(np.sqrt(latest.gradients.errors[index]))
-                relative = error / max(float(np.sqrt(latest.gradients.gradient_norm)), 1e-30)
-                weight = latest.weights[index]
-                what = "data-driven" if horizon == 0 else f"{horizon} model steps"
-                mark = "<- trusted most" if index == int(np.argmax(latest.weights)) else ""
-                if latest.gradients.is_excluded[index]:
-                    reason = "wrong terminations" if latest.gradients.misjudges_ends else "useless gradient"
-                    mark = f"excluded: {reason}"
-                rows.append([what, f"{error:.3g}", f"{relative:.0%}", f"{weight:.1%}", mark])
+                share = format_share(error / norm, digits=0) if norm > 0 else "no gradient"
+                weight = f"{latest.weights[index]:.1%}"
+                rows.append([_name_of_horizon(horizon), format_number(error), share, weight, remark_on(latest, index)])
             lines += [
                 f"Errors of the action gradients after {latest.n_updates} updates (medians over states)",
                 *format_table(rows),
             ]
             lines.append("of gradient: in units of the norm of the best gradient of a model.")
+            if norm == 0:
+                lines.append("no gradient: that norm is zero, the returns of the model do not depend on the first action.")
         for name, errors in self._models().items():
             n_steps = len(errors.returns)
             steps = sorted({step for step in (1, 5, 10, 25, n_steps) if step <= n_steps})
@@ -132,11 +184,9 @@ class TrustReport:
             for index, dimension in enumerate(self.dimensions):
                 remark = ", re-encoded" if errors is self.corrected and dimension in self.re_encoded else ""
                 shares = [errors.relative[step - 1, index] for step in steps]
-                cells = ["constant" if np.isnan(share) else f"{share:.1%}" for share in shares]
+                cells = ["constant" if np.isnan(share) else format_share(share) for share in shares]
                 rows.append([f"{dimension}{remark}", *cells, ""])
-            rows.append(
-                ["return", *[f"{errors.returns[step - 1]:.3g} of {errors.return_spread[step - 1]:.3g}" for step in steps], ""]
-            )
+            rows.append(["return", *[errors.format_return(step) for step in steps], ""])
             lines += [
                 "",
                 f"Errors of the {name} along recorded actions (RMS, in units of the actual change)",
@@ -164,22 +214,21 @@ class TrustReport:
         predictions, gradients, weights = figure.subplots(1, 3)
         for name, errors in self._models().items():
             steps = np.arange(1, len(errors.returns) + 1)
-            # Dimensions that never change have no error in these units
-            together = np.sqrt(np.nanmean(np.minimum(errors.relative, 1e3) ** 2, axis=1))
-            predictions.plot(steps, together, label=f"{name}: state")
-            relative = errors.returns / np.maximum(errors.return_spread, 1e-12)
-            predictions.plot(steps, relative, "--", color=predictions.lines[-1].get_color(), label=f"{name}: return")
+            predictions.plot(steps, errors.together(), label=f"{name}: state")
+            color = predictions.lines[-1].get_color()
+            predictions.plot(steps, errors.of_returns(), "--", color=color, label=f"{name}: return")
         predictions.axhline(1.0, color="grey", linewidth=0.8)
         predictions.set(
-            yscale="log", xlabel="model steps", ylabel="RMS error / actual change", title="Predictions (below 1 is useful)"
+            yscale="log",
+            xlabel="model steps",
+            ylabel=f"RMS error / actual change, at most {MAX_SHARE:.0f}",
+            title="Predictions (below 1 is useful)",
         )
         predictions.legend()
         n_updates = [measurement.n_updates for measurement in self.measurements]
         for index, horizon in enumerate(self.horizons):
-            label = "data-driven" if horizon == 0 else f"{horizon} model steps"
-            gradients.plot(
-                n_updates, [np.sqrt(measurement.gradients.errors[index]) for measurement in self.measurements], label=label
-            )
+            label = _name_of_horizon(horizon)
+            gradients.plot(n_updates, _drawn_errors(self.measurements, index), label=label)
             weights.plot(n_updates, [measurement.weights[index] for measurement in self.measurements], label=label)
         gradients.set(yscale="log", xlabel="updates", ylabel="error of the action gradient", title="Errors of the gradients")
         weights.set(ylim=(-0.02, 1.02), xlabel="updates", ylabel="weight", title="Weights that followed")

@@ -13,13 +13,14 @@ from gymnasium import spaces
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_mpg.common.models.base import PriorModel
+from sb3_mpg.common.models.checking.couplings import find_couplings
 from sb3_mpg.common.models.checking.derivatives import check_finite_differences, check_gradient_flow
 from sb3_mpg.common.models.checking.encoding import find_encoding_gaps
 from sb3_mpg.common.models.checking.findings import Cost, Finding, hints_of, verdict_of
 from sb3_mpg.common.models.checking.gradients import judge_transition_gradient
 from sb3_mpg.common.models.checking.interface import TERMINAL, Call, NotFiniteError, call_unmodified, checked_calls, where_of
 from sb3_mpg.common.models.checking.prediction_errors import action_gains, compare_predictions, n_better_than_no_change
-from sb3_mpg.common.models.checking.recording import as_vec_env, finite_windows, record_windows, sample_box
+from sb3_mpg.common.models.checking.recording import Recording, as_vec_env, finite_part, record_steps, sample_box
 from sb3_mpg.common.models.checking.report import PriorModelReport
 from sb3_mpg.common.models.checking.rewards import judge_reward, judge_terminal
 from sb3_mpg.common.models.checking.verdicts import judge_dimensions
@@ -78,13 +79,13 @@ def check_prior_model(
             flat = FlatObservations(venv.observation_space)
             validate_prior_model(model, flat.box, flat_box(venv.action_space), device)
             # Two steps at least, so that consecutive errors can be compared
-            windows = record_windows(venv, max(horizon, 2), n_samples, seed, th.device(device))
+            recording = record_steps(venv, max(horizon, 2), n_samples, seed, th.device(device))
         finally:
             if isinstance(env, str):
                 venv.close()
-        finite = finite_windows(windows)
-        of_env = _judge_records(len(windows.lengths), len(finite.lengths))
-        _check_thoroughly(model, finite)
+        finite = finite_part(recording)
+        of_env = _judge_records(len(recording.steps), len(finite.steps))
+        _check_thoroughly(model, finite.windows)
         report = _make_report(_copy_in_eval_mode(model), finite, flat.names, horizon, of_env)
     if verbose:
         print(report)
@@ -258,25 +259,41 @@ def _judge_records(n_windows: int, n_finite: int) -> list[Finding]:
     return [Finding(Cost.NOT_FINITE, "", text)]
 
 
+def _names_of_states(model: PriorModel, names: tuple[str, ...], windows: Windows) -> tuple[str, ...]:
+    """
+    :param model: the model
+    :param names: names of the observation dimensions
+    :param windows: recorded windows
+    :return: names of the dimensions of the state: those of the observation, if it is the state
+    """
+    if type(model).observation is PriorModel.observation:
+        return names
+    return tuple(f"state[{dim}]" for dim in range(model.state_from_observation(windows.observations[:1]).shape[1]))
+
+
 def _make_report(
-    model: PriorModel, windows: Windows, names: tuple[str, ...], horizon: int, of_env: list[Finding]
+    model: PriorModel, recording: Recording, names: tuple[str, ...], horizon: int, of_env: list[Finding]
 ) -> PriorModelReport:
     """
     :param model: the model, in evaluation mode
-    :param windows: recorded windows
+    :param recording: recorded windows
     :param names: names of the observation dimensions
     :param horizon: number of steps that should be checked
     :param of_env: what was found about the environment
     :return: the report
     """
+    windows = recording.windows
     residuals = compare_predictions(model, windows, horizon)
     gains = action_gains(model, windows, residuals)
     # All dimensions together; clip the relative errors of those that hardly move, which would dominate
     together = rms(np.minimum(residuals.relative_errors(), 1e3).T)
     gaps, encoding = find_encoding_gaps(model, windows, names, residuals.rms_changes[0])
-    of_dimensions = judge_dimensions(residuals, gains, names, gaps, encoding)
+    couplings = find_couplings(model, windows, residuals)
+    of_dimensions = judge_dimensions(
+        residuals, gains, names, _names_of_states(model, names, windows), couplings, gaps, encoding
+    )
     reward = judge_reward(model, windows)
-    terminal_errors, of_terminal = judge_terminal(model, windows, horizon)
+    terminal_errors, of_terminal = judge_terminal(model, recording, horizon)
     of_model = [*of_terminal, *reward.findings, *judge_transition_gradient(model, windows)]
     return PriorModelReport(
         dimensions=names,

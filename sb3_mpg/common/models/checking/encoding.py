@@ -93,7 +93,7 @@ def _finding(gaps: np.ndarray, change: float, by_others: float, by_past: float, 
     """
     gap = float(rms(gaps))
     is_small = gap <= SMALL_GAP * change
-    size = "{values[0]:.3g}" if change == 0 else "{values[0]:.3g} ({values[1]:.0%} of the change in one step)"
+    size = "{values[0]:.3g}" if change == 0 else "{values[0]:.3g} ({values[1].percent} of the change in one step)"
     differs = f"`observation(state_from_observation(x))` differs from x by {size}"
 
     def finding(verdict: str, cause: str, remedy: str) -> Finding:

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from enum import IntEnum
 from typing import NamedTuple
 
+from sb3_mpg.common.tables import format_share
+
 # A hint names this many dimensions; the others are counted
 MAX_NAMES = 4
 
@@ -41,10 +43,12 @@ class Cost(IntEnum):
     RARE_JUMPS = 13
     #: A term or a parameter is off; this can be good enough to train with
     ROUGH = 14
-    #: A dimension is good in one step, but errors add up, often those of other dimensions
-    DRIFT = 15
+    #: A dimension follows another one by another integration scheme
+    SCHEME = 15
+    #: Errors are those of other dimensions, or add up over the steps
+    DRIFT = 16
     #: Noise, and differences that can stay
-    NOISE = 16
+    NOISE = 17
 
 
 class Finding(NamedTuple):
@@ -54,7 +58,8 @@ class Finding(NamedTuple):
     :param cost: what it costs the user
     :param verdict: what it is called in the table
     :param hint: what is wrong, what follows, and what to do. Dimensions with the same hint share one: ``{names}`` stands for
-        their names, ``{values[0]}`` for the range of their first value, ``{values[0].plural}`` for an "s" if it is one.
+        their names, ``{values[0]}`` for the range of their first value, ``{values[0].plural}`` for an "s" if it is one, and
+        ``{values[0].percent}`` for a share in percent.
     :param name: name of the dimension
     :param values: measured numbers
     """
@@ -77,8 +82,16 @@ class _Range(NamedTuple):
         """What is appended to the noun of the numbers."""
         return "" if self.low == self.high else "s"
 
+    @property
+    def percent(self) -> str:
+        """The numbers as shares."""
+        return self._join(format_share(self.low, digits=0), format_share(self.high, digits=0))
+
     def __format__(self, spec: str) -> str:
-        low, high = format(self.low, spec), format(self.high, spec)
+        return self._join(format(self.low, spec), format(self.high, spec))
+
+    @staticmethod
+    def _join(low: str, high: str) -> str:
         return low if low == high else f"{low} to {high}"
 
 

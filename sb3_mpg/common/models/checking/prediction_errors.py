@@ -6,7 +6,7 @@ import numpy as np
 import torch as th
 
 from sb3_mpg.common.models.base import PriorModel
-from sb3_mpg.common.models.checking.regression import regress
+from sb3_mpg.common.models.checking.regression import regress, without_explained
 from sb3_mpg.common.models.checking.report import relative
 from sb3_mpg.common.models.windows import MIN_WINDOWS, Windows, rms, rollout_errors, rounding_errors, to_numpy
 
@@ -14,6 +14,8 @@ from sb3_mpg.common.models.windows import MIN_WINDOWS, Windows, rms, rollout_err
 WRONG_SIGN_GAIN = 0.25
 # The model misses an action if it causes at least this share of a dimension's change, and none in the model
 MISSED_EFFECT = 0.05
+# The same where the model does not move the dimension at all: smaller effects come with the rest of what is missing
+MISSED_EFFECT_OF_MANY = 0.5
 
 
 class Steps(NamedTuple):
@@ -62,6 +64,11 @@ class Residuals(NamedTuple):
     rounding: np.ndarray
     steps: Steps
     pairs: tuple[Steps, Steps]
+
+    @property
+    def is_moved(self) -> np.ndarray:
+        """Whether the model changes a dimension at all, bool ``(O,)``."""
+        return rms(self.steps.predicted_changes) > self.rounding
 
     def relative_errors(self) -> np.ndarray:
         """
@@ -153,7 +160,8 @@ def compare_predictions(model: PriorModel, windows: Windows, horizon: int) -> Re
 def action_gains(model: PriorModel, windows: Windows, residuals: Residuals) -> np.ndarray:
     """
     The effect of each action in the environment, divided by its effect in the model. Random actions are independent
-    of everything else, so other errors of the model do not bias the result.
+    of everything else, so other errors of the model do not bias the result. What observations and other actions explain is
+    taken out before, so that these errors do not make it uncertain either.
 
     :param model: the model, in evaluation mode
     :param windows: recorded windows
@@ -162,6 +170,7 @@ def action_gains(model: PriorModel, windows: Windows, residuals: Residuals) -> n
         effect or the coefficient is too uncertain
     """
     steps, actions = residuals.steps, windows.actions[0]
+    is_moved = residuals.is_moved
     gains = np.full((actions.shape[1], steps.changes.shape[1]), np.nan)
     smallest_effects = np.maximum(1e-3 * residuals.rms_changes[0], residuals.rounding)
     for action_dim in range(actions.shape[1]):
@@ -169,15 +178,22 @@ def action_gains(model: PriorModel, windows: Windows, residuals: Residuals) -> n
         neutral_actions[:, action_dim] = actions[:, action_dim].mean()
         neutral = _one_step(model, windows.observations, neutral_actions, windows.next_observations[0])
         effects, targets = steps.predicted_changes - neutral.predicted_changes, -neutral.errors
-        taken = to_numpy(actions[:, action_dim])
-        for dim in np.flatnonzero(np.isfinite(effects).all(axis=0)):
-            if rms(effects[:, dim]) > smallest_effects[dim]:
-                gain, standard_error = regress(targets[:, dim], effects[:, dim])
+        is_finite = np.isfinite(effects).all(axis=0) & np.isfinite(targets).all(axis=0)
+        sizes = rms(effects)
+        others = np.delete(steps.inputs, steps.changes.shape[1] + action_dim, axis=1)
+        columns = np.concatenate([effects, targets, to_numpy(actions[:, [action_dim]])], axis=1)
+        is_known = np.concatenate([is_finite, is_finite, [True]])
+        rest, n_factors = without_explained(np.where(is_known, columns, 0.0), others)
+        effects, targets, taken = rest[:, : len(sizes)], rest[:, len(sizes) : -1], rest[:, -1]
+        for dim in np.flatnonzero(is_finite):
+            if sizes[dim] > smallest_effects[dim]:
+                gain, standard_error = regress(targets[:, dim], effects[:, dim], n_factors)
                 if 4 * standard_error < max(abs(gain), WRONG_SIGN_GAIN):
                     gains[action_dim, dim] = gain
             elif taken.std() > 0:
-                slope, standard_error = regress(targets[:, dim], taken)
-                least = max(MISSED_EFFECT * residuals.rms_changes[0, dim], residuals.rounding[dim]) / taken.std()
+                slope, standard_error = regress(targets[:, dim], taken, n_factors)
+                share = MISSED_EFFECT if is_moved[dim] else MISSED_EFFECT_OF_MANY
+                least = max(share * residuals.rms_changes[0, dim], residuals.rounding[dim]) / taken.std()
                 if abs(slope) > max(6 * standard_error, least):
                     gains[action_dim, dim] = np.inf
     return gains

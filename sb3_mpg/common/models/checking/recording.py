@@ -1,7 +1,7 @@
 """Records an environment under random actions."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -9,6 +9,7 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
+from sb3_mpg.common.models.terminations import steps_of_episodes
 from sb3_mpg.common.models.windows import Windows, cut_windows
 from sb3_mpg.common.spaces import FlatObservations, TupleAsDict, check_kind_of_env, check_spaces
 
@@ -58,17 +59,28 @@ def as_vec_env(env: gym.Env | VecEnv | str) -> VecEnv:
     return TupleAsDict(venv) if isinstance(venv.observation_space, spaces.Tuple) else venv
 
 
-def finite_windows(windows: Windows) -> Windows:
+class Recording(NamedTuple):
     """
-    :param windows: recorded windows
+    :param windows: one window for each step, ``B`` of them
+    :param steps: number of the first step of each window in its episode, from 1, ``(B,)``
+    """
+
+    windows: Windows
+    steps: np.ndarray
+
+
+def finite_part(recording: Recording) -> Recording:
+    """
+    :param recording: recorded windows
     :return: those without observations or rewards that are not finite
     """
+    windows = recording.windows
     flat = th.cat([windows.next_observations, windows.rewards], dim=2).transpose(0, 1).flatten(1)
-    is_finite = th.isfinite(th.cat([windows.observations, flat], dim=1)).all(dim=1)
-    return windows.select(is_finite.cpu().numpy())
+    is_finite = th.isfinite(th.cat([windows.observations, flat], dim=1)).all(dim=1).cpu().numpy()
+    return Recording(windows.select(is_finite), recording.steps[is_finite])
 
 
-def record_windows(venv: VecEnv, horizon: int, n_samples: int, seed: int, device: th.device) -> Windows:
+def record_steps(venv: VecEnv, horizon: int, n_samples: int, seed: int, device: th.device) -> Recording:
     """
     Step the environment with uniformly random actions.
 
@@ -107,4 +119,5 @@ def record_windows(venv: VecEnv, horizon: int, n_samples: int, seed: int, device
         ):
             records[name].append(np.array(values))
         observations = flatten(next_observations)
-    return cut_windows({name: np.stack(values) for name, values in records.items()}, horizon, device)
+    arrays = {name: np.stack(values) for name, values in records.items()}
+    return Recording(cut_windows(arrays, horizon, device), steps_of_episodes(arrays["ends"]).reshape(-1))

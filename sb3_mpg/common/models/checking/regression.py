@@ -13,17 +13,30 @@ BLOCK_LENGTH = 16
 ROWS_FOR_EACH_FACTOR = 4
 
 
-def regress(targets: np.ndarray, inputs: np.ndarray) -> tuple[float, float]:
+def regress(targets: np.ndarray, inputs: np.ndarray, n_factors: int = 0) -> tuple[float, float]:
     """
     :param targets: ``(B,)``
     :param inputs: ``(B,)``, not constant
+    :param n_factors: number of factors that were fitted to both before, see :func:`without_explained`
     :return: the slope of the regression of the targets on the inputs, and its standard error
     """
     targets, inputs = targets - targets.mean(), inputs - inputs.mean()
     power = float(inputs @ inputs)
     slope = float(inputs @ targets) / power
     rest = targets - slope * inputs
-    return slope, float(np.sqrt(rest @ rest / max(len(rest) - 2, 1) / power))
+    return slope, float(np.sqrt(rest @ rest / max(len(rest) - 2 - n_factors, 1) / power))
+
+
+def without_explained(targets: np.ndarray, inputs: np.ndarray) -> tuple[np.ndarray, int]:
+    """
+    :param targets: ``(B, n)``
+    :param inputs: ``(B, m)``
+    :return: what least squares (linear and quadratic, where there are enough rows) leave of the targets, and the number of
+        their factors
+    """
+    sets = (features for features in _feature_sets(inputs)[-3:] if ROWS_FOR_EACH_FACTOR * features.shape[1] <= len(inputs))
+    features = next(sets, np.ones((len(inputs), 1)))
+    return targets - features @ np.linalg.lstsq(features, targets, rcond=1e-6)[0], features.shape[1]
 
 
 def correlation(first: np.ndarray, second: np.ndarray) -> float:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sb3_mpg.common.tables import format_table
+from sb3_mpg.common.tables import format_number, format_share, format_table
 
 # Rows of the printed table; the dimensions with the largest errors are shown
 MAX_TABLE_ROWS = 30
@@ -71,12 +71,13 @@ class PriorModelReport:
         for idx in shown:
             row = [self.dimensions[idx]]
             for step in [1, *steps]:
-                row += [f"{self.rms_errors[step - 1, idx]:.3g}"]
-                row += [f"{self.biases[0, idx]:+.2g}"] if step == 1 else []
-                row += [f"{relative_errors[step - 1, idx]:.1%}"]
+                row += [format_number(self.rms_errors[step - 1, idx])]
+                row += [format_number(self.biases[0, idx], "+.2g")] if step == 1 else []
+                row += [format_share(relative_errors[step - 1, idx])]
             rows.append([*row, self.verdicts[idx]])
         relative_reward_error = float(relative(np.array(self.reward_rms_error), np.array(self.reward_std)))
-        reward_row = ["reward", f"{self.reward_rms_error:.3g}", f"{self.reward_bias:+.2g}", f"{relative_reward_error:.1%} *"]
+        reward_row = ["reward", format_number(self.reward_rms_error), format_number(self.reward_bias, "+.2g")]
+        reward_row.append(f"{format_share(relative_reward_error)} *")
         rows.append([*reward_row, *[""] * (2 * len(steps)), self.reward_verdict])
         limit = ""
         if self.supported_horizon < horizon:

@@ -8,9 +8,11 @@ import torch as th
 from sb3_mpg.common.models.base import PriorModel
 from sb3_mpg.common.models.checking.findings import Cost, Finding
 from sb3_mpg.common.models.checking.gradients import judge_reward_gradient
+from sb3_mpg.common.models.checking.recording import Recording
 from sb3_mpg.common.models.checking.verdicts import GOOD_RELATIVE_ERROR, is_wrong_scale, scale_factor
-from sb3_mpg.common.models.terminations import MAX_MISJUDGED_ENDS, ends_matter
+from sb3_mpg.common.models.terminations import MAX_MISJUDGED_ENDS, ends_matter, looks_like_time_limit
 from sb3_mpg.common.models.windows import Windows, rms, rounding_errors, to_numpy
+from sb3_mpg.common.tables import format_share
 
 
 class RewardJudgement(NamedTuple):
@@ -78,22 +80,26 @@ def _judge_wrong_reward(predicted: np.ndarray, actual: np.ndarray) -> Finding:
         hint = f"the reward is predicted {bias:+.3g} off on average: a constant term is missing or too much."
         return Finding(Cost.REWARD, "biased", hint)
     std = float(actual.std())
-    size = f"{error:.3g} off ({error / std:.0%} of its standard deviation)" if std > 0 else f"{error:.3g} off"
+    size = (
+        f"{error:.3g} off ({format_share(error / std, digits=0)} of its standard deviation)" if std > 0 else f"{error:.3g} off"
+    )
     hint = f"the reward is {size}: check its terms, and whether it is of the state before or after the step."
     return Finding(Cost.REWARD, "worse than a constant" if error >= std else "rough", hint)
 
 
 @th.no_grad()
-def judge_terminal(model: PriorModel, windows: Windows, horizon: int) -> tuple[tuple[int, int], list[Finding]]:
+def judge_terminal(model: PriorModel, recording: Recording, horizon: int) -> tuple[tuple[int, int], list[Finding]]:
     """
     :param model: the model, in evaluation mode
-    :param windows: recorded windows
+    :param recording: recorded windows
     :param horizon: number of model steps of rollouts
     :return: numbers of missed and of false terminations, and what follows
     """
+    windows = recording.windows
     predicted = model.terminal(model.state_from_observation(windows.next_observations[0]))
     n_steps, n_ends = windows.terminated.numel(), int(windows.terminated.sum())
-    n_missed, n_false = int((windows.terminated & ~predicted).sum()), int((predicted & ~windows.terminated).sum())
+    is_missed = (windows.terminated & ~predicted)[:, 0].cpu().numpy()
+    n_missed, n_false = int(is_missed.sum()), int((predicted & ~windows.terminated).sum())
     if n_missed == n_false == 0:
         return (0, 0), []
     misses = n_missed > MAX_MISJUDGED_ENDS * n_ends and ends_matter(n_ends / n_steps, horizon)
@@ -101,9 +107,21 @@ def judge_terminal(model: PriorModel, windows: Windows, horizon: int) -> tuple[t
     consequence = "Training does not correct this"
     if is_left_out:
         consequence = "With measured weights, training leaves the model out until then"
-    advice = "If these are time limits, the environment must return truncated=True instead." if n_missed == n_ends > 0 else ""
+    cost = Cost.LEFT_OUT if is_left_out else Cost.TERMINATIONS
+    time_limit = looks_like_time_limit(recording.steps[is_missed].tolist())
+    if time_limit is not None:
+        n_limits = int((recording.steps[is_missed] == time_limit).sum())
+        hint = (
+            f"{n_limits} of {n_ends} recorded terminations come after {time_limit} steps of an episode, and `terminal` misses "
+            "them: this looks like a time limit, which states do not show. Behind a time limit the episode would go on: the "
+            "environment must return terminated=False and truncated=True there, as gymnasium.wrappers.TimeLimit does. A "
+            f"wrapper can mend an environment that counts by itself. {consequence}."
+        )
+        return (n_missed, n_false), [Finding(cost, "", hint)]
+    are_equal = len(set(recording.steps[is_missed].tolist())) == 1
+    advice = "If this is a time limit, the environment must return truncated=True instead." if are_equal else ""
     hint = (
         f"`terminal` misses {n_missed} of {n_ends} recorded terminations and reports {n_false} that were none: it must be "
         f"true in the states where the environment returns terminated=True, and nowhere else. {consequence}. {advice}"
     )
-    return (n_missed, n_false), [Finding(Cost.LEFT_OUT if is_left_out else Cost.TERMINATIONS, "", hint.rstrip())]
+    return (n_missed, n_false), [Finding(cost, "", hint.rstrip())]

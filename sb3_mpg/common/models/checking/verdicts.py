@@ -1,13 +1,17 @@
 """What is wrong with the predictions of each dimension."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
+from sb3_mpg.common.models.checking.couplings import Coupling
 from sb3_mpg.common.models.checking.findings import Cost, Finding
 from sb3_mpg.common.models.checking.prediction_errors import WRONG_SIGN_GAIN, Residuals, n_better_than_no_change
-from sb3_mpg.common.models.checking.regression import correlation, explained_shares, regress
-from sb3_mpg.common.models.windows import MIN_WINDOWS, rms
+from sb3_mpg.common.models.checking.regression import correlation, regress
+from sb3_mpg.common.models.checking.sources import SOURCE_SHARE, Source, find_source
+from sb3_mpg.common.models.checking.unexplained import Cause, causes_of_errors
+from sb3_mpg.common.models.windows import rms
 
 # Errors below this share of the actual change deserve no hint
 GOOD_RELATIVE_ERROR = 0.1
@@ -21,14 +25,8 @@ WRONG_SCALE = 1.25
 SAME_SCALE = 0.15
 # A factor means something if it explains this share of the changes
 CLEAR_FACTOR = 0.95
-# Errors look random if observations and actions explain no more than this share of them
-RANDOM_SHARE = 0.1
-# Something hidden causes errors if the step before explains this share more of them
-HIDDEN_SHARE = 0.25
-# ... and if consecutive errors are correlated as much as this
-PERSISTENCE = 0.3
-# Errors are proportional to an input that explains this share of them
-SOURCE_SHARE = 0.9
+# Predictions with larger errors, as shares of the change, are worse than those of no change by more than chance
+WORSE_THAN_CONSTANT = 1.05
 # Errors are those of a few steps if these are at most this share of all
 MAX_JUMPS = 0.2
 # An angle that wraps jumps by the width of its range, up to this share, and more than once or twice
@@ -38,12 +36,37 @@ MIN_JUMPS = 5
 ENCODING_SHARE = 0.5
 
 WORSE = "worse than no change"
+NOT_MOVED = "not moved"
+
+
+class Context(NamedTuple):
+    """
+    What is known of all dimensions.
+
+    :param names: of the dimensions
+    :param names_of_states: of the dimensions of the state
+    :param names_of_inputs: of observations and actions
+    :param gains: of all actions, ``(A, O)``
+    :param couplings: that explain errors, by dimension, see :func:`find_couplings`
+    :param common_factors: of changes, by dimension, see :func:`_common_factors`
+    :param causes: of errors, one for each dimension, see :func:`causes_of_errors`
+    """
+
+    names: tuple[str, ...]
+    names_of_states: tuple[str, ...]
+    names_of_inputs: tuple[str, ...]
+    gains: np.ndarray
+    couplings: Mapping[int, Coupling]
+    common_factors: Mapping[int, float]
+    causes: Sequence[Cause | None]
 
 
 def judge_dimensions(
     residuals: Residuals,
     gains: np.ndarray,
     names: tuple[str, ...],
+    names_of_states: tuple[str, ...],
+    couplings: Mapping[int, Coupling],
     encoding_gaps: np.ndarray,
     encoding_findings: Mapping[int, Finding],
 ) -> list[list[Finding]]:
@@ -51,23 +74,67 @@ def judge_dimensions(
     :param residuals: predictions compared with records
     :param gains: of all actions, ``(A, O)``
     :param names: names of the dimensions
+    :param names_of_states: names of the dimensions of the state
+    :param couplings: that explain errors, by dimension
     :param encoding_gaps: RMS of the gaps between observations and what is restored of them, ``(O,)``
     :param encoding_findings: findings about these gaps, by dimension
     :return: what was found about each dimension, nothing about a good one
     """
-    factors, causes = _common_factors(residuals, gains), _causes_of_errors(residuals)
-    inputs = (*names, *(f"action {action}" for action in range(len(gains))))
+    context = Context(
+        names=names,
+        names_of_states=names_of_states,
+        names_of_inputs=(*names, *(f"action {action}" for action in range(len(gains)))),
+        gains=gains,
+        couplings=couplings,
+        common_factors=_common_factors(residuals, gains),
+        causes=causes_of_errors(residuals),
+    )
     judged = []
     for dim, name in enumerate(names):
-        findings = [encoding_findings[dim]] if dim in encoding_findings else []
+        of_encoding = [encoding_findings[dim]] if dim in encoding_findings else []
         is_explained = encoding_gaps[dim] > ENCODING_SHARE * residuals.rms_errors[0, dim]
-        # Before signs: a few jumps can turn the sign of a regression
-        finding = None if is_explained else _judge_jumps(residuals, dim)
-        finding = finding or _judge_sign(residuals, gains[:, dim], dim)
-        if finding is None and not is_explained:
-            finding = _judge_errors(residuals, gains[:, dim], dim, factors.get(dim), causes[dim], inputs)
-        judged.append(findings if finding is None else [*findings, finding._replace(name=name)])
+        findings = _judge_dimension(residuals, context, dim, is_explained)
+        judged.append([*of_encoding, *(finding._replace(name=name) for finding in findings)])
     return judged
+
+
+def _judge_dimension(residuals: Residuals, context: Context, dim: int, is_explained: bool) -> list[Finding]:
+    """
+    :param residuals: predictions compared with records
+    :param context: what is known of all dimensions
+    :param dim: the dimension
+    :param is_explained: whether its encoding explains its errors
+    :return: what was found about its predictions
+    """
+    if not is_explained and not residuals.is_moved[dim] and residuals.relative_errors()[0, dim] > 0:
+        return [_judge_not_moved(context, dim)]
+    # Before signs: a few jumps can turn the sign of a regression
+    finding = None if is_explained else _judge_jumps(residuals, dim)
+    finding = finding or _judge_sign(residuals, context.gains[:, dim], dim)
+    if finding is not None:
+        return [finding]
+    return [] if is_explained else _judge_errors(residuals, context, dim)
+
+
+def _judge_not_moved(context: Context, dim: int) -> Finding:
+    """
+    :param context: what is known of all dimensions
+    :param dim: a dimension that the model keeps constant, and the environment does not
+    :return: what this means
+    """
+    missed = _judge_gains(context.gains[:, dim])
+    if missed is not None:
+        return missed
+    if context.causes[dim] == "random":
+        hint = (
+            "neither observation nor action tell how {names} changes: it looks random, as a reference or a disturbance that "
+            "is drawn anew. The model keeps it constant, which is right: no model predicts it."
+        )
+        return Finding(Cost.NOISE, "random", hint)
+    if context.causes[dim] == "hidden cause":
+        return _judge_hidden_cause("hidden cause", 1.0)  # type: ignore[return-value]  # never None
+    hint = "the model does not move {names}, and the environment does: write the term in `transition`."
+    return Finding(Cost.WORSE_THAN_NO_CHANGE, NOT_MOVED, hint)
 
 
 def _judge_jumps(residuals: Residuals, dim: int) -> Finding | None:
@@ -93,8 +160,8 @@ def _judge_jumps(residuals: Residuals, dim: int) -> Finding | None:
         )
     else:
         hint = (
-            "predictions of {names} are right in most steps ({values[0]:.0f}%) and far off in others: look for a contact, or "
-            "for an angle that wraps."
+            "predictions of {names} are right in most steps ({values[0]:.0f}%) and far off in others: look for a contact, "
+            "for an angle that wraps, or for something that is drawn anew."
         )
     return _with_drift(Finding(Cost.RARE_JUMPS, "rare jumps", hint, values=values), residuals, dim)
 
@@ -128,36 +195,70 @@ def _judge_sign(residuals: Residuals, gains: np.ndarray, dim: int) -> Finding | 
     return None
 
 
-def _judge_errors(
-    residuals: Residuals,
-    gains: np.ndarray,
-    dim: int,
-    common_factor: float | None,
-    cause: str | None,
-    inputs: tuple[str, ...],
-) -> Finding | None:
+def _judge_errors(residuals: Residuals, context: Context, dim: int) -> list[Finding]:
     """
     :param residuals: predictions compared with records
-    :param gains: of all actions on this dimension, ``(A,)``
+    :param context: what is known of all dimensions
     :param dim: the dimension
-    :param common_factor: that its change is scaled by, as the changes of other dimensions
-    :param cause: of its errors, see :func:`_causes_of_errors`
-    :param inputs: names of the observation dimensions and actions
     :return: what is wrong, if anything is
     """
     relative_error = float(residuals.relative_errors()[0, dim])
     if relative_error < GOOD_RELATIVE_ERROR:
-        return _judge_drift(residuals, dim)
+        drift = _judge_drift(residuals, dim)
+        return [] if drift is None else [drift]
+    tolerance = GOOD_RELATIVE_ERROR * float(residuals.rms_changes[0, dim])
+    source = find_source(residuals.steps.errors[:, dim], residuals.steps.inputs, context.names_of_inputs, tolerance)
+    cause = context.causes[dim]
+    of_actions = _judge_gains(context.gains[:, dim])
     finding = (
-        _judge_time_step(common_factor)
-        or _judge_gains(gains)
+        _judge_time_step(context.common_factors.get(dim))
+        or _judge_coupling(context, dim)
+        or of_actions
         or _judge_hidden_cause(cause, relative_error)
-        or _judge_bias(residuals, dim)
+        or _judge_bias(residuals, dim, source)
         or _judge_scale(residuals, dim)
         or _judge_noise(cause, relative_error)
-        or _judge_size(residuals, dim, relative_error, inputs)
+        or _judge_size(relative_error, source)
     )
-    return _with_drift(finding, residuals, dim)
+    findings = [_with_drift(finding, residuals, dim)]
+    n_states = len(context.names)
+    if finding is of_actions and source is not None and any(index < n_states for index in source.inputs):
+        # Not only the effect of the action is wrong
+        findings.append(_judge_size(relative_error, source))
+    return findings
+
+
+def _judge_coupling(context: Context, dim: int) -> Finding | None:
+    """
+    :param context: what is known of all dimensions
+    :param dim: the dimension
+    :return: that its errors come from the integration scheme, or from the errors of another dimension, if they do
+    """
+    coupling = context.couplings.get(dim)
+    if coupling is None:
+        return None
+    source = context.names_of_states[coupling.source]
+    if not coupling.is_scheme:
+        hint = f"the errors of {{names}} follow from those of {source}: mend that one first."
+        return Finding(Cost.DRIFT, f"follows {source}", hint)
+    hint = (
+        f"the integration of {{names}} differs: of {source}, the environment takes {_part_of_step(coupling.of_env)}, and the "
+        f"model {_part_of_step(coupling.of_model)}. Integrate as the environment does; no gain of an action is "
+        "wrong here."
+    )
+    return Finding(Cost.SCHEME, "other integration scheme", hint)
+
+
+def _part_of_step(part: float) -> str:
+    """
+    :param part: of the change of a source that its dependents see within the same step
+    :return: in words
+    """
+    if part < 0.2:
+        return "the old value (as explicit Euler)"
+    if part > 0.8:
+        return "the new value (as semi-implicit Euler)"
+    return "a value between old and new (as several substeps, or Runge-Kutta)"
 
 
 def _with_drift(finding: Finding, residuals: Residuals, dim: int) -> Finding:
@@ -211,15 +312,19 @@ def _judge_time_step(common_factor: float | None) -> Finding | None:
     return Finding(Cost.WRONG_SCALE, "wrong scale", hint, values=(common_factor,))
 
 
-def _judge_bias(residuals: Residuals, dim: int) -> Finding | None:
+def _judge_bias(residuals: Residuals, dim: int, source: Source | None) -> Finding | None:
     """
     :param residuals: predictions compared with records
     :param dim: a dimension with large errors
+    :param source: of its errors
     :return: that a constant explains them, if it does
     """
     error, bias = residuals.rms_errors[0, dim], residuals.biases[0, dim]
-    # Errors that are proportional to an input have a mean, too
-    if bias**2 <= 0.5 * error**2 or _source_of(residuals.steps.errors[:, dim], residuals.steps.inputs) is not None:
+    if bias**2 <= 0.5 * error**2:
+        return None
+    # Errors that depend on an input have a mean, too: then a constant would not mend them
+    rest = float(residuals.steps.errors[:, dim].std())
+    if source is not None and rest > GOOD_RELATIVE_ERROR * residuals.rms_changes[0, dim]:
         return None
     direction = "high" if bias > 0 else "low"
     hint = f"the model predicts {{names}} too {direction} by {{values[0]:.3g}} on average: look for a constant term."
@@ -264,7 +369,10 @@ def scale_factor(actual: np.ndarray, predicted: np.ndarray) -> float | None:
     """
     if correlation(actual, predicted) ** 2 < CLEAR_FACTOR:
         return None
-    return regress(actual, predicted)[0]
+    factor = regress(actual, predicted)[0]
+    # Not if a constant is off, too
+    is_all = rms(actual - factor * predicted) ** 2 <= (1 - CLEAR_FACTOR) * rms(actual) ** 2
+    return factor if is_all else None
 
 
 def is_wrong_scale(factor: float | None) -> bool:
@@ -317,99 +425,56 @@ def _common_factors(residuals: Residuals, gains: np.ndarray) -> dict[int, float]
     return {**factors, **also}
 
 
-def _causes_of_errors(residuals: Residuals) -> list[str | None]:
+def _judge_hidden_cause(cause: Cause | None, relative_error: float) -> Finding | None:
     """
-    Whether errors look like noise, or like the effect of something that observations do not show.
-
-    :param residuals: predictions compared with records
-    :return: ``"noisy"`` or ``"hidden cause"`` for each dimension, ``None`` if it is neither
-    """
-    steps, (first, second) = residuals.steps, residuals.pairs
-    errors, earlier_errors, later_errors = (
-        np.where(np.isfinite(part.errors), part.errors, 0.0) for part in (steps, first, second)
-    )
-    is_random = explained_shares(errors, steps.inputs) < RANDOM_SHARE
-    is_hidden = np.zeros_like(is_random)
-    if len(first.inputs) >= MIN_WINDOWS:
-        now = explained_shares(later_errors, second.inputs)
-        with_past = explained_shares(later_errors, np.concatenate([first.inputs, second.inputs], axis=1))
-        # Noise of a sensor is in two consecutive errors, with opposite signs
-        persists = np.array([correlation(*pair) > PERSISTENCE for pair in zip(earlier_errors.T, later_errors.T, strict=True)])
-        is_hidden = persists & (with_past > now + HIDDEN_SHARE)
-    return [
-        "hidden cause" if hidden else "noisy" if random else None for hidden, random in zip(is_hidden, is_random, strict=True)
-    ]
-
-
-def _judge_hidden_cause(cause: str | None, relative_error: float) -> Finding | None:
-    """
-    :param cause: of the errors of a dimension, see :func:`_causes_of_errors`
+    :param cause: of the errors of a dimension, see :func:`causes_of_errors`
     :param relative_error: of the dimension
     :return: that something hidden acts on it, if it looks like that
     """
     if cause != "hidden cause":
         return None
     hint = (
-        "the step before tells more of the errors of {names} ({values[0]:.0f}% of the change) than observation and action do: "
-        "something acts there that observations do not show, such as a velocity, a delay or a disturbance. Let the "
+        "the step before tells more of the errors of {names} ({values[0].percent} of the change) than observation and action "
+        "do: something acts there that observations do not show, such as a velocity, a delay or a disturbance. Let the "
         "environment show it, or earlier observations."
     )
-    return Finding(Cost.HIDDEN, cause, hint, values=(100 * relative_error,))
+    return Finding(Cost.HIDDEN, cause, hint, values=(relative_error,))
 
 
-def _judge_noise(cause: str | None, relative_error: float) -> Finding | None:
+def _judge_noise(cause: Cause | None, relative_error: float) -> Finding | None:
     """
-    :param cause: of the errors of a dimension, see :func:`_causes_of_errors`
+    :param cause: of the errors of a dimension, see :func:`causes_of_errors`
     :param relative_error: of the dimension
     :return: that they are no mistake of the model, if it looks like that
     """
     if cause != "noisy":
         return None
     hint = (
-        "observation and action explain hardly any of the errors of {names} ({values[0]:.0f}% of the change). It may be "
+        "observation and action explain hardly any of the errors of {names} ({values[0].percent} of the change). It may be "
         "noise, rounding, or the effect of something that observations do not show, and not a mistake of the model."
     )
-    return Finding(Cost.NOISE, cause, hint, values=(100 * relative_error,))
+    if relative_error > WORSE_THAN_CONSTANT:
+        hint += " The model would be better without its own change: keep a random reference constant."
+    return Finding(Cost.NOISE, cause, hint, values=(relative_error,))
 
 
-def _judge_size(residuals: Residuals, dim: int, relative_error: float, inputs: tuple[str, ...]) -> Finding:
+def _judge_size(relative_error: float, source: Source | None) -> Finding:
     """
-    :param residuals: predictions compared with records
-    :param dim: a dimension with large errors of no known kind
-    :param relative_error: of the dimension
-    :param inputs: names of the observation dimensions and actions
+    :param relative_error: of a dimension with large errors of no known kind
+    :param source: of its errors
     :return: how bad it is
     """
-    if rms(residuals.steps.predicted_changes[:, dim]) <= residuals.rounding[dim]:
-        hint = "the model does not move {names}, and the environment does: write the term in `transition`."
-        return Finding(Cost.WORSE_THAN_NO_CHANGE, WORSE, hint)
-    values: tuple[float, ...] = (100 * relative_error,)
     where = "."
-    source = _source_of(residuals.steps.errors[:, dim], residuals.steps.inputs)
     if source is not None:
-        where = f": the error is {{values[1]:.2g}} times {inputs[source[0]]}, so a term with it is wrong or missing."
-        values = (*values, source[1])
+        much = "the error" if source.share >= SOURCE_SHARE else "much of the error"
+        exchange = ", such as an exchange or a loss," if source.is_exchange else ""
+        where = f": {much} is {source.formula}, so a term with it{exchange} is wrong or missing."
     if relative_error >= 1:
-        hint = "predictions of {names} are worse than no change ({values[0]:.0f}% of it)" + where
-        hint += " Check units, and that a model step is as long as an environment step."
-        return Finding(Cost.WORSE_THAN_NO_CHANGE, WORSE, hint, values=values)
-    hint = "the prediction of {names} is rough ({values[0]:.0f}% of the change)" + where
+        hint = "predictions of {names} are worse than no change ({values[0].percent} of it)" + where
+        if source is None:
+            hint += " Check units, and that a model step is as long as an environment step."
+        return Finding(Cost.WORSE_THAN_NO_CHANGE, WORSE, hint, values=(relative_error,))
+    hint = "the prediction of {names} is rough ({values[0].percent} of the change)" + where
     if source is None:
         hint += " A term or a parameter may be off."
-    return Finding(Cost.ROUGH, "rough", f"{hint} This can be good enough to train with.", values=values)
-
-
-def _source_of(errors: np.ndarray, inputs: np.ndarray) -> tuple[int, float] | None:
-    """
-    :param errors: of a dimension, ``(B,)``
-    :param inputs: observations and actions, ``(B, O + A)``
-    :return: the input that the errors are proportional to, and the factor; ``None`` if there is none
-    """
-    shares = [correlation(errors, column) ** 2 for column in inputs.T]
-    best = int(np.argmax(shares))
-    if shares[best] <= SOURCE_SHARE:
-        return None
-    factor = regress(errors, inputs[:, best])[0]
-    # Without a constant
-    is_all = rms(errors - factor * inputs[:, best]) ** 2 < (1 - SOURCE_SHARE) * rms(errors) ** 2
-    return (best, factor) if is_all else None
+    return Finding(Cost.ROUGH, "rough", f"{hint} This can be good enough to train with.", values=(relative_error,))

@@ -23,10 +23,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-# Before anything reads them. Compilers and renderers would start threads and processes of their own
-for name, value in {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1", "MUJOCO_GL": "disable"}.items():
-    os.environ.setdefault(name, value)
-
 import gymnasium as gym
 import numpy as np
 import torch as th
@@ -36,6 +32,8 @@ from outside.tasks import TASKS
 from stable_baselines3.common.base_class import BaseAlgorithm
 from tables import RESULTS
 
+# Of the process of a run, unless the user says otherwise: compilers and renderers would start threads and processes
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1", "MUJOCO_GL": "disable"}
 N_EPISODES = 20
 START_SEED = 1000
 # Methods whose curves do not depend on a prior model
@@ -133,7 +131,7 @@ def start(cell: Cell, core: int | None) -> int:
     """
     print(cell.path.stem, cell.task, "starts", flush=True)
     command = [sys.executable, __file__, *cell.options(), "--jobs", "0"]
-    process = subprocess.Popen(command)
+    process = subprocess.Popen(command, env={**ENVIRONMENT, **os.environ})
     if core is not None:
         os.sched_setaffinity(process.pid, {core})
     return process.wait()

@@ -1,6 +1,18 @@
 """The tasks by name. Packages that a task needs are imported when its environment is made."""
 
-from outside.tasks import inverted_double_pendulum, inverted_pendulum, mountain_car, pendulum, reacher
+from outside.tasks import (
+    cartpole_swingup,
+    cartpole_swingup_repeat,
+    cstr,
+    dc_motor,
+    four_tank,
+    inverted_double_pendulum,
+    inverted_pendulum,
+    mountain_car,
+    parking,
+    pendulum,
+    reacher,
+)
 from prior_models import KnowsNothing
 
 TASKS = {
@@ -11,5 +23,11 @@ TASKS = {
         reacher,
         mountain_car,
         pendulum,
+        cartpole_swingup,
+        cartpole_swingup_repeat,
+        cstr,
+        four_tank,
+        dc_motor,
+        parking,
     )
 }

@@ -24,7 +24,7 @@ class KnowsTheCost(PriorModel):
 
 
 class Rough(KnowsTheCost):
-    """Balances of mass and energy. The reaction is 25 % too slow, the jacket 30 % too weak, and the set point never changes."""
+    """Balances of mass and energy. The reaction is 25 % too slow, the jacket 30 % too weak; the set point never changes."""
 
     rate = 0.75 * 7.2e10  # 1/min
     cooling = 0.7 * 5e4 / 23_900  # 1/min

@@ -24,23 +24,25 @@ class KnowsTheCost(PriorModel):
 
 
 class Rough(KnowsTheCost):
-    """Torricelli's law. Outlets 25 % too narrow, pumps 30 % too strong, and the set points never change."""
+    """
+    Torricelli's law with outlets that are 25 % too narrow. Pumps feed the upper tanks with all that they pump, a quarter more
+    than they do, and the lower ones not at all. The set points never change.
+    """
 
     outlets = (0.75 * 0.0035, 0.75 * 0.0030, 0.75 * 0.0020, 0.75 * 0.0025)  # m^2
-    pumps = (1.3 * 0.00085, 1.3 * 0.00095)  # m^3/(V s)
-    to_lower_tank = 0.2
+    # The first pump feeds the second of the upper tanks
+    pumps = (0.00095, 0.00085)  # m^3/(V s)
     step_time, n_substeps = 1000 / 60, 4  # s
 
     def transition(self, states: th.Tensor, actions: th.Tensor) -> th.Tensor:
         levels, set_points = states[:, 0:4], states[:, 4:6]
-        flows = actions * actions.new_tensor(self.pumps)
+        pumped = actions.flip(1) * actions.new_tensor(self.pumps)
         outlets, dt = actions.new_tensor(self.outlets), self.step_time / self.n_substeps
         for _ in range(self.n_substeps):
             # An empty tank would have an infinite slope
             drained = outlets * (2 * 9.81 * levels.clamp(min=1e-4)).sqrt()
-            lower = drained[:, 2:4] + self.to_lower_tank * flows
-            upper = (1 - self.to_lower_tank) * flows.flip(1)
-            levels = (levels + dt * (th.cat([lower, upper], dim=1) - drained)).clamp(min=0.0)
+            fed = th.cat([drained[:, 2:4], pumped], dim=1)
+            levels = (levels + dt * (fed - drained)).clamp(min=0.0)
         return th.cat([levels, set_points], dim=1)
 
 

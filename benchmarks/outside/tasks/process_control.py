@@ -1,22 +1,21 @@
-"""What the tasks of pcgym share. pcgym declares jax and do-mpc as dependencies, and needs neither with CasADi's integrator."""
+"""What the tasks of pcgym share."""
 
 import sys
 from collections.abc import Callable
-from importlib.util import find_spec
 from types import ModuleType
-from typing import Any, SupportsFloat
+from typing import Any, ClassVar, SupportsFloat
 
 import gymnasium as gym
 import numpy as np
 
-# What pcgym imports and never calls here
+# What pcgym imports and never calls here, because CasADi integrates
 UNUSED = ("jax", "jax.numpy", "diffrax", "do_mpc")
 
 
 class Placeholder(ModuleType):
-    """A module in place of one that is not installed: any name in it is a function that does nothing."""
+    """A module in place of one that need not be installed: any name in it is a function that does nothing."""
 
-    __path__: list[str] = []
+    __path__: ClassVar[list[str]] = []
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -26,16 +25,19 @@ class Placeholder(ModuleType):
 
 def import_pcgym() -> ModuleType:
     """
-    :return: pcgym, also where what it never calls is not installed
+    :return: pcgym, whether or not what it never calls is installed
     """
-    missing = [name for name in UNUSED if find_spec(name.partition(".")[0]) is None]
-    sys.modules.update({name: Placeholder(name) for name in missing})
+    hidden = {name: sys.modules.get(name) for name in UNUSED}
+    sys.modules.update({name: Placeholder(name) for name in UNUSED})
     try:
         import pcgym
     finally:
         # Other packages ask whether jax is there
-        for name in missing:
-            del sys.modules[name]
+        for name, module in hidden.items():
+            if module is None:
+                del sys.modules[name]
+            else:
+                sys.modules[name] = module
     return pcgym
 
 

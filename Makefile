@@ -7,7 +7,7 @@ PACKAGES := sb3_mpg sb3_mpg_envs
 SOURCES := sb3_mpg sb3_mpg_envs hyperparams benchmarks docs tests setup.py
 # Short benchmarks first; the last ones take days
 BENCHMARKS := benchmarks/simulators.py benchmarks/zoo_hook.py benchmarks/speed.py "benchmarks/learners.py throughput" \
-	benchmarks/outside.py benchmarks/learning.py benchmarks/learning_report.py benchmarks/bound.py benchmarks/trust.py \
+	"benchmarks/outside/run.py --jobs 2" benchmarks/outside/report.py benchmarks/learning.py benchmarks/learning_report.py benchmarks/bound.py benchmarks/trust.py \
 	benchmarks/trust_report.py
 ALGO ?= mpg
 ENV ?= PathTracking-v0

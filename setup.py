@@ -80,6 +80,13 @@ setup(
         # The lower bounds are tested. onnxruntime runs what was exported
         "export": ["torch>=2.8", "onnx>=1.18", "onnxscript>=0.6.2", "onnxruntime>=1.20"],
         "docs": ["sphinx", "furo", "myst-parser", "sphinx-copybutton"],
+        # The tasks and methods of benchmarks/outside. dm_control loads no task with MuJoCo 4. pcgym needs Python 3.11, and
+        # brings jax and do-mpc along, which the benchmark does not import
+        "outside": [
+            *["mujoco<4", "gymnasium[mujoco]", "shimmy[dm-control]>=2.0", "dm_control>=1.0.50,<1.1"],
+            *["gym-electric-motor>=3.0.3", "highway-env>=1.12", "pcgym>=0.1.8; python_version >= '3.11'"],
+            *["rl_zoo3>=2.8,<3.0", "sb3_contrib>=2.8,<3.0", "matplotlib", "pandas"],
+        ],
         # Reserved for learners on many machines
         "ray": ["ray[default]"],
     },

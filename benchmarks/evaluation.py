@@ -1,5 +1,6 @@
 """Evaluations: the papers' protocol, the callback of all benchmarks, and the newest agent that RL Zoo has saved."""
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -43,6 +44,15 @@ def evaluate(
     return returns, np.stack(observations)
 
 
+def cpu_seconds() -> float:
+    """
+    :return: processor time of this process and of its children that have ended (compilers). On an otherwise idle core it is
+        the time on the clock
+    """
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
 class EvaluationCallback(BaseCallback):
     """
     Evaluates every so many environment steps or updates. The csv is written when training ends.
@@ -73,10 +83,10 @@ class EvaluationCallback(BaseCallback):
         self.next_evaluation = every if first is None else first
         self.rows: list[dict[str, Any]] = []
         # Evaluations are not counted
-        self.training_seconds = 0.0
+        self.training_seconds = self.cpu_seconds = 0.0
 
     def _on_training_start(self) -> None:
-        self.resumed = time.perf_counter()
+        self.resumed, self.resumed_cpu = time.perf_counter(), cpu_seconds()
 
     def _on_step(self) -> bool:
         counts = {"steps": self.num_timesteps, "updates": self.model._n_updates}
@@ -84,6 +94,7 @@ class EvaluationCallback(BaseCallback):
         if count >= self.next_evaluation:
             self.next_evaluation = (count // self.every + 1) * self.every
             self.training_seconds += time.perf_counter() - self.resumed
+            self.cpu_seconds += cpu_seconds() - self.resumed_cpu
             returns = self.evaluate(self.model)
             row = {
                 self.unit: count,
@@ -93,11 +104,12 @@ class EvaluationCallback(BaseCallback):
                 "return_std": f"{returns.std():.5g}",
                 "return_min": f"{returns.min():.5g}",
                 "seconds": f"{self.training_seconds:.1f}",
+                "cpu_seconds": f"{self.cpu_seconds:.1f}",
                 **self.extra_columns(self.model),
             }
             self.rows.append(row)
             print(self.path.stem if self.path else "", row, flush=True)
-            self.resumed = time.perf_counter()
+            self.resumed, self.resumed_cpu = time.perf_counter(), cpu_seconds()
         return count < self.stop_after
 
     def _on_training_end(self) -> None:

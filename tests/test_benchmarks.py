@@ -13,7 +13,7 @@ import torch as th
 from stable_baselines3 import TD3
 from evaluation import EvaluationCallback, evaluate
 from machine import ORIGIN, merged_origin
-from outside import model_of_readme
+from outside.tasks.pendulum import model_of_readme
 from settings import TASKS, make_vec_env
 from tables import read_runs, write_csv
 

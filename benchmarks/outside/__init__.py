@@ -1,0 +1,1 @@
+"""Tasks that others wrote: see ``run.py``."""

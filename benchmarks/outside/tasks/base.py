@@ -1,0 +1,35 @@
+"""What a task consists of, and the model that knows the reward but not the dynamics."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import gymnasium as gym
+import torch as th
+
+from sb3_mpg import PriorModel
+
+
+class OutsideTask(NamedTuple):
+    """
+    :param make_env: returns a new environment, with its time limit
+    :param models: prior models by name: ``rough`` as a practitioner writes it in an hour, ``idea`` with the reward only. All
+        tasks also have ``nothing``, which knows neither
+    :param steps: number of environment steps of a run
+    :param every: number of environment steps between evaluations
+    :param zoo_id: name of the environment in the files of hyperparameters of RL Zoo
+    :param title: title of its panel in a figure
+    """
+
+    make_env: Callable[[], gym.Env]
+    models: dict[str, Callable[[], PriorModel]]
+    steps: int
+    every: int
+    zoo_id: str
+    title: str
+
+
+class NothingChanges(PriorModel):
+    """Knows no dynamics: the next state is the state."""
+
+    def transition(self, states: th.Tensor, actions: th.Tensor) -> th.Tensor:
+        return states + 0.0 * actions.sum(dim=1, keepdim=True)

@@ -25,9 +25,7 @@ SECOND_MOMENTS = {"exp_avg_sq", "max_exp_avg_sq", "square_avg"}
 COUNTERS = {"step"}
 # Frequencies of the Fourier features, for inputs that are scaled to about one unit
 FREQUENCIES = (1.0, 2.0, 3.0)
-# Scale of the Fourier features while no model is trusted
-UNTRUSTED_FOURIER_SCALE = 0.3
-# Number of updates in which the scale would rise from 0 to 1
+# Number of updates in which the scale of the Fourier features rises from 0 to 1
 N_FADING_UPDATES = 500
 
 
@@ -125,7 +123,7 @@ class ObservationScaler(BaseFeaturesExtractor):
     The scaled elements are extended by Fourier features, because networks of smooth units are slow to learn functions that
     change several times over the range of an element, such as the bends along a road. With Fourier features, critics
     extrapolate freely at the border of the data, unless they learn from rollouts of a trusted model. Without one, the
-    algorithm reduces their scale (``fourier_scale``). No weights could make up for other units of the Fourier features, so
+    algorithm takes them out (``fourier_scale``). No weights could make up for other units of the Fourier features, so
     they keep the shift and scale of the first fit while their own scale is not zero.
 
     :param observation_space: a ``Box``, or a ``Dict`` of boxes
@@ -235,14 +233,15 @@ class ObservationScaler(BaseFeaturesExtractor):
         angles = (flat - self.fourier_shift) * self.fourier_unit
         return fourier_features(scaled, self.frequencies, self.fourier_scale, angles)
 
-    def fade(self, is_model_trusted: bool) -> None:
+    def fade(self, is_model_trusted: bool, at_once: bool = False) -> None:
         """
         Adapt the scale of the Fourier features, once in each update. With these features, critics extrapolate freely at the
         border of the visited region. If critics learn from recorded steps only, a policy exploits that. Rollouts of a trusted
-        model prevent it, and without such a model the scale is reduced.
+        model prevent it, and without such a model the features vanish.
 
-        :param is_model_trusted: whether the scale rises towards 1 or falls towards ``UNTRUSTED_FOURIER_SCALE``
+        :param is_model_trusted: whether the scale rises towards 1 or falls towards 0
+        :param at_once: whether it gets there in this update
         """
         if self.frequencies:
-            step = (1 if is_model_trusted else -1) / N_FADING_UPDATES
-            self.fourier_scale.add_(step).clamp_(UNTRUSTED_FOURIER_SCALE, 1.0)
+            step = 1.0 if at_once else 1 / N_FADING_UPDATES
+            self.fourier_scale.add_(step if is_model_trusted else -step).clamp_(0.0, 1.0)

@@ -1,5 +1,7 @@
 """Network pieces: activations, scaled observations, Fourier features."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch as th
@@ -12,7 +14,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 import sb3_mpg_envs  # noqa: F401
 from sb3_mpg import MPG
 from sb3_mpg.common import torch_layers
-from sb3_mpg.common.torch_layers import ELU, ObservationScaler
+from sb3_mpg.common.torch_layers import ELU, ObservationScaler, convert_inputs
 from sb3_mpg.common.trust.weighting import MeasuredWeighting
 
 
@@ -37,14 +39,66 @@ class TestObservationScaler:
         scaler.fit(100 * th.randn(50, 3))
         th.testing.assert_close(scaler(th.ones(2, 3)), th.tensor([[1.0, 2.0, 0.5]] * 2))
 
-    def test_auto_shrinks_and_never_stretches(self):
-        scaler = ObservationScaler(self.space)
-        observations = th.randn(1000, 3) * th.tensor([100.0, 1e-3, 0.5]) + th.tensor([300.0, 1.0, 0.0])
+    def test_auto_standardises_whatever_the_unit(self):
+        scaler = ObservationScaler(self.space, frequencies=())
+        observations = th.randn(1000, 3) * th.tensor([1e5, 1e-4, 0.5]) + th.tensor([3e5, 0.1, 0.0])
         scaler.fit(observations)
         features = scaler(observations)
-        assert features[:, 0].std().item() == pytest.approx(1, rel=0.01)
-        assert features[:, 0].mean().abs() < 1e-3
-        th.testing.assert_close(features[:, 1:3], observations[:, 1:])
+        th.testing.assert_close(features.mean(dim=0), th.zeros(3), rtol=0, atol=1e-3)
+        th.testing.assert_close(features.std(dim=0), th.ones(3), rtol=1e-2, atol=0)
+
+    def test_recorded_values_are_bounded(self):
+        scaler = ObservationScaler(self.space, frequencies=())
+        observations = th.zeros(1000, 3)
+        observations[:, 1] = th.randn(1000)
+        observations[7, 0] = -500.0
+        scaler.fit(observations)
+        features = scaler(observations)
+        assert features[:, 0].abs().max().item() == pytest.approx(10.0)
+        assert features[:, 1].std().item() == pytest.approx(1.0, rel=1e-2)
+
+    def test_what_never_changed_is_only_shifted(self):
+        scaler = ObservationScaler(self.space, frequencies=())
+        # Rounding is no change
+        observations = th.tensor([1e6, 0.0, 0.3]) * (1 + 1e-7 * th.randn(50, 3))
+        scaler.fit(observations)
+        assert scaler.scale.tolist() == [1.0, 1.0, 1.0]
+        th.testing.assert_close(scaler.shift, observations[0], rtol=1e-6, atol=0)
+
+    def test_observations_that_are_not_finite_do_not_count(self):
+        scaler, reference = ObservationScaler(self.space), ObservationScaler(self.space)
+        observations = th.randn(100, 3)
+        reference.fit(observations)
+        scaler.fit(th.cat([observations, th.tensor([[np.nan, 0.0, 0.0], [0.0, np.inf, 0.0]])]))
+        assert th.equal(scaler.scale, reference.scale) and th.equal(scaler.shift, reference.shift)
+        unfitted = ObservationScaler(self.space)
+        unfitted.fit(th.full((5, 3), np.nan))
+        assert unfitted.scale.tolist() == [1.0] * 3 and unfitted.shift.tolist() == [0.0] * 3
+
+    def test_when_it_is_fitted(self):
+        scaler, inside = ObservationScaler(self.space), th.zeros(1, 3)
+        assert scaler.needs_fit(1, inside)
+        scaler.fit(th.randn(100, 3))
+        assert not scaler.needs_fit(199, inside) and scaler.needs_fit(200, inside)
+        # Far outside of the range so far
+        outside = scaler.shift + th.tensor([[0.0, -20.0, 0.0]]) / scaler.scale
+        assert scaler.needs_fit(101, 1.01 * outside) and not scaler.needs_fit(101, 0.98 * outside)
+        assert not scaler.needs_fit(101, th.full((1, 3), np.nan))
+        # Never, if the factors are given
+        given = ObservationScaler(self.space, [1.0] * 3)
+        assert not given.needs_fit(10**6, 100 * outside)
+        given.fit(1e3 * th.randn(100, 3))
+        assert given.scale.tolist() == [1.0] * 3
+
+    def test_fourier_features_keep_their_units_while_they_count(self):
+        scaler, first, second = ObservationScaler(self.space), th.randn(100, 3), 50 * th.randn(200, 3)
+        scaler.fit(first)
+        before = scaler(first)[:, 3:]
+        scaler.fit(second)
+        assert th.equal(scaler(first)[:, 3:], before)
+        scaler.fourier_scale.fill_(0.0)
+        scaler.fit(second)
+        assert th.equal(scaler.fourier_unit, scaler.scale) and th.equal(scaler.fourier_shift, scaler.shift)
 
     def test_fourier_features(self):
         scaler = ObservationScaler(self.space, [1.0, 2.0, 0.5], frequencies=[1.0, 3.0])
@@ -65,7 +119,8 @@ class TestObservationScaler:
             (False, 5, 0.5),
             (True, 4, 0.9),
             (True, 9, 1.0),
-            (False, 9, 0.3),
+            (False, 12, 0.0),
+            (True, 2, 0.2),
         ):
             for _ in range(n_updates):
                 scaler.fade(is_trusted)
@@ -73,6 +128,9 @@ class TestObservationScaler:
             assert scaler.fourier_scale.item() == pytest.approx(expected)
         # Without Fourier features there is nothing to fade
         assert given.fourier_scale == 1
+        for is_trusted in (True, False):
+            scaler.fade(is_trusted, at_once=True)
+            assert scaler.fourier_scale == is_trusted
 
     def test_fourier_features_fade_while_no_model_is_trusted(self, monkeypatch, tmp_path):
         monkeypatch.setattr(torch_layers, "N_FADING_UPDATES", 10)
@@ -85,11 +143,11 @@ class TestObservationScaler:
         def trained(n_updates, **kwargs):
             return MPG("MlpPolicy", LinearEnv(), **SMALL, **kwargs).learn(40 + n_updates)
 
-        assert fourier_scales(trained(4, horizons=(0,), weighting="constant")) == pytest.approx([0.6] * 4)
-        model = trained(20, horizons=(0,), weighting="constant")
-        assert fourier_scales(model) == pytest.approx([0.3] * 4)
+        # There are none without a model
+        model = trained(1, horizons=(0,), weighting="constant")
+        assert fourier_scales(model) == [0.0] * 4
         model.save(tmp_path / "model.zip")
-        assert fourier_scales(MPG.load(tmp_path / "model.zip")) == pytest.approx([0.3] * 4)
+        assert fourier_scales(MPG.load(tmp_path / "model.zip")) == [0.0] * 4
         # Without measured errors, a model that is used is trusted
         assert fourier_scales(trained(20, horizons=(0, 2), weighting="rule_based", residual=False)) == [1.0] * 4
 
@@ -100,18 +158,24 @@ class TestObservationScaler:
             monkeypatch.setattr(rule, "weights", lambda n_updates, weights=weights: weights)
             assert fourier_scales(trained(5, horizons=(0, 2), weighting=rule)) == pytest.approx([expected] * 4)
 
-    def test_every_network_gets_the_same_fit_and_keeps_it(self, tmp_path):
+    def test_every_network_gets_the_same_fit_and_keeps_it_until_the_data_have_doubled(self, tmp_path):
         model = MPG("MlpPolicy", "PathTracking-v0", **SMALL).learn(50)
         scalers = [module for module in model.policy.modules() if isinstance(module, ObservationScaler)]
         assert len(scalers) == 4
         for scaler in scalers:
-            assert scaler.scale[5] < 0.1
+            assert scaler.scale[5] < 0.1 and scaler.n_fitted == 41
             assert th.equal(scaler.scale, scalers[0].scale)
         before = scalers[0].scale.clone()
         model.learn(20, reset_num_timesteps=False)
         assert th.equal(before, scalers[0].scale)
+        model.learn(20, reset_num_timesteps=False)
+        for scaler in scalers:
+            assert scaler.n_fitted == 82
+            assert th.equal(scaler.scale, scalers[0].scale)
+        stored = th.as_tensor(model.replay_buffer.observations[:82, 0])
+        th.testing.assert_close(scalers[0].shift, stored.mean(dim=0))
         model.save(tmp_path / "model.zip")
-        assert th.equal(MPG.load(tmp_path / "model.zip").actor.features_extractor.scale, before)
+        assert th.equal(MPG.load(tmp_path / "model.zip").actor.features_extractor.scale, scalers[0].scale)
 
     def test_copied_parameters_keep_their_scales(self):
         trained = MPG("MlpPolicy", "PathTracking-v0", **SMALL).learn(50)
@@ -128,7 +192,7 @@ class TestObservationScaler:
         scaler = ObservationScaler(self.space)
         scaler.load_state_dict({name: tensor - 0.5 for name, tensor in scaler.state_dict().items()})
         scaler.fit(100 * th.randn(50, 3))
-        assert (scaler.scale == 0.5).all() and (scaler.shift == -0.5).all()
+        assert (scaler.scale == 0.5).all() and (scaler.shift == -0.5).all() and not scaler.needs_fit(50, th.zeros(1, 3))
 
     def test_it_is_fitted_to_what_the_networks_see(self):
         env = VecNormalize(make_vec_env("PathTracking-v0", 1, seed=0))
@@ -137,12 +201,118 @@ class TestObservationScaler:
         stored = model.replay_buffer.observations[:41, 0]
         # Statistics move on with each step
         seen = (stored - env.obs_rms.mean) / np.sqrt(env.obs_rms.var + env.epsilon)
-        std = seen.std(axis=0)
-        assert (stored.std(axis=0) > 2).any() and std.max() < 1.2
-        np.testing.assert_allclose(scaler.scale, np.where(std > 1, 1 / std, 1), rtol=1e-3)
+        spread = np.maximum(seen.std(axis=0), np.abs(seen - seen.mean(axis=0)).max(axis=0) / 10)
+        assert (stored.std(axis=0) > 2).any() and spread.max() < 1.2
+        np.testing.assert_allclose(scaler.scale, 1 / spread, rtol=1e-3)
+        np.testing.assert_allclose(scaler.shift, seen.mean(axis=0), atol=1e-5)
 
     def test_wrong_number_of_factors(self):
         with pytest.raises(ValueError, match="each of the 3 elements"):
             ObservationScaler(self.space, [1.0])
         with pytest.raises(ValueError, match="must be 'auto'"):
             ObservationScaler(self.space, "big")
+
+
+class TestConvertInputs:
+    factors = th.tensor([0.01, 5.0], dtype=th.float64)
+    offsets = th.tensor([3.0, -0.5], dtype=th.float64)
+
+    def in_new_units(self, inputs, offsets):
+        return th.cat([((inputs[:, :2] - offsets) / self.factors).float(), inputs[:, 2:]], dim=1)
+
+    def test_outputs_do_not_change(self):
+        layer, inputs = th.nn.Linear(3, 4), th.randn(16, 3)
+        converted = copy.deepcopy(layer)
+        convert_inputs(converted, self.factors, self.offsets)
+        assert not th.allclose(converted(inputs), layer(inputs), atol=0.1)
+        th.testing.assert_close(converted(self.in_new_units(inputs, self.offsets)), layer(inputs), rtol=0, atol=1e-5)
+
+    def both_ways(self, optimizer_class, offsets, **kwargs):
+        """
+        The state of an optimizer that is converted after some gradients, and of one that had the new units from the start.
+        Without steps, so that both layers compute the same.
+        """
+        states, inputs = [], th.randn(5, 8, 3)
+        first = th.nn.Linear(3, 4)
+        for converts_first in (False, True):
+            layer = copy.deepcopy(first)
+            optimizer = optimizer_class(layer.parameters(), lr=0.0, **kwargs)
+            if converts_first:
+                convert_inputs(layer, self.factors, offsets, optimizer)
+            for batch in inputs:
+                optimizer.zero_grad()
+                layer(self.in_new_units(batch, offsets) if converts_first else batch).square().sum().backward()
+                optimizer.step()
+            if not converts_first:
+                convert_inputs(layer, self.factors, offsets, optimizer)
+            states.append((optimizer.state.get(layer.weight), optimizer.state.get(layer.bias)))
+        return states
+
+    @pytest.mark.parametrize(
+        ("optimizer_class", "kwargs", "name"),
+        [(th.optim.SGD, {"momentum": 0.9}, "momentum_buffer"), (th.optim.Adam, {"fused": True}, "exp_avg")],
+    )
+    def test_running_means_of_gradients(self, optimizer_class, kwargs, name):
+        (weight, bias), (expected_weight, expected_bias) = self.both_ways(optimizer_class, self.offsets, **kwargs)
+        th.testing.assert_close(weight[name], expected_weight[name], rtol=1e-3, atol=1e-4)
+        th.testing.assert_close(bias[name], expected_bias[name])
+
+    def test_running_means_of_squares(self):
+        no_offsets = th.zeros(2, dtype=th.float64)
+        (weight, bias), (expected, expected_bias) = self.both_ways(th.optim.Adam, no_offsets, amsgrad=True)
+        assert weight["step"] == 5
+        for name in ("exp_avg_sq", "max_exp_avg_sq"):
+            th.testing.assert_close(weight[name], expected[name])
+            th.testing.assert_close(bias[name], expected_bias[name])
+        # With other shifts, the gradients of the bias add to them
+        layer = th.nn.Linear(3, 1)
+        optimizer = th.optim.Adam(layer.parameters())
+        layer(th.ones(1, 3)).sum().backward()
+        optimizer.step()
+        optimizer.state[layer.weight]["exp_avg_sq"].fill_(2.0)
+        optimizer.state[layer.bias]["exp_avg_sq"].fill_(3.0)
+        convert_inputs(layer, self.factors, self.offsets, optimizer)
+        squares = optimizer.state[layer.weight]["exp_avg_sq"]
+        th.testing.assert_close(squares, th.tensor([[(2 + 9 * 3) / 0.01**2, (2 + 0.25 * 3) / 25, 2.0]]))
+
+    def test_other_states_are_forgotten(self):
+        (weight, bias), _ = self.both_ways(th.optim.Adagrad, self.offsets)
+        assert weight is None and bias is None
+
+
+@pytest.mark.parametrize("net_arch", [[], [16, 8]])
+@pytest.mark.parametrize("fourier_scale", [1.0, 0.0])
+def test_networks_compute_the_same_with_new_scales(net_arch, fourier_scale):
+    settings = {**SMALL, "policy_kwargs": {"net_arch": net_arch}}
+    model = MPG("MlpPolicy", LinearEnv(), horizons=(0,), weighting="constant", **settings).learn(60)
+    policy, observations, actions = model.policy, th.randn(20, 2), th.rand(20, 1)
+    for scaler in model.update.observation_scalers:
+        scaler.fourier_scale.fill_(fourier_scale)
+
+    @th.no_grad()
+    def outputs():
+        critics = (policy.critic, policy.critic_target)
+        values = [value for critic in critics for value in critic(observations, actions)]
+        return th.cat([policy.actor(observations), policy.actor_target(observations), *values])
+
+    before, scale = outputs(), policy.actor.features_extractor.scale.clone()
+    policy.fit_scales(th.tensor([20.0, 0.01]) * th.randn(500, 2) + th.tensor([-10.0, 1.0]))
+    factors = policy.actor.features_extractor.scale / scale
+    assert factors[0] < 0.2 and factors[1] > 2
+    th.testing.assert_close(outputs(), before, rtol=1e-5, atol=1e-5)
+
+
+def test_extractors_with_scaled_parts_are_fitted_once():
+    """What they compute from scaled observations is unknown."""
+
+    class Squares(ObservationScaler):
+        def forward(self, observations):
+            return super().forward(observations).square()
+
+    policy_kwargs = {"net_arch": [16], "features_extractor_class": Squares}
+    model = MPG("MlpPolicy", LinearEnv(), **{**SMALL, "policy_kwargs": policy_kwargs}).learn(45)
+    scaler = model.actor.features_extractor
+    before = scaler.scale.clone()
+    assert (before != 1).all()
+    model.learn(50, reset_num_timesteps=False)
+    assert th.equal(scaler.scale, before)

@@ -56,6 +56,12 @@ class RecordedSteps:
         stored = self.flat.gather(self.replay_buffer.observations, slice(self.replay_buffer.size()))
         return to_tensor(stored.reshape(-1, stored.shape[2]), self.device)
 
+    def latest_observations(self) -> th.Tensor:
+        """
+        :return: the raw observations of the latest step, float32, ``(n_envs, O)``
+        """
+        return to_tensor(self.flat.gather(self.replay_buffer.observations, self.replay_buffer.pos - 1), self.device)
+
     def rewards(self) -> th.Tensor:
         """
         :return: all rewards, float32, ``(n_rows, n_envs)``

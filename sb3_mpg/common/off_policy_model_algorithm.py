@@ -31,6 +31,7 @@ from sb3_mpg.common.models.rollout_model import ModelSettings
 from sb3_mpg.common.models.trainable import TrainableModel, members_of
 from sb3_mpg.common.noise import choose_action_noise, for_n_envs
 from sb3_mpg.common.optimizer_steps import OptimizerSteps
+from sb3_mpg.common.policies import ModelBasePolicy
 from sb3_mpg.common.precision import choose_matmul_precision, matmul_precision
 from sb3_mpg.common.rollouts.exploration import ModelExploration
 from sb3_mpg.common.rollouts.steps import EagerSteps
@@ -84,6 +85,7 @@ class OffPolicyModelAlgorithm(PickledWithEnv, OffPolicyAlgorithm):
     max_skipped_updates = SettingOf("optimizer_steps")
     n_skipped_updates = SettingOf("optimizer_steps")
     action_space: spaces.Box
+    policy: ModelBasePolicy
     replay_buffer: ReplayBuffer
     update: Update
     update_class: ClassVar[type[Update]]
@@ -315,9 +317,10 @@ class OffPolicyModelAlgorithm(PickledWithEnv, OffPolicyAlgorithm):
         self.update.model.train()
         inputs = self.training_inputs(batch_size)
         recorded = RecordedSteps(self.replay_buffer, inputs.units.unscale_actions, self.device)
+        latest = inputs.units.normalize_observations(recorded.latest_observations())
+        if any(scaler.needs_fit(len(recorded), latest) for scaler in self.update.observation_scalers):
+            self.policy.fit_scales(inputs.units.normalize_observations(recorded.observations()))
         if self._n_updates == 0:
-            for scaler in self.update.observation_scalers:
-                scaler.fit(inputs.units.normalize_observations(recorded.observations()))
             checks.warn_of_tiny_rewards(inputs.units.scale_rewards(recorded.rewards()), self.reward_scale)
         if self.model_fitting is not None:
             self.model_fitting.prepare(recorded, self.num_timesteps, self.trust.longest_horizon)
@@ -337,7 +340,7 @@ class OffPolicyModelAlgorithm(PickledWithEnv, OffPolicyAlgorithm):
             model_logs = self._improve_model(inputs, recorded)
             is_model_trusted = self.trust.prefers_model(self._n_updates)
             for scaler in self.update.observation_scalers:
-                scaler.fade(is_model_trusted)
+                scaler.fade(is_model_trusted, at_once=not self.trust.uses_model)
             # Compute gradients, in this process or in learner processes
             result = self.learners.next_result(self._n_updates, inputs)
             # Optimize the networks, update the target networks

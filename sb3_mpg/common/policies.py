@@ -9,9 +9,10 @@ from gymnasium import spaces
 from stable_baselines3.common.policies import BaseModel, BasePolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.type_aliases import PyTorchObs
+from torch import nn
 
 from sb3_mpg.common.spaces import FlatObservations, tuple_keys
-from sb3_mpg.common.torch_layers import ObservationScaler
+from sb3_mpg.common.torch_layers import ObservationScaler, convert_inputs
 
 
 class FlatInputs(BaseModel):
@@ -26,6 +27,37 @@ class FlatInputs(BaseModel):
     def __init__(self, observation_space: spaces.Space, *args: Any, **kwargs: Any):
         super().__init__(observation_space, *args, **kwargs)
         self.flat = FlatObservations(observation_space)
+
+    def input_layers(self) -> list[nn.Module]:
+        """
+        :return: the layers behind the features extractor. The features are the first elements of their inputs
+        """
+        raise NotImplementedError
+
+    @th.no_grad()
+    def fit_scales(self, observations: th.Tensor) -> None:
+        """
+        Fit the scales of the observations, see ``ObservationScaler``. From the second fit on, the outputs of the network do
+        not change.
+
+        :param observations: all recorded observations, as the networks see them, ``(N, O)``
+        """
+        scaler = self.features_extractor
+        layers = [layer for layer in self.input_layers() if isinstance(layer, nn.Linear) and layer.bias is not None]
+        # Subclasses of the scaler may compute anything from scaled observations, and so may other layers
+        if type(scaler) is not ObservationScaler or len(layers) < len(self.input_layers()):
+            for module in self.modules():
+                if isinstance(module, ObservationScaler):
+                    module.fit(observations)
+                    module.keep_fit()
+            return
+        was_fitted, shift, scale = scaler.is_fitted, scaler.shift.double(), scaler.scale.double()
+        scaler.fit(observations)
+        if was_fitted:
+            factors, offsets = scale / scaler.scale, scale * (scaler.shift - shift)
+            for layer in layers:
+                # Target networks have no optimizer
+                convert_inputs(layer, factors, offsets, getattr(self, "optimizer", None))
 
     def extract_features(self, obs: PyTorchObs, features_extractor: BaseFeaturesExtractor) -> th.Tensor:
         if isinstance(features_extractor, ObservationScaler):
@@ -60,3 +92,13 @@ class ModelBasePolicy(BasePolicy):
     def unscale_action(self, scaled_action: np.ndarray) -> np.ndarray:
         unscaled = super().unscale_action(scaled_action)
         return np.clip(unscaled, self.action_space.low, self.action_space.high).astype(self.action_space.dtype, copy=False)
+
+    def fit_scales(self, observations: th.Tensor) -> None:
+        """
+        Fit the scales of the observations in all networks.
+
+        :param observations: all recorded observations, as the networks see them, ``(N, O)``
+        """
+        for network in self.children():
+            if isinstance(network, FlatInputs):
+                network.fit_scales(observations)

@@ -11,11 +11,21 @@ from torch import nn
 
 from sb3_mpg.common.spaces import FlatObservations
 
+# Recorded values that a fitted scale leaves, in absolute value
+LARGEST_INPUT = 10.0
+# A recorded value beyond it is a reason to fit the scales again
+REFIT_INPUT = 2 * LARGEST_INPUT
+# So is a number of recorded observations that has grown by this factor
+REFIT_GROWTH = 2.0
+# Standard deviation of an element that changes, as a share of its mean: single precision resolves 1e-7
+SMALLEST_CHANGE = 1e-6
+# State of torch's optimizers by kind: running means of gradients, of their squares, and numbers
+FIRST_MOMENTS = {"exp_avg", "momentum_buffer"}
+SECOND_MOMENTS = {"exp_avg_sq", "max_exp_avg_sq", "square_avg"}
+COUNTERS = {"step"}
 # Frequencies of the Fourier features, for inputs that are scaled to about one unit
 FREQUENCIES = (1.0, 2.0, 3.0)
-# Scale of the Fourier features while no model is trusted
-UNTRUSTED_FOURIER_SCALE = 0.3
-# Number of updates in which the scale would rise from 0 to 1
+# Number of updates in which the scale of the Fourier features rises from 0 to 1
 N_FADING_UPDATES = 500
 
 
@@ -29,23 +39,27 @@ def n_fourier_features(n_inputs: int, frequencies: Sequence[float] = FREQUENCIES
 
 
 def fourier_features(
-    inputs: th.Tensor, frequencies: Sequence[float] = FREQUENCIES, scale: th.Tensor | None = None
+    inputs: th.Tensor,
+    frequencies: Sequence[float] = FREQUENCIES,
+    scale: th.Tensor | None = None,
+    angles: th.Tensor | None = None,
 ) -> th.Tensor:
     """
     :param inputs: ``(B, n)``
     :param frequencies: :math:`K` frequencies
     :param scale: factor of the sines and cosines, a scalar; 1 by default
-    :return: the inputs, with the sine and the cosine of each input at each frequency, ``(B, n (1 + 2 K))``, in column-major
+    :param angles: what sines and cosines are taken of, ``(B, n)``; the inputs by default
+    :return: the inputs, with the sine and the cosine of each angle at each frequency, ``(B, n (1 + 2 K))``, in column-major
         memory
     """
     if not frequencies:
         return inputs
     # Column-major, because the compiler vectorises long runs of contiguous elements, and rows are short
-    columns = inputs.t()
+    columns = (inputs if angles is None else angles).t()
     features = [function(frequency * columns) for frequency in frequencies for function in (th.sin, th.cos)]
     if scale is not None:
         features = [scale * feature for feature in features]
-    return th.cat([columns, *features]).t()
+    return th.cat([inputs.t(), *features]).t()
 
 
 class ELU(nn.ELU):
@@ -55,19 +69,62 @@ class ELU(nn.ELU):
         super().__init__(inplace=True)
 
 
+@th.no_grad()
+def convert_inputs(
+    layer: nn.Linear, factors: th.Tensor, offsets: th.Tensor, optimizer: th.optim.Optimizer | None = None
+) -> None:
+    r"""
+    Convert a layer to other units of its first inputs, :math:`x_i = c_i x_i' + d_i`, without a change of its outputs:
+    :math:`w_i' = c_i w_i` and :math:`b' = b + \sum_i d_i w_i`.
+
+    The gradient with respect to a converted weight is :math:`(g_{w_i} - d_i g_b) / c_i`. Running means of gradients are
+    converted in the same way, those of their squares as if :math:`g_{w_i}` and :math:`g_b` were uncorrelated. If the optimizer
+    has another kind of state, what it knows of the layer is forgotten.
+
+    :param layer: the layer, with a bias
+    :param factors: :math:`c`, float64, ``(n,)``
+    :param offsets: :math:`d`, float64, ``(n,)``
+    :param optimizer: the optimizer of the layer, if it has one
+    """
+    n_converted = len(factors)
+    weights = layer.weight[:, :n_converted]
+    old_weights = weights.double()
+    weights.copy_(old_weights * factors)
+    layer.bias.add_(old_weights @ offsets)
+
+    state = {} if optimizer is None else optimizer.state
+    of_weight, of_bias = state.get(layer.weight, {}), state.get(layer.bias, {})
+    is_known = of_weight.keys() <= {*FIRST_MOMENTS, *SECOND_MOMENTS, *COUNTERS} and of_weight.keys() == of_bias.keys()
+    if not is_known:
+        for parameter in (layer.weight, layer.bias):
+            state.pop(parameter, None)
+        return
+    for name in of_weight.keys() - COUNTERS:
+        moments, of_offsets = of_weight[name][:, :n_converted], of_bias[name].double().unsqueeze(1)
+        if name in FIRST_MOMENTS:
+            moments.copy_((moments.double() - offsets * of_offsets) / factors)
+        else:
+            moments.copy_((moments.double() + offsets.square() * of_offsets) / factors.square())
+
+
 class ObservationScaler(BaseFeaturesExtractor):
     """
     Flattens observations and scales each of their elements: ``scale * (observation - shift)``.
 
-    With ``scale="auto"`` the algorithm fits shift and scale to the replay buffer once, just before its first update:
-    elements with a standard deviation of more than one are standardised, the others do not change (stretching a narrow start
-    distribution would blow up all observations outside of it). From then on shift and scale are fixed. They are part of the
-    policy's parameters, so that copying the parameters also copies the scales.
+    With ``scale="auto"`` the algorithm fits shift and scale to the replay buffer just before its first update: each element is
+    standardised, whatever its unit and however narrow its range is. It is scaled less where that would leave recorded values
+    beyond ``LARGEST_INPUT``. An element that never changed is only shifted.
+
+    The first random steps do not show the range of later ones. So shift and scale are fitted again whenever the number of
+    recorded observations has doubled, or when a recorded observation is far outside of the range of the last fit. The weights
+    of the next layer are then converted, so that the outputs of the network do not change (see :func:`convert_inputs`). Shift
+    and scale are part of the policy's parameters, so that copying the parameters also copies them.
 
     The scaled elements are extended by Fourier features, because networks of smooth units are slow to learn functions that
     change several times over the range of an element, such as the bends along a road. With Fourier features, critics
     extrapolate freely at the border of the data, unless they learn from rollouts of a trusted model. Without one, the
-    algorithm reduces their scale (``fourier_scale``).
+    algorithm takes them out (``fourier_scale``). No weights could make up for other units of the Fourier features, so
+    they keep the shift and scale of the first fit while their own scale is not zero.
 
     :param observation_space: a ``Box``, or a ``Dict`` of boxes
     :param scale: factors, as many as an observation has elements (in the order of ``FlatObservations``); or ``"auto"``
@@ -77,7 +134,9 @@ class ObservationScaler(BaseFeaturesExtractor):
 
     shift: th.Tensor
     scale: th.Tensor
-    is_fixed: th.Tensor
+    n_fitted: th.Tensor
+    fourier_shift: th.Tensor
+    fourier_unit: th.Tensor
     fourier_scale: th.Tensor
 
     def __init__(
@@ -105,42 +164,84 @@ class ObservationScaler(BaseFeaturesExtractor):
                     f"`scale` must give one factor for each of the {n_elements} elements of an observation, "
                     f"got {factors.size}."
                 )
+        given = th.as_tensor(factors.reshape(-1), dtype=th.float32)
         self.register_buffer("shift", th.zeros(n_elements))
-        self.register_buffer("scale", th.as_tensor(factors.reshape(-1), dtype=th.float32))
-        # Zero until shift and scale are known. A float, because tools that average or perturb state dictionaries expect floats
-        self.register_buffer("is_fixed", th.tensor(float(not is_auto)))
+        self.register_buffer("scale", given)
+        # Number of observations of the last fit: 0 before the first, negative if there is none to come. A float, because tools
+        # that average or perturb state dictionaries expect floats
+        self.register_buffer("n_fitted", th.tensor(0.0 if is_auto else -1.0))
+        self.register_buffer("fourier_shift", th.zeros(n_elements))
+        self.register_buffer("fourier_unit", given.clone())
         self.register_buffer("fourier_scale", th.ones(()))
 
+    @property
+    def is_fitted(self) -> bool:
+        """Whether shift and scale come from observations."""
+        return bool(self.n_fitted > 0)
+
+    def keep_fit(self) -> None:
+        """Keep shift and scale from now on."""
+        self.n_fitted.fill_(-1.0)
+
+    def needs_fit(self, n_observations: int, latest: th.Tensor) -> bool:
+        """
+        :param n_observations: number of recorded observations
+        :param latest: the latest of them, as the networks see them, ``(N, O)``
+        :return: whether shift and scale should be fitted to all of them
+        """
+        n_fitted = self.n_fitted.item()
+        if n_fitted <= 0:
+            return n_fitted == 0
+        if n_observations >= REFIT_GROWTH * n_fitted:
+            return True
+        scaled = (latest - self.shift) * self.scale
+        return bool((scaled[th.isfinite(scaled)].abs() > REFIT_INPUT).any())
+
+    @th.no_grad()
     def fit(self, observations: th.Tensor) -> None:
         """
-        Compute shift and scale. Does nothing if they are given or computed already.
+        Compute shift and scale, unless they are given.
 
-        :param observations: observations as the networks see them, ``(N, O)``
+        :param observations: all recorded observations, as the networks see them, ``(N, O)``
         """
-        if self.is_fixed:
+        if self.n_fitted < 0:
             return
-        self.is_fixed.fill_(1.0)
-        std, mean = th.std_mean(observations.double(), dim=0, correction=0)
-        wide = std > 1.0
-        self.shift.copy_(th.where(wide, mean, 0.0))
-        self.scale.copy_(th.where(wide, 1.0 / std.clamp(min=1.0), 1.0))
+        is_first = not self.is_fitted
+        self.n_fitted.fill_(len(observations))
+        finite = observations[th.isfinite(observations).all(dim=1)].double()
+        if len(finite) == 0:
+            return
+        std, mean = th.std_mean(finite, dim=0, correction=0)
+        spread = th.maximum(std, (finite - mean).abs().amax(dim=0) / LARGEST_INPUT)
+        # What differs only by rounding has never changed
+        has_changed = std > SMALLEST_CHANGE * mean.abs() + th.finfo(th.float32).tiny
+        self.shift.copy_(mean)
+        self.scale.copy_(th.where(has_changed, 1.0 / spread, 1.0))
+        if is_first or self.fourier_scale == 0:
+            self.fourier_shift.copy_(self.shift)
+            self.fourier_unit.copy_(self.scale)
 
     def forward(self, observations: PyTorchObs) -> th.Tensor:
         """
         :param observations: of the space, ``(B, *obs_shape)``, by key for a ``Dict``; or flat, ``(B, O)``
         :return: features, ``(B, features_dim)``
         """
-        scaled = (self.flat.flatten(observations) - self.shift) * self.scale
-        return fourier_features(scaled, self.frequencies, self.fourier_scale)
+        flat = self.flat.flatten(observations)
+        scaled = (flat - self.shift) * self.scale
+        if not self.frequencies:
+            return scaled
+        angles = (flat - self.fourier_shift) * self.fourier_unit
+        return fourier_features(scaled, self.frequencies, self.fourier_scale, angles)
 
-    def fade(self, is_model_trusted: bool) -> None:
+    def fade(self, is_model_trusted: bool, at_once: bool = False) -> None:
         """
         Adapt the scale of the Fourier features, once in each update. With these features, critics extrapolate freely at the
         border of the visited region. If critics learn from recorded steps only, a policy exploits that. Rollouts of a trusted
-        model prevent it, and without such a model the scale is reduced.
+        model prevent it, and without such a model the features vanish.
 
-        :param is_model_trusted: whether the scale rises towards 1 or falls towards ``UNTRUSTED_FOURIER_SCALE``
+        :param is_model_trusted: whether the scale rises towards 1 or falls towards 0
+        :param at_once: whether it gets there in this update
         """
         if self.frequencies:
-            step = (1 if is_model_trusted else -1) / N_FADING_UPDATES
-            self.fourier_scale.add_(step).clamp_(UNTRUSTED_FOURIER_SCALE, 1.0)
+            step = 1.0 if at_once else 1 / N_FADING_UPDATES
+            self.fourier_scale.add_(step if is_model_trusted else -step).clamp_(0.0, 1.0)

@@ -46,10 +46,12 @@ class TargetNetworks(NamedTuple):
 
     :param actor: the target policy
     :param values: value of the target critics, see :func:`target_values_of`
+    :param smoothing: share of the noise of a value target that smooths the target policy, from 0 to 1
     """
 
     actor: Policy
     values: QFunction
+    smoothing: float = 1.0
 
 
 def bootstrap_values(
@@ -66,6 +68,7 @@ def bootstrap_values(
     :return: values, ``(B, 1)``
     """
     actions = targets.actor(network_inputs)
+    noise_std = noise_std * targets.smoothing
     if noise_std > 0:
         noise = (noise_std * th.randn_like(actions)).clamp(-noise_clip, noise_clip)
         actions = (actions + noise).clamp(-1, 1)
@@ -133,8 +136,11 @@ class ReplayTarget(ValueTarget):
     :math:`r_t + \gamma \min_i Q_{\omega'_i}(s_{t+1}, \pi_{\theta'}(s_{t+1}))`, or its form over the next
     ``n_steps`` recorded transitions, whose rewards SB3's ``NStepReplayBuffer`` sums. Terminal states have no value.
 
+    As in TD3, noise smooths the target policy, so that a policy cannot exploit narrow peaks of the critics. A policy that
+    follows a model does not, and the noise is multiplied by the distrust in the model.
+
     :param n_steps: number of recorded steps; with more than one, the target is off-policy: it contains recorded actions
-    :param noise_std: standard deviation of the noise that smooths the target policy; the papers have none
+    :param noise_std: standard deviation of the noise that smooths the target policy, without trust; the papers have none
     :param noise_clip: largest absolute value of that noise
     """
 

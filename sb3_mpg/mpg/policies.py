@@ -16,9 +16,15 @@ from sb3_mpg.common.torch_layers import ELU, ObservationScaler
 class MPGActor(FlatInputs, Actor):
     """The actor of TD3, which takes flat observations, too. See ``Actor`` for the parameters."""
 
+    def input_layers(self) -> list[nn.Module]:
+        return [next(self.mu.children())]
+
 
 class MPGCritic(FlatInputs, ContinuousCritic):
     """The critics of TD3, which take flat observations, too. See ``ContinuousCritic`` for the parameters."""
+
+    def input_layers(self) -> list[nn.Module]:
+        return [next(q_network.children()) for q_network in self.q_networks]
 
 
 class MPGPolicy(ModelBasePolicy, TD3Policy):

@@ -69,9 +69,10 @@ class MPGUpdate(Update[MPGUpdateSettings]):
         return q_function
 
     def targets(self, settings: MPGUpdateSettings) -> TargetNetworks:
-        # With measured errors, the minimum of the critics is weighted as horizon 0, and their mean as the model
-        values = target_values_of(self.policy.critic_target, pessimism=1 - settings.trust)
-        return TargetNetworks(self.policy.actor_target, values)
+        # With measured errors, the minimum of the critics and the noise of the target policy are weighted as horizon 0
+        distrust = 1 - settings.trust
+        values = target_values_of(self.policy.critic_target, pessimism=distrust)
+        return TargetNetworks(self.policy.actor_target, values, smoothing=distrust)
 
     def n_model_steps(self, settings: MPGUpdateSettings) -> float:
         return max(settings.weights) / settings.policy_delay

@@ -90,10 +90,10 @@ class Reactor(gym.Env):
         return np.array(self.state, dtype=np.float32), float(reward), False, self.n_steps >= 60, {}
 
 
-def react(concentration, temperature, jacket, exp, exchange):
+def react(concentration, temperature, jacket, exp, exchange, rate_factor=1.0):
     """26 seconds, for numbers and for tensors."""
     for _ in range(10):
-        rate = 7.2e10 * exp(-8750 / temperature) * concentration
+        rate = rate_factor * 7.2e10 * exp(-8750 / temperature) * concentration
         change = 350 - temperature + 209 * rate + exchange * (jacket - temperature) / 23900
         concentration = concentration + 26 / 600 * (1 - concentration - rate)
         temperature = temperature + 26 / 600 * change
@@ -101,13 +101,13 @@ def react(concentration, temperature, jacket, exp, exchange):
 
 
 class ReactorModel(PriorModel):
-    def __init__(self, exchange):
+    def __init__(self, exchange, rate_factor=1.0):
         super().__init__()
-        self.exchange = exchange
+        self.exchange, self.rate_factor = exchange, rate_factor
 
     def transition(self, states, actions):
         concentration, temperature, set_point = states.split(1, dim=1)
-        changed = react(concentration, temperature, actions, th.exp, self.exchange)
+        changed = react(concentration, temperature, actions, th.exp, self.exchange, self.rate_factor)
         return th.cat([changed[0], changed[1].clamp(250, 450), set_point], dim=1)
 
     def reward(self, states, actions, next_states):
@@ -138,6 +138,19 @@ class TestReactor:
         (hint,) = (hint for hint in report.hints if "predictions of observation[1]" in hint)
         assert "times observation[1]" in hint and "times action 0" in hint
         assert not any("constant term" in hint for hint in report.hints)
+
+    @pytest.mark.parametrize("rate_factor", [0.75, 1.3])
+    def test_a_wrong_rate_is_no_integration_scheme(self, rate_factor):
+        """Actions move the concentration through the temperature, and too weakly or too strongly."""
+        report = check_prior_model(ReactorModel(5e4, rate_factor), Reactor(), verbose=False)
+        assert report.rms_errors[0, 0] > 0.1 * report.rms_changes[0, 0]
+        assert "integration" not in " ".join(report.hints) + " ".join(report.verdicts)
+
+    def test_a_slower_reaction_beside_it(self):
+        """The difference that the heat exchange is proportional to is named, and no integration scheme."""
+        report = check_prior_model(ReactorModel(0.7 * 5e4, 0.75), Reactor(), verbose=False)
+        assert any("the error is 0.14 times (observation[1] - action 0), so a term with it" in hint for hint in report.hints)
+        assert "integration" not in " ".join(report.hints) + " ".join(report.verdicts)
 
     def test_no_heat_exchange(self):
         report = check_prior_model(ReactorModel(0.0), Reactor(), verbose=False)

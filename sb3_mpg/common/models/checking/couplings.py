@@ -12,9 +12,9 @@ from sb3_mpg.common.models.windows import Windows, rms, to_numpy
 
 # Dimensions with smaller errors, as shares of their changes, are not looked at
 SMALL_ERROR = 0.1
-# A coupling explains this share of the errors; another scheme explains it of what actions cause, and most of all errors
+# Errors follow from others that explain this share of them; another scheme explains this share
 COUPLED_SHARE = 0.9
-COUPLED_SHARE_OF_ALL = 0.8
+SCHEME_SHARE = 0.8
 # Another scheme moves by a part of the change of the source that differs by this much
 OTHER_SCHEME = 0.15
 # Parts of schemes are within these limits, but for the uncertainty of the fit
@@ -180,12 +180,13 @@ def _judge_coupling(
         if rest <= 0.2 * max(rms(effects_on_dim), 0.2 * rms(of_effects)) and PARTS[0] < of_model < PARTS[1]:
             # What the environment does beside the part of the model; actions are independent of all other mistakes
             targets, of_changes = of_model * slopes * predicted_changes - errors, slopes * changes
-            of_actions = without_explained(np.stack([targets, of_changes, errors], axis=1), observations)[0]
-            of_env, rest = _fit(*of_actions.T[:2])
-            shares = (_share(rest, of_actions[:, 2]), _share(float(rms(targets - of_env * of_changes)), errors))
-            is_explained = shares[0] > COUPLED_SHARE and shares[1] > COUPLED_SHARE_OF_ALL
-            if is_explained and PARTS[0] < of_env < PARTS[1] and abs(of_env - of_model) > OTHER_SCHEME:
-                return shares[1], Coupling(source, of_model, of_env)
+            of_actions = without_explained(np.stack([targets, of_changes], axis=1), observations)[0]
+            of_env = _fit(*of_actions.T)[0]
+            # Of all errors: a wrong slope looks like another scheme to actions
+            share = _share(float(rms(targets - of_env * of_changes)), errors)
+            is_other = PARTS[0] < of_env < PARTS[1] and abs(of_env - of_model) > OTHER_SCHEME
+            if is_other and share > SCHEME_SHARE:
+                return share, Coupling(source, of_model, of_env)
     following = slopes * (predicted_changes - changes) / 2
     if not following.any():
         return None

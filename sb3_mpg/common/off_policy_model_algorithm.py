@@ -31,6 +31,7 @@ from sb3_mpg.common.models.rollout_model import ModelSettings
 from sb3_mpg.common.models.trainable import TrainableModel, members_of
 from sb3_mpg.common.noise import choose_action_noise, for_n_envs
 from sb3_mpg.common.optimizer_steps import OptimizerSteps
+from sb3_mpg.common.planned_exploration import PlansExploration, check_model_planning
 from sb3_mpg.common.policies import ModelBasePolicy
 from sb3_mpg.common.precision import choose_matmul_precision, matmul_precision
 from sb3_mpg.common.rollouts.exploration import ModelExploration
@@ -47,7 +48,7 @@ from sb3_mpg.common.value_targets import ValueTarget
 SelfOffPolicyModelAlgorithm = TypeVar("SelfOffPolicyModelAlgorithm", bound="OffPolicyModelAlgorithm")
 
 
-class OffPolicyModelAlgorithm(PickledWithEnv, OffPolicyAlgorithm):
+class OffPolicyModelAlgorithm(PlansExploration, PickledWithEnv, OffPolicyAlgorithm):
     """
     The base of off-policy algorithms that learn from a replay buffer and from a differentiable model. Subclasses define
     the policies, and an :class:`~sb3_mpg.common.update.Update` that computes the gradients.
@@ -66,6 +67,7 @@ class OffPolicyModelAlgorithm(PickledWithEnv, OffPolicyAlgorithm):
     :param reward_scale: factor of all rewards, both recorded and predicted
     :param exploration_noise: standard deviation of the Gaussian noise on actions in [-1, 1] when ``action_noise`` is None
     :param model_exploration: share of start states of rollouts that may be perturbed in the model, see ``ModelExploration``
+    :param model_planning: share of the exploring time in which actions are planned in the model, see ``PlansExploration``
     :param optimizer_steps: applies the gradients
     :param learner_settings: in how many processes gradients are computed
     :param compile: whether rollouts are compiled; ``"auto"`` compiles when training is long enough to repay the compile time
@@ -115,6 +117,7 @@ class OffPolicyModelAlgorithm(PickledWithEnv, OffPolicyAlgorithm):
         reward_scale: float,
         exploration_noise: float,
         model_exploration: float,
+        model_planning: float,
         optimizer_steps: OptimizerSteps,
         learner_settings: LearnerSettings,
         compile: bool | Literal["auto"],
@@ -158,6 +161,7 @@ class OffPolicyModelAlgorithm(PickledWithEnv, OffPolicyAlgorithm):
         self.reward_scale = reward_scale
         self.exploration_noise = exploration_noise
         self.model_exploration = model_exploration
+        self.model_planning = model_planning
         self.compile = compile
         self.model_settings = model_settings
         self.learner_settings = learner_settings
@@ -181,6 +185,7 @@ class OffPolicyModelAlgorithm(PickledWithEnv, OffPolicyAlgorithm):
         checks.check_number("reward_scale", self.reward_scale, 0.0, includes_low=False)
         checks.check_number("exploration_noise", self.exploration_noise, 0.0)
         ModelExploration(self.model_exploration).check()
+        check_model_planning(self.model_planning)
         for name in ("batch_size", "batch_reuse"):
             checks.check_count(name, getattr(self, name), 1)
         checks.check_share("gamma", self.gamma)
@@ -291,6 +296,7 @@ class OffPolicyModelAlgorithm(PickledWithEnv, OffPolicyAlgorithm):
             gamma=self.gamma,
             weights=self.trust.weights(n_updates),
             trust=self.trust.in_model(n_updates),
+            blind_trust=self.trust.in_blind_returns(n_updates),
             value_target=self.value_target,
             batch_reuse=self.batch_reuse,
             exploration=ModelExploration(self.model_exploration),

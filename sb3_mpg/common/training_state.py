@@ -36,6 +36,25 @@ def restore_rng_state(state: dict[str, Any], device: th.device) -> None:
 
 
 @dataclass
+class PlanState:
+    """
+    Where planned exploration stands. It is saved with an algorithm.
+
+    :param n_left: number of steps until the next choice between plans and the policy
+    :param env: index of the environment that follows plans until then, ``None`` for none
+    :param offsets: remaining offsets of the plan, ``(H, A)``; ``None`` before the first plan and after a reset
+    :param n_followed: number of steps that were taken from them
+    :param share_followed: recent share of the plans that were worth following
+    """
+
+    n_left: int = 0
+    env: int | None = None
+    offsets: np.ndarray | None = field(default=None, repr=False)
+    n_followed: int = 0
+    share_followed: float = 1.0
+
+
+@dataclass
 class TrainingState:
     """
     State that is saved with an algorithm in addition to SB3's attributes.
@@ -47,6 +66,7 @@ class TrainingState:
     :param own_noise: standard deviation of the action noise if the algorithm created it; ``None`` for the user's noise
     :param has_warned_of_records: whether a non-finite observation or reward was reported
     :param has_warned_of_masks: whether masked states were reported
+    :param plans: where planned exploration stands
     :param rng: states of the random number generators, kept from loading until training continues
     :param fitting: state of the model's fitting, kept from loading until the model is created
     :param batches: state of the reused batches, kept from loading until the update is created
@@ -60,6 +80,7 @@ class TrainingState:
     own_noise: float | None = None
     has_warned_of_records: bool = False
     has_warned_of_masks: bool = False
+    plans: PlanState = field(default_factory=PlanState)
     rng: dict[str, Any] | None = field(default=None, repr=False)
     fitting: dict[str, Any] | None = field(default=None, repr=False)
     batches: dict[str, Any] | None = field(default=None, repr=False)

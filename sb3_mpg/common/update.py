@@ -38,6 +38,7 @@ class UpdateSettings:
     :param gamma: discount factor
     :param weights: weight of each horizon
     :param trust: trust in the model, from 0 to 1
+    :param blind_trust: trust in the returns of rollouts whose derivative is blind, from 0 to 1
     :param value_target: what the critics regress on
     :param batch_reuse: in how many updates a batch is used
     :param exploration: how start states of rollouts are perturbed
@@ -46,6 +47,7 @@ class UpdateSettings:
     gamma: float
     weights: dict[int, float]
     trust: float
+    blind_trust: float
     value_target: ValueTarget
     batch_reuse: int
     exploration: ModelExploration

@@ -117,6 +117,8 @@ class MPG(OffPolicyModelAlgorithm):
     :param model_exploration: share of the start states of rollouts that may be perturbed in the corrected model, 0 for none.
         Each of them is perturbed with a probability that equals the trust in the model: up to 10 model steps with one noisy
         action, which is repeated (see ``ModelExploration``)
+    :param model_planning: share of the exploring time in which actions are planned in the corrected model, 0 for none. It is
+        multiplied with the trust in the model, and falls when plans are no better than the policy (see ``PlansExploration``)
     :param max_skipped_updates: how many updates in a row may be skipped for a non-finite gradient before training stops
     :param n_learners: number of processes that compute the gradients while the main process steps the environments and
         applies them; 0 computes them in the main process. The number of updates does not depend on it.
@@ -181,6 +183,7 @@ class MPG(OffPolicyModelAlgorithm):
         reward_scale: float = 1.0,
         exploration_noise: float = 0.1,
         model_exploration: float = 0.5,
+        model_planning: float = 0.5,
         max_skipped_updates: int = 20,
         n_learners: int = 0,
         max_staleness: int | None = None,
@@ -217,6 +220,7 @@ class MPG(OffPolicyModelAlgorithm):
             reward_scale=reward_scale,
             exploration_noise=exploration_noise,
             model_exploration=model_exploration,
+            model_planning=model_planning,
             optimizer_steps=OptimizerSteps(max_grad_norm, max_skipped_updates),
             learner_settings=LearnerSettings(n_learners, max_staleness, learner_kwargs),
             compile=compile,

@@ -1,3 +1,4 @@
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -7,14 +8,18 @@ from stable_baselines3.td3.policies import Actor
 
 from sb3_mpg.common.balance import balanced_mse_loss, rollout_value_loss
 from sb3_mpg.common.models.base import PriorModel
+from sb3_mpg.common.rollouts.model_rollout import model_rollout
 from sb3_mpg.common.rollouts.policy_gradient import mixed_policy_gradient
-from sb3_mpg.common.rollouts.steps import QFunction
+from sb3_mpg.common.rollouts.steps import QFunction, RolloutContext
 from sb3_mpg.common.type_aliases import Differentiate, GradientResult, TrainingBatch
 from sb3_mpg.common.units import Units
 from sb3_mpg.common.update import Update, UpdateSettings
 from sb3_mpg.common.utils import gradient_of
 from sb3_mpg.common.value_targets import TargetNetworks, target_values_of
 from sb3_mpg.mpg.policies import MPGPolicy
+
+# The smallest standard deviation of perturbed first actions, in [-1, 1] units; the largest is 1
+SMALLEST_TRIAL = 0.02
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +115,32 @@ class MPGUpdate(Update[MPGUpdateSettings]):
             value_loss = rollout_value_loss(policy_values, policy_gradient.returns, settings.weights, settings.trust)
             logs["train/rollout_value_loss"] = value_loss.item()
             total_critic_loss = critic_loss + value_loss
+        if settings.blind_trust > 0:
+            blind_loss = self.blind_value_loss(observations, policy_gradient.actions, context, settings)
+            logs["train/blind_value_loss"] = blind_loss.item()
+            total_critic_loss = total_critic_loss + blind_loss
 
         gradients = {"critic": gradient_of(total_critic_loss, self.critic), "actor": policy_gradient.gradients}
         return GradientResult(gradients, logs, share_masked)
+
+    def blind_value_loss(
+        self, observations: th.Tensor, actions: th.Tensor, context: RolloutContext, settings: MPGUpdateSettings
+    ) -> th.Tensor:
+        """
+        The error of the critics with respect to the returns of rollouts whose first action is perturbed. Where the derivative
+        of the returns is blind, the critics learn from their differences, and the policy follows the critics.
+
+        :param observations: raw observations of the start states, ``(B, O)``
+        :param actions: actions of the policy in these states, in [-1, 1], ``(B, A)``
+        :param context: policy, model, units, discount factor and steps
+        :param settings: settings of the update
+        :return: the loss, a scalar
+        """
+        longest = max(settings.weights)
+        with th.no_grad():
+            # Sizes of all orders, from corrections to other ways
+            sizes = th.exp(math.log(SMALLEST_TRIAL) * th.rand_like(actions[:, :1]))
+            tried = (actions + sizes * th.randn_like(actions)).clamp(-1, 1)
+            returns = model_rollout(observations, context, [longest], first_actions=tried)
+        values = self.critic(context.units.normalize_observations(observations), tried)
+        return rollout_value_loss(values, returns, {longest: settings.blind_trust}, settings.trust)

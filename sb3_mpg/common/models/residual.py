@@ -164,6 +164,9 @@ class ResidualModel(CorrectedModel):
         :param actions: ``(B, A)``
         :return: both, standardised by the statistics of the data, ``(B, S + A)``
         """
+        if self.is_extrapolating:
+            # Far from the data, the correction is that of the nearest states with data
+            states = self.range.clip(self.prior, states)
         return self.standardizer(th.cat([states, actions], dim=1))
 
     def _network_outputs(self, scaled: th.Tensor) -> th.Tensor:
@@ -227,7 +230,8 @@ class ResidualModel(CorrectedModel):
         correction = gains * (learned[:, : self.n_states] + self.linear(scaled))
         predicted = self.prior.transition(states, actions)
         # Clip the prediction as for the targets of the fit
-        corrected = self.range.clip(self.prior, self.state_add(self.range.clip_prior(predicted), correction))
+        corrected = self.state_add(self.range.clip_prior(predicted), correction)
+        corrected = self.range.clip(self.prior, corrected, self.is_extrapolating)
         corrected = self.hidden.re_encode(self.prior, corrected)
         # Without correction, the prior model is neither clipped nor re-encoded
         next_states = th.where(gains > 0, corrected, predicted)

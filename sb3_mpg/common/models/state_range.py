@@ -70,10 +70,11 @@ class StateRange(nn.Module):
         self.high.copy_(th.where(is_observed, high, float("inf")))
         self.middle.copy_(0.5 * (self.start_low + self.start_high))
 
-    def clip(self, prior: PriorModel, states: th.Tensor) -> th.Tensor:
+    def clip(self, prior: PriorModel, states: th.Tensor, is_wide: bool = False) -> th.Tensor:
         """
         :param prior: the model whose states they are
         :param states: ``(B, S)``
+        :param is_wide: whether the range is as wide as that of :meth:`clip_prior`
         :return: the states within the range, ``(B, S)``
         """
         if type(prior).state_difference is not PriorModel.state_difference:
@@ -81,7 +82,7 @@ class StateRange(nn.Module):
             middle = self.middle.expand_as(states)
             wrapped = prior.state_add(middle, prior.state_difference(states, middle))
             states = th.where((states < self.low) | (states > self.high), wrapped, states)
-        return th.minimum(th.maximum(states, self.low), self.high)
+        return self.clip_prior(states) if is_wide else th.minimum(th.maximum(states, self.low), self.high)
 
     def clip_prior(self, states: th.Tensor) -> th.Tensor:
         """

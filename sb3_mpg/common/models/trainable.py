@@ -32,6 +32,8 @@ class TrainableModel(PriorModel):
     members: Members = "mean"
     #: When the model is fitted while a policy is trained
     fitting_schedule: FittingSchedule = EveryUpdate()
+    #: Whether rollouts may go far beyond the recorded states, see :meth:`extrapolating`
+    is_extrapolating: bool = False
 
     @contextmanager
     def using_members(self, members: Members) -> Iterator[None]:
@@ -48,6 +50,18 @@ class TrainableModel(PriorModel):
             yield
         finally:
             self.members = before
+
+    @contextmanager
+    def extrapolating(self) -> Iterator[None]:
+        """
+        Let rollouts go far beyond the recorded states within this context. A policy is not trained on such a guess, but it is
+        the only way to plan for what was never reached.
+        """
+        self.is_extrapolating = True
+        try:
+            yield
+        finally:
+            self.is_extrapolating = False
 
     def even_rows(self, tensor: th.Tensor) -> th.Tensor:
         """

@@ -7,6 +7,7 @@ on model and critic. So errors are estimated for the action gradients :math:`g_n
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ from sb3_mpg.common.models.windows import Transitions
 from sb3_mpg.common.rollouts.model_rollout import model_rollout
 from sb3_mpg.common.rollouts.steps import QFunction, RolloutContext
 from sb3_mpg.common.trust.terminations import LITTLE_TRUST
+from sb3_mpg.common.trust.variation import BLIND, PERTURBATION, Perturbed, Variation, measure_variation
 
 # A cross-validated model is excluded when its squared error is more than this multiple of the squared gradient
 USELESS_ERROR = 3.0
@@ -35,6 +37,8 @@ class GradientErrors(NamedTuple):
     :param gradient_norm: median of the squared norm of the action gradient, for the model horizon of the smallest error
     :param is_useless: whether the gradient of a horizon is wrong or nearly zero, see :func:`gradient_errors`,
         ``(n_horizons,)``
+    :param variation: how much of the variation of the returns the derivatives explain; ``None`` if that is not known
+    :param trust_in_returns: trust in the returns of the longest rollouts, from 0 to 1, see :func:`trust_in_returns`
     :param trust_in_ends: trust in the model's terminations, from 0 to 1, see
         :func:`~sb3_mpg.common.trust.terminations.trust_in_ends`
     """
@@ -44,6 +48,8 @@ class GradientErrors(NamedTuple):
     standard_errors: np.ndarray
     gradient_norm: float
     is_useless: np.ndarray
+    variation: Variation | None = None
+    trust_in_returns: float = 0.0
     trust_in_ends: float = 1.0
 
     @property
@@ -52,26 +58,47 @@ class GradientErrors(NamedTuple):
         return self.trust_in_ends < LITTLE_TRUST
 
     @property
+    def is_blind(self) -> np.ndarray:
+        """Whether a model horizon has a derivative that does not explain how its returns vary, ``(n_horizons,)``."""
+        if self.variation is None:
+            return np.zeros(len(self.horizons), dtype=bool)
+        return (self.variation.explained < BLIND) & (np.array(self.horizons) > 0)
+
+    @property
     def is_excluded(self) -> np.ndarray:
         """Whether a horizon is excluded regardless of its measured error, ``(n_horizons,)``."""
-        return self.is_useless | ((self.trust_in_ends == 0) & (np.array(self.horizons) > 0))
+        return self.is_useless | self.is_blind | ((self.trust_in_ends == 0) & (np.array(self.horizons) > 0))
+
+
+class ActionGradients(NamedTuple):
+    """
+    Independent estimates of the action gradient at the same states, and what shows whether they can be believed.
+
+    :param gradients: NaN where the return is not finite, ``(n_horizons, E, B, A)``
+    :param perturbed: returns and their changes when the first action is perturbed, ``(n_horizons, E, B)``
+    """
+
+    gradients: np.ndarray
+    perturbed: Perturbed
 
 
 def action_gradients(
     observations: th.Tensor, context: RolloutContext, q_functions: Sequence[QFunction], horizons: Sequence[int]
-) -> th.Tensor:
+) -> ActionGradients:
     r"""
     Independent estimates of :math:`\nabla_a X_n(s, a)` at the same states. The rows of the batch are repeated once for each
     critic. An ensemble deals rows to its members in equal parts, so that each member is paired with one critic.
+
+    The first actions are perturbed as well, by ``PERTURBATION`` in a random direction of each state.
 
     :param observations: raw observations, ``(B, O)``
     :param context: policy, model with dealt members, units, discount factor and steps
     :param q_functions: :math:`E` critics
     :param horizons: numbers of model steps
-    :return: action gradients, NaN where the return is not finite, ``(n_horizons, E, B, A)``
+    :return: the action gradients
     """
-    n_critics = len(q_functions)
-    repeated = observations.repeat(n_critics, *[1] * (observations.ndim - 1))
+    n_critics, n_states = len(q_functions), len(observations)
+    repeated = observations.repeat(n_critics, 1)
 
     def q_function(network_inputs: th.Tensor, actions: th.Tensor) -> th.Tensor:
         parts = zip(q_functions, network_inputs.chunk(n_critics), actions.chunk(n_critics), strict=True)
@@ -88,8 +115,20 @@ def action_gradients(
         (gradient,) = th.autograd.grad(returns[horizon].sum(), actions, retain_graph=keep)
         # A non-finite return has no meaningful gradient
         gradient = th.where(th.isfinite(returns[horizon].detach()), gradient, th.nan)
-        gradients.append(gradient.reshape(n_critics, observations.shape[0], -1))
-    return th.stack(gradients)
+        gradients.append(gradient.reshape(n_critics, n_states, -1))
+    stacked = th.stack(gradients)
+    with th.no_grad():
+        chosen = actions.detach().reshape(n_critics, n_states, -1)
+        signs = 2.0 * th.randint_like(chosen[0], 2) - 1.0
+        # Both directions in the part of the batch of the same member
+        pairs = th.stack([(chosen + step * signs).clamp(-1, 1) for step in (PERTURBATION, -PERTURBATION)], dim=1)
+        rollouts = model_rollout(observations.repeat(2 * n_critics, 1), paired, horizons, first_actions=pairs.flatten(0, 2))
+        before = th.stack([returns[horizon].detach().reshape(n_critics, n_states) for horizon in horizons])
+        after = th.stack([rollouts[horizon].reshape(n_critics, 2, n_states) for horizon in horizons])
+        linear = (stacked * (pairs[:, 0] - pairs[:, 1]) / 2).sum(dim=-1)
+        changes = (after - before.unsqueeze(2)).cpu().numpy()
+    perturbed = Perturbed(before.cpu().numpy(), changes[:, :, 0], changes[:, :, 1], linear.cpu().numpy())
+    return ActionGradients(stacked.cpu().numpy(), perturbed)
 
 
 def _median(values: np.ndarray) -> tuple[float, float]:
@@ -157,7 +196,7 @@ def gradient_errors(gradients: np.ndarray, horizons: Sequence[int], with_judge: 
 
 
 def measure_gradient_errors(
-    gradients: Callable[[], th.Tensor],
+    gradients: Callable[[], ActionGradients],
     model: TrainableModel,
     horizons: Sequence[int],
     judges_prior: bool,
@@ -173,17 +212,56 @@ def measure_gradient_errors(
     :param held_out_steps: returns held-out transitions, ``None`` while there are none
     :return: the errors
     """
-    if not (judges_prior and isinstance(model, CorrectedModel)):
-        return gradient_errors(gradients().cpu().numpy(), horizons)
-    with model.compared_with_prior():
+    is_judged = judges_prior and isinstance(model, CorrectedModel)
+    with model.compared_with_prior() if is_judged else nullcontext():  # type: ignore[attr-defined]
         compared = gradients()
-    measured = gradient_errors(compared.cpu().numpy(), horizons, with_judge=True)
+    measured = gradient_errors(compared.gradients, horizons, with_judge=is_judged)
     if measured.is_useless.any():
         # The corrected model may only judge the prior model if it predicts held-out transitions better
         held_out = held_out_steps()
-        if held_out is None or not model.improves_on_prior(held_out):
+        if held_out is None or not model.improves_on_prior(held_out):  # type: ignore[attr-defined]
             measured = measured._replace(is_useless=np.zeros_like(measured.is_useless))
-    return measured
+    perturbed = compared.perturbed
+    if is_judged:
+        # Rollouts use the first member only
+        perturbed = Perturbed(*(values[:, :1] for values in perturbed))
+    variation = measure_variation(perturbed)
+    norms = np.nan_to_num((compared.gradients**2).sum(axis=-1), nan=np.inf)
+    sizes = np.median(norms.reshape(len(horizons), -1), axis=1)
+    return measured._replace(
+        variation=variation,
+        errors=with_unexplained(measured.errors, horizons, sizes, variation),
+        trust_in_returns=trust_in_returns(compared.perturbed.returns[-1]),
+    )
+
+
+def with_unexplained(errors: np.ndarray, horizons: Sequence[int], sizes: np.ndarray, variation: Variation) -> np.ndarray:
+    """
+    Add the error of a derivative that explains only a share :math:`x` of how the returns vary: the rest of the variation,
+    in units of what is explained, :math:`(1 - x) / x` times the squared gradient.
+
+    :param errors: error of each horizon from the disagreement of members, ``(n_horizons,)``
+    :param horizons: numbers of model steps
+    :param sizes: squared norm of the gradient of each horizon, ``(n_horizons,)``
+    :param variation: what the derivatives explain
+    :return: the errors; those of horizon 0 are the same, ``(n_horizons,)``
+    """
+    explained = np.maximum(variation.explained, BLIND)
+    return np.where(np.array(horizons) > 0, errors + (1 - explained) / explained * sizes, errors)
+
+
+def trust_in_returns(returns: np.ndarray) -> float:
+    """
+    :param returns: returns of the same states with each member and its critic, ``(E, B)``
+    :return: share of the variance over states that the first and the last member agree on, from 0 to 1
+    """
+    is_finite = np.isfinite(returns).all(axis=0)
+    if 2 * is_finite.sum() < is_finite.size:
+        return 0.0
+    first, last = returns[0, is_finite], returns[-1, is_finite]
+    disagreement = ((first - last) ** 2).mean() / 2
+    variance = ((first + last) / 2).var()
+    return float(np.clip(1 - disagreement / variance, 0.0, 1.0)) if variance > 0 else 0.0
 
 
 def warn_of_errors(measured: GradientErrors, model_name: str, earlier: Sequence[GradientErrors]) -> None:

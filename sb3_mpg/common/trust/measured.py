@@ -22,6 +22,8 @@ from sb3_mpg.common.trust.report import Measurement, TrustReport, make_trust_rep
 from sb3_mpg.common.trust.terminations import discounted_by_trust, trust_in_ends
 from sb3_mpg.common.trust.weighting import WeightingRule
 
+# Number of latest measurements that the trust in blind returns is averaged over
+N_AVERAGED = 3
 # Number of latest steps that a report compares the model with
 N_REPORTED_STEPS = 5000
 
@@ -80,6 +82,14 @@ class Trust(ABC):
         :return: trust in the model: the share to which its rollouts may replace data, from 0 to 1
         """
         return self.model_weight(n_updates) if self.learns else 0.0
+
+    def in_blind_returns(self, n_updates: int) -> float:
+        """
+        :param n_updates: number of the update
+        :return: trust in the returns of the longest rollouts where their derivative is blind, from 0 to 1. The critics learn
+            from such rollouts, and the policy from the critics
+        """
+        return 0.0
 
     @abstractmethod
     def prefers_model(self, n_updates: int) -> bool:
@@ -174,6 +184,15 @@ class MeasuredTrust(Trust):
 
     def prefers_model(self, n_updates: int) -> bool:
         return self.model_weight(n_updates) >= 0.5
+
+    def in_model(self, n_updates: int) -> float:
+        return max(super().in_model(n_updates), self.in_blind_returns(n_updates))
+
+    def in_blind_returns(self, n_updates: int) -> float:
+        latest = [measurement.gradients for measurement in self.measurements[-N_AVERAGED:]]
+        if not latest or not self.learns:
+            return 0.0
+        return float(np.mean([measured.is_blind.any() * measured.trust_in_returns * measured.trust_in_ends for measured in latest]))
 
     def check_comparison(self, n_critics: int, n_members: int) -> None:
         if n_critics < 2:

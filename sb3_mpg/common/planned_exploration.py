@@ -1,0 +1,110 @@
+"""Exploration with the model: some of the exploring steps follow plans that the model says are better than the policy."""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.noise import ActionNoise
+
+from sb3_mpg.common.checks import check_number
+from sb3_mpg.common.models.trainable import evaluated
+from sb3_mpg.common.rollouts.planning import Planner
+
+# The planning horizon in multiples of the time constant of the discount, 1 / (1 - gamma), and its limit
+TIME_CONSTANTS = 1.5
+LONGEST_HORIZON = 200
+# Number of steps after which a plan is made anew
+N_STEPS_OF_PLAN = 10
+# A plan is followed if all members of the model promise at least this share of the spread of the first candidates
+SMALLEST_ADVANTAGE = 0.1
+# Weight of the latest plan in the share of plans that are followed, and the smallest share, so that planning can come back
+WEIGHT_OF_LATEST = 0.1
+SMALLEST_SHARE = 0.05
+
+
+def check_model_planning(share: Any) -> None:
+    """
+    :param share: share of the exploring time in which plans are made
+    :raises ValueError: when it is not between 0 and 1
+    """
+    check_number("model_planning", share, 0.0)
+    if share > 1:
+        raise ValueError(f"`model_planning` is a share, from 0 to 1, got {share!r}.")
+
+
+def planning_horizon(gamma: float) -> int:
+    """
+    :param gamma: discount factor
+    :return: number of model steps of a plan: as many as the discount lets count
+    """
+    return LONGEST_HORIZON if gamma >= 1 else min(math.ceil(TIME_CONSTANTS / (1 - gamma)), LONGEST_HORIZON)
+
+
+class PlansExploration:
+    """
+    For off-policy algorithms that have a model: exploration of which a share is planned in the model.
+
+    Noise on the policy's actions finds what is near. What takes many steps in one direction, such as a swing-up or a way out
+    of a valley, it finds only by chance; a plan finds it in the model. Planning takes turns with the policy, for spans of two
+    planning horizons, and only one environment follows plans. It becomes rare in proportion to the distrust in the model, and
+    when plans are not better than the policy any more.
+    """
+
+    def _sample_action(
+        self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
+    ) -> tuple[np.ndarray, np.ndarray]:
+        actions, buffer_actions = super()._sample_action(learning_starts, action_noise, n_envs)  # type: ignore[misc]
+        env = self._env_to_plan_for(n_envs)
+        if env is not None:
+            buffer_actions[env] = self._planned_action(env)
+            actions = self.policy.unscale_action(buffer_actions)
+        return actions, buffer_actions
+
+    def _env_to_plan_for(self, n_envs: int) -> int | None:
+        """
+        :param n_envs: number of environments
+        :return: index of the environment that follows plans, ``None`` for none
+        """
+        fitting, state = self.model_fitting, self.training_state.plans
+        if self.model_planning == 0 or fitting is None or not fitting.is_prepared:
+            return None
+        if state.n_left == 0:
+            probability = self.model_planning * self.trust.in_model(self._n_updates) * state.share_followed
+            state.env = np.random.randint(n_envs) if np.random.rand() < probability else None
+            state.n_left, state.offsets = 2 * planning_horizon(self.gamma), None
+        state.n_left -= 1
+        return None if state.env is None or state.env >= n_envs else state.env
+
+    @th.no_grad()
+    def _planned_action(self, env: int) -> np.ndarray:
+        """
+        :param env: index of an environment
+        :return: action of a plan for it, in [-1, 1], ``(A,)``; that of the policy if no plan is better
+        """
+        state, fitting, update = self.training_state.plans, self.model_fitting, self.update
+        model = fitting.model
+        raw = self._last_obs if self._last_original_obs is None else self._last_original_obs
+        observation = update.flat.flatten(self.policy.obs_to_tensor(raw)[0])[env : env + 1]
+        units = self.units()
+        context = update.context(units, self.gamma)
+        buffer = self.replay_buffer
+        if buffer.dones[buffer.pos - 1, env]:
+            state.offsets = None
+        with model.using_members("dealt"), model.extrapolating(), evaluated(model):
+            if state.offsets is None or state.n_followed == N_STEPS_OF_PLAN:
+                q_functions = update.q_functions(update.n_critics)
+                planner = Planner(planning_horizon(self.gamma))
+                plan = planner.plan(observation, context, q_functions, model.n_members, state.offsets)
+                is_better = plan.advantages.min() > SMALLEST_ADVANTAGE * plan.spread
+                state.share_followed += WEIGHT_OF_LATEST * (float(is_better) - state.share_followed)
+                state.share_followed = max(state.share_followed, SMALLEST_SHARE)
+                state.n_followed = 0
+                # Follow the policy if no plan is better, until the next one
+                state.offsets = plan.offsets if is_better else np.zeros_like(plan.offsets)
+            actions = context.actor(units.normalize_observations(observation)).cpu().numpy()[0]
+        planned = np.clip(actions + state.offsets[0], -1, 1)
+        # The last offsets are held when the plan moves on by a step
+        state.offsets = np.concatenate([state.offsets[1:], state.offsets[-1:]])
+        state.n_followed += 1
+        return planned.astype(np.float32)

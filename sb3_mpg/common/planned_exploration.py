@@ -46,8 +46,8 @@ class PlansExploration:
     For off-policy algorithms that have a model: exploration of which a share is planned in the model.
 
     Noise on the policy's actions finds what is near. What takes many steps in one direction, such as a swing-up or a way out
-    of a valley, it finds only by chance; a plan finds it in the model. Planning takes turns with the policy, for spans of two
-    planning horizons, and only one environment follows plans. It becomes rare in proportion to the distrust in the model, and
+    of a valley, it finds only by chance; a plan finds it in the model. Planning takes turns with the policy, for spans of a
+    planning horizon, and only one environment follows plans. It becomes rare in proportion to the distrust in the model, and
     when plans are not better than the policy any more.
     """
 
@@ -70,9 +70,11 @@ class PlansExploration:
         if self.model_planning == 0 or fitting is None or not fitting.is_prepared:
             return None
         if state.n_left == 0:
-            probability = self.model_planning * self.trust.in_model(self._n_updates) * state.share_followed
-            state.env = np.random.randint(n_envs) if np.random.rand() < probability else None
-            state.n_left, state.offsets = 2 * planning_horizon(self.gamma), None
+            # Spread spans of plans evenly, because short trainings have few spans
+            state.due += self.model_planning * self.trust.in_model(self._n_updates) * state.share_followed
+            state.env = np.random.randint(n_envs) if state.due >= 1 else None
+            state.due %= 1
+            state.n_left, state.offsets = planning_horizon(self.gamma), None
         state.n_left -= 1
         return None if state.env is None or state.env >= n_envs else state.env
 

@@ -40,6 +40,7 @@ class PlanState:
     """
     Where planned exploration stands. It is saved with an algorithm.
 
+    :param due: planned exploration is due when it reaches 1; each span adds the share of planned exploration
     :param n_left: number of steps until the next choice between plans and the policy
     :param env: index of the environment that follows plans until then, ``None`` for none
     :param offsets: remaining offsets of the plan, ``(H, A)``; ``None`` before the first plan and after a reset
@@ -47,6 +48,7 @@ class PlanState:
     :param share_followed: recent share of the plans that were worth following
     """
 
+    due: float = 0.75
     n_left: int = 0
     env: int | None = None
     offsets: np.ndarray | None = field(default=None, repr=False)

@@ -226,28 +226,10 @@ def measure_gradient_errors(
         # Rollouts use the first member only
         perturbed = Perturbed(*(values[:, :1] for values in perturbed))
     variation = measure_variation(perturbed)
-    norms = np.nan_to_num((compared.gradients**2).sum(axis=-1), nan=np.inf)
-    sizes = np.median(norms.reshape(len(horizons), -1), axis=1)
     return measured._replace(
         variation=variation,
-        errors=with_unexplained(measured.errors, horizons, sizes, variation),
         trust_in_returns=trust_in_returns(compared.perturbed.returns[-1]),
     )
-
-
-def with_unexplained(errors: np.ndarray, horizons: Sequence[int], sizes: np.ndarray, variation: Variation) -> np.ndarray:
-    """
-    Add the error of a derivative that explains only a share :math:`x` of how the returns vary: the rest of the variation,
-    in units of what is explained, :math:`(1 - x) / x` times the squared gradient.
-
-    :param errors: error of each horizon from the disagreement of members, ``(n_horizons,)``
-    :param horizons: numbers of model steps
-    :param sizes: squared norm of the gradient of each horizon, ``(n_horizons,)``
-    :param variation: what the derivatives explain
-    :return: the errors; those of horizon 0 are the same, ``(n_horizons,)``
-    """
-    explained = np.maximum(variation.explained, BLIND)
-    return np.where(np.array(horizons) > 0, errors + (1 - explained) / explained * sizes, errors)
 
 
 def trust_in_returns(returns: np.ndarray) -> float:

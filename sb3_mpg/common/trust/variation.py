@@ -14,7 +14,9 @@ import numpy as np
 # Size of the perturbation of the first action in each dimension, in [-1, 1] units: small, because a derivative is local
 PERTURBATION = 0.03
 # A derivative that explains less of the variation is blind
-BLIND = 0.2
+BLIND = 0.05
+# With a smaller share of odd changes, the states are at an optimum in the perturbed direction
+SMALL_ODD_PART = 0.1
 # The largest differences are ignored, because a few rollouts that diverge must not decide
 SHARE_IGNORED = 0.02
 # Rounding errors of returns, relative to their size
@@ -50,14 +52,14 @@ class Perturbed(NamedTuple):
 
 def measure_variation(perturbed: Perturbed) -> Variation:
     r"""
-    Compare the derivative :math:`L` with the changes :math:`D_+, D_-` of the returns. A smooth return changes by
-    :math:`(D_+ - D_-) / 2 \approx L`, whatever its curvature. The explained share is
+    Compare the derivative :math:`L` with the odd part of the changes of the returns, :math:`D = (D_+ - D_-) / 2`. The explained
+    share is the squared correlation over the states,
 
-    .. math:: 1 - \frac{2 \, E[((D_+ - D_-) / 2 - L)^2]}{E[(D_+^2 + D_-^2) / 2]},
+    .. math:: \frac{\max(E[D L], 0)^2}{E[D^2] \, E[L^2]},
 
-    which is 0 for a derivative of zero and returns that jump on one side. (The curvature counts as explained, because near an
-    optimum there is hardly anything else.) Changes below the rounding error of the returns say nothing: then only a derivative
-    that is zero at most states is blind.
+    so a derivative that is right on average but noisy, as where trajectories reach jumps sooner or later, keeps a share. Two
+    cases say nothing, and the derivative is believed unless it is zero at most states: changes below the rounding error of the
+    returns, and changes in which the even part :math:`(D_+ + D_-) / 2` dominates, as at an optimum.
 
     :param perturbed: the changes
     :return: the shares
@@ -65,18 +67,21 @@ def measure_variation(perturbed: Perturbed) -> Variation:
     explained, is_silent = [], []
     for returns, up, down, linear in zip(*perturbed, strict=True):
         is_finite = np.isfinite(np.stack([returns, up, down, linear])).all(axis=0)
-        is_silent.append(bool((linear[is_finite] == 0).mean() > 0.5) if is_finite.any() else False)
+        silent = bool((linear[is_finite] == 0).mean() > 0.5) if is_finite.any() else False
+        is_silent.append(silent)
         if 2 * is_finite.sum() < is_finite.size:
             explained.append(0.0)
             continue
         returns, up, down, linear = (values[is_finite] for values in (returns, up, down, linear))
+        odd, even = (up - down) / 2, (up + down) / 2
+        # Ignore the rollouts that diverge most
+        is_counted = np.argsort(odd**2 + even**2 + linear**2)[: len(odd) - int(SHARE_IGNORED * len(odd))]
+        odd, even, linear = odd[is_counted], even[is_counted], linear[is_counted]
         rounding = ROUNDING * np.abs(returns).mean()
-        missed = np.maximum(np.abs((up - down) / 2 - linear) - rounding, 0.0) ** 2
-        changes = (up**2 + down**2) / 2
-        is_counted = np.argsort(changes + missed)[: len(missed) - int(SHARE_IGNORED * len(missed))]
-        change = changes[is_counted].mean()
-        if change <= rounding**2:
-            explained.append(float(not is_silent[-1]))
+        if silent:
+            explained.append(0.0)
+        elif (odd**2).mean() <= rounding**2 + SMALL_ODD_PART * (even**2).mean():
+            explained.append(1.0)
         else:
-            explained.append(float(np.clip(1 - 2 * missed[is_counted].mean() / change, 0.0, 1.0)))
+            explained.append(max((odd * linear).mean(), 0.0) ** 2 / max((odd**2).mean() * (linear**2).mean(), 1e-60))
     return Variation(np.array(explained), np.array(is_silent))

@@ -4,6 +4,7 @@ import csv
 import importlib
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import gymnasium as gym
@@ -67,7 +68,9 @@ PACKAGES = {
 }
 OWN_TASKS = ("inverted_pendulum", "inverted_double_pendulum", "reacher", "mountain_car", "pendulum")
 # The rewards of four steps are not four times the last
-REWARD_TOLERANCE = {"cartpole_swingup_repeat": 0.05}
+REWARD_TOLERANCE = {"cartpole_swingup_repeat": 0.02}
+# A new set point counts one step before it is shown
+N_UNKNOWN_REWARDS = {"cstr": 1, "four_tank": 1}
 
 
 def test_shared_parts_of_the_benchmarks(tmp_path):
@@ -121,7 +124,8 @@ def test_models_of_outside_tasks(outside, monkeypatch, name):
     if name in PACKAGES:
         # Nothing is drawn
         monkeypatch.setenv("MUJOCO_GL", "disable")
-        pytest.importorskip(PACKAGES[name])
+        if find_spec(PACKAGES[name]) is None:
+            pytest.skip(f"{PACKAGES[name]} is not installed")
     task = outside("tasks").TASKS[name]
     env = task.make_env()
     observations, actions, next_observations, rewards, ends = record(env, 60)
@@ -131,10 +135,9 @@ def test_models_of_outside_tasks(outside, monkeypatch, name):
         predicted = model.transition(states, actions)
         assert predicted.shape == states.shape and predicted.dtype == states.dtype
         if model_name in ("rough", "idea"):
-            # The reward is known, at least where the environment does not pay for what no observation shows
-            th.testing.assert_close(
-                model.reward(states, actions, next_states), rewards, rtol=REWARD_TOLERANCE.get(name, 1e-3), atol=1e-3
-            )
+            known = model.reward(states, actions, next_states)
+            is_known = th.isclose(known, rewards, rtol=1e-3, atol=REWARD_TOLERANCE.get(name, 1e-3))
+            assert (~is_known).sum() <= N_UNKNOWN_REWARDS.get(name, 0)
             assert th.equal(model.terminal(next_states), ends.bool())
         changes, expected = model.state_difference(predicted, states), model.state_difference(next_states, states)
         if model_name in ("idea", "nothing"):

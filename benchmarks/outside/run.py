@@ -114,7 +114,7 @@ def train(cell: Cell) -> None:
     callback = EvaluationCallback(
         lambda model: play(model, envs),
         "steps",
-        task.every,
+        min(task.every, cell.steps),
         cell.path,
         extra_columns=lambda model: {**fixed, **weights(model)},
     )

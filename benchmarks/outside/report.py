@@ -44,7 +44,7 @@ class Line(NamedTuple):
     model: str
     label: str
     color: str
-    style: str = "-"
+    style: str | tuple[int, tuple[int, int]] = "-"
 
 
 # Colours that readers with colour blindness can tell apart (Okabe and Ito; wine is Tol's)
@@ -54,7 +54,7 @@ LINES = (
     Line("td3", NO_MODEL, "TD3", "#D55E00"),
     Line("sac_tuned", NO_MODEL, "SAC, tuned", "#009E73", ":"),
     Line("td3_tuned", NO_MODEL, "TD3, tuned", "#D55E00", ":"),
-    Line("mpg", "nothing", "MPG, model that knows nothing", "#882255", (0, (1, 1))),  # type: ignore[arg-type]
+    Line("mpg", "nothing", "MPG, model that knows nothing", "#882255", (0, (1, 1))),
     Line("mpg", "idea", "MPG, reward only", "#56B4E9", "--"),
     Line("mpg", "rough", "MPG, rough model", "#0072B2"),
 )

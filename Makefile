@@ -2,12 +2,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+STAMP_OUTSIDE := .venv-outside/.installed
 EXTRAS := tests,plots,render,progress,export,zoo,docs
 PACKAGES := sb3_mpg sb3_mpg_envs
 SOURCES := sb3_mpg sb3_mpg_envs hyperparams benchmarks docs tests setup.py
 # Short benchmarks first; the last ones take days
 BENCHMARKS := benchmarks/simulators.py benchmarks/zoo_hook.py benchmarks/speed.py "benchmarks/learners.py throughput" \
-	"benchmarks/outside/run.py --jobs 2" benchmarks/outside/report.py benchmarks/learning.py benchmarks/learning_report.py benchmarks/bound.py benchmarks/trust.py \
+	benchmarks/learning.py benchmarks/learning_report.py benchmarks/bound.py benchmarks/trust.py \
 	benchmarks/trust_report.py
 ALGO ?= mpg
 ENV ?= PathTracking-v0
@@ -16,7 +17,7 @@ STEPS ?= 5000
 N_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv train pictures test test-oldest docs lint type format commit-checks benchmark clean
+.PHONY: help venv train pictures test test-oldest docs lint type format commit-checks outside benchmark clean
 
 help: ## show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -67,9 +68,19 @@ format: $(STAMP) ## format the code and fix style errors
 commit-checks: ## format, lint, type, test, build the documentation
 	@for target in format lint type test docs; do $(MAKE) --no-print-directory $$target || exit 1; done
 
-benchmark: $(STAMP) ## run all benchmarks (days; complete runs are skipped)
+# An environment of its own: dm_control needs an older MuJoCo
+outside: $(STAMP_OUTSIDE) ## create .venv-outside for benchmarks/outside, with the packages whose tasks it runs
+
+$(STAMP_OUTSIDE): setup.py .ci/constraints-outside.txt
+	@$(PYTHON) -m venv .venv-outside
+	@.venv-outside/bin/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints-outside.txt -e '.[outside]'
+	@touch $@
+
+benchmark: $(STAMP) $(STAMP_OUTSIDE) ## run all benchmarks (days; complete runs are skipped)
 	@for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	.venv-outside/bin/python benchmarks/outside/run.py --jobs 2
+	.venv-outside/bin/python benchmarks/outside/report.py
 
 clean: ## remove the virtual environment, caches and build products
-	rm -rf $(VENV) .venv-oldest build dist docs/_build *.egg-info .mypy_cache .ruff_cache .pytest_cache .coverage .coverage.*
+	rm -rf $(VENV) .venv-oldest .venv-outside build dist docs/_build *.egg-info .mypy_cache .ruff_cache .pytest_cache .coverage .coverage.*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

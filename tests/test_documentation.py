@@ -225,8 +225,9 @@ def check_command(words):
         script, *options = rest
         assert (ROOT / script).is_file(), f"there is no script {script}"
         check_options(options, (ROOT / script).read_text(encoding="utf-8"))
-        # Choices: tasks, methods, algorithms
-        sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / script).parent.glob("*.py"))
+        # Choices: tasks, methods, algorithms. A task can be a file
+        paths = sorted((ROOT / script).parent.rglob("*.py"))
+        sources = "".join(f'"{path.stem}"' + path.read_text(encoding="utf-8") for path in paths)
         for word in options:
             is_choice = re.fullmatch(r"[a-z]\w*", word)
             assert not is_choice or f'"{word}"' in sources, f"{script} knows no {word}"

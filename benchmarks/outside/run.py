@@ -29,6 +29,7 @@ import torch as th
 from evaluation import EvaluationCallback
 from outside.methods import METHODS, NO_MODEL, PEERS, has, make
 from outside.tasks import TASKS
+from outside.tasks.base import MODELS
 from stable_baselines3.common.base_class import BaseAlgorithm
 from tables import RESULTS
 
@@ -113,7 +114,7 @@ def train(cell: Cell) -> None:
     callback = EvaluationCallback(
         lambda model: play(model, envs),
         "steps",
-        task.every,
+        min(task.every, cell.steps),
         cell.path,
         extra_columns=lambda model: {**fixed, **weights(model)},
     )
@@ -171,7 +172,7 @@ def matrix(args: argparse.Namespace) -> list[Cell]:
     for seed in args.seed:
         for name in args.task:
             task = TASKS[name]
-            models = [model for model in task.models if args.model is None or model in args.model]
+            models = [model for model in args.model if model in task.models]
             for method in args.method:
                 if has(method, task):
                     for model in [NO_MODEL] if method in WITHOUT_MODEL else models:
@@ -183,7 +184,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", nargs="*", choices=TASKS, default=list(TASKS))
     parser.add_argument("--method", nargs="*", choices=METHODS, default=["mpg", *PEERS])
-    parser.add_argument("--model", nargs="*", choices=sorted({name for task in TASKS.values() for name in task.models}))
+    all_models = list(dict.fromkeys(name for task in TASKS.values() for name in task.models))
+    parser.add_argument("--model", nargs="*", choices=all_models, default=list(MODELS))
     parser.add_argument("--seed", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, help="number of environment steps; by default those of each task")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time; 0 trains in this process")

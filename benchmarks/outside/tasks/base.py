@@ -8,12 +8,14 @@ import torch as th
 
 from sb3_mpg import PriorModel
 
+# Models of every task: as a practitioner writes it in an hour, with the reward only, and without either
+MODELS = ("rough", "idea", "nothing")
+
 
 class OutsideTask(NamedTuple):
     """
     :param make_env: returns a new environment, with its time limit
-    :param models: prior models by name: ``rough`` as a practitioner writes it in an hour, ``idea`` with the reward only. All
-        tasks also have ``nothing``, which knows neither
+    :param models: prior models by name: those of ``MODELS``, and what else is of interest for this task
     :param steps: number of environment steps of a run
     :param every: number of environment steps between evaluations
     :param zoo_id: name of the environment in the files of hyperparameters of RL Zoo

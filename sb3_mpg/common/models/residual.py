@@ -173,17 +173,17 @@ class ResidualModel(CorrectedModel):
         """
         return self.networks(scaled, self.members) * self.output_scale
 
-    def _reward_before_end(
-        self, states: th.Tensor, actions: th.Tensor, next_states: th.Tensor, is_claimed: th.Tensor
-    ) -> th.Tensor:
+    def _reward_before_end(self, states: th.Tensor, actions: th.Tensor, next_states: th.Tensor) -> th.Tensor:
         """
         :param states: ``(B, S)``
         :param actions: ``(B, A)``
         :param next_states: ``(B, S)``
-        :param is_claimed: whether the prior model claims that the next states are terminal, bool ``(B, 1)``
         :return: rewards of the prior model without what it pays for the end of an episode, ``(B, 1)``
         """
-        return self.prior.reward(states, actions, th.where(is_claimed, states, next_states))
+        was_claimed, is_claimed = self.prior.terminal(states), self.prior.terminal(next_states)
+        # Step to a state that is not claimed to be terminal, if there is one
+        rewards = self.prior.reward(states, actions, th.where(is_claimed & ~was_claimed, states, next_states))
+        return rewards - th.where(is_claimed & was_claimed, self.end_rewards.own_jump, 0.0)
 
     def _quadratic(self, scaled: th.Tensor, next_states: th.Tensor) -> th.Tensor:
         """
@@ -207,17 +207,12 @@ class ResidualModel(CorrectedModel):
         correction = learned[:, self.n_states :] + self._quadratic(scaled, next_states)
         gains = values_of_rows(self.gains, states.shape[0], self.members)
         rewards = self.prior.reward(states, actions, next_states)
-        if self.may_terminate:
-            is_claimed = self.prior.terminal(next_states)
-            if self.ends.is_used:
-                # Replace the jump in the rewards of the prior model by a smooth one
-                before_end = self._reward_before_end(states, actions, next_states, is_claimed)
-                rewards = th.where(gains > 0, before_end, rewards)
-                is_inside = is_claimed & self.prior.terminal(states)
-                correction = correction + th.where(is_inside, self.end_rewards.invented, 0.0)
-                correction = correction + self._learned_ends(next_states) * self.end_rewards.jump
-            else:
-                correction = correction + th.where(is_claimed, self.end_rewards.found, 0.0)
+        if self.ends.is_used:
+            # Replace the jump in the rewards of the prior model by a smooth one
+            rewards = th.where(gains > 0, self._reward_before_end(states, actions, next_states), rewards)
+            correction = correction + self._learned_ends(next_states) * self.end_rewards.jump
+        elif self.may_terminate:
+            correction = correction + th.where(self.prior.terminal(next_states), self.end_rewards.found, 0.0)
         return rewards + gains * correction
 
     def step(self, states: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
@@ -323,22 +318,17 @@ class ResidualModel(CorrectedModel):
 
     @th.no_grad()
     def solve_end_rewards(self, transitions: Transitions) -> None:
-        states = self.prior.state_from_observation(transitions.observations)
+        states, actions = self.prior.state_from_observation(transitions.observations), transitions.actions
         scaled, next_states, missed = self._missed_by_prior(transitions)
         is_end, is_claimed = self._ends_of(transitions, next_states)
-        missed_reward = missed[:, self.n_states :]
-        before_end = self._reward_before_end(states, transitions.actions, next_states, is_claimed)
         with self.using_members("mean"):
             correction = self._network_outputs(scaled)[:, self.n_states :] + self._quadratic(scaled, next_states)
-        finite = th.isfinite(missed_reward) & th.isfinite(before_end)
-        is_inside = is_claimed & self.prior.terminal(states)
-        self.end_rewards.solve(
-            missed_reward - correction,
-            transitions.rewards - before_end - correction,
-            is_end & finite,
-            is_claimed & finite,
-            is_inside & finite,
-        )
+        solve, solved = self.end_rewards.solve, self.end_rewards
+        solve(solved.found, missed[:, self.n_states :] - correction, is_claimed)
+        own_jumps = self.prior.reward(states, actions, next_states) - self.prior.reward(states, actions, states)
+        solve(solved.own_jump, own_jumps, is_claimed & ~self.prior.terminal(states))
+        before_end = self._reward_before_end(states, actions, next_states)
+        solve(solved.jump, transitions.rewards - before_end - correction, is_end)
 
     @th.no_grad()
     def needs_rescaling(self, transitions: Transitions) -> bool:

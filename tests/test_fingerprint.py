@@ -19,6 +19,11 @@ class Shifted(Known):
         return super().reward(states, actions, next_states) + self.reward_shift
 
 
+class Ends(Known):
+    def terminal(self, states):
+        return states[:, :1] > 0
+
+
 @pytest.mark.parametrize(
     ("other", "matches"),
     [
@@ -28,6 +33,7 @@ class Shifted(Known):
         (Shifted(0.1, 0.0), False),
         (Shifted(0.0, 0.1), False),
         (KnowsNothing(), False),
+        (Ends(), False),
     ],
 )
 @pytest.mark.parametrize("n_rows", [3, 100])

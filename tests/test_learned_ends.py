@@ -1,12 +1,17 @@
 """Terminations that are learned from recorded ones, and the trust in terminations."""
 
+import warnings
+
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
-from helpers import rollout_context
+from gymnasium import spaces
+from helpers import assert_same_parameters, rollout_context
 from models import Known
+from settings import SMALL
 
-from sb3_mpg import PriorModel
+from sb3_mpg import MPG, PriorModel
 from sb3_mpg.common.models.judged_ends import MisjudgedEnds, misjudged_ends
 from sb3_mpg.common.models.residual import ResidualModel
 from sb3_mpg.common.models.windows import Transitions
@@ -59,7 +64,7 @@ def recorded(n_steps=1500, seed=0):
     return Transitions(*(th.cat(column) for column in zip(*steps, strict=True)))
 
 
-def corrected(prior, data, n_fits=500):
+def corrected(prior, data, n_fits=300):
     th.manual_seed(0)
     model = ResidualModel(prior, 2, 1)
     model.rescale(data)
@@ -77,16 +82,19 @@ def corrected(prior, data, n_fits=500):
 def test_a_wrong_end_does_not_spoil_the_rewards_of_other_steps(end, knows_penalty):
     """Least squares and networks would take the penalties for the rewards of ordinary steps."""
     prior, held_out = Rail(end, knows_penalty), recorded(seed=1)
-    model = corrected(prior, recorded(), n_fits=0)
-    for _ in range(200):
-        model.fit(recorded())
+    data = recorded()
+    model = corrected(prior, data, n_fits=0)
+    for _ in range(50):
+        model.fit(data)
     goes_on = held_out.select((held_out.terminated == 0)[:, 0])
 
-    def error(model):
-        predicted = model.reward(goes_on.observations, goes_on.actions, goes_on.next_observations)
-        return (predicted - goes_on.rewards).abs().mean().item()
+    def error(model, steps):
+        predicted = model.reward(steps.observations, steps.actions, steps.next_observations)
+        return (predicted - steps.rewards).abs().mean().item()
 
-    assert error(model) <= error(prior) + 1e-3
+    assert error(model, held_out) <= error(prior, held_out) + 1e-3
+    if end > END:
+        assert error(model, goes_on) <= error(prior, goes_on) + 1e-3
     assert model.target_scale[2] < 0.1
 
 
@@ -100,10 +108,11 @@ def test_ends_and_their_rewards_are_learned_from_recorded_ones(prior):
         predicted = model.reward(held_out.observations, held_out.actions, held_out.next_observations)
     distances = held_out.next_observations[:, :1] - END
     # It rises from 0 to 1 within a few steps, of 0.05 or so
-    assert (probabilities[distances < -0.3] < 0.01).all() and abs(probabilities[distances.abs() < 0.02].mean() - 0.5) < 0.2
+    assert probabilities[distances < -0.3].max() < 0.05 and abs(probabilities[distances.abs() < 0.02].mean() - 0.5) < 0.2
     assert th.equal(model.terminal(held_out.next_observations), probabilities > 0.5)
     safe = distances < -0.3
-    th.testing.assert_close(predicted[safe], held_out.rewards[safe], rtol=0, atol=0.6)
+    th.testing.assert_close(predicted[safe], held_out.rewards[safe], rtol=0, atol=3)
+    assert (predicted[safe] - held_out.rewards[safe]).abs().mean() < 0.02
     assert model.end_rewards.jump.item() == pytest.approx(PENALTY, abs=1)
     ends = held_out.select(held_out.terminated[:, 0] > 0)
     missed, invented = misjudged_ends(model, ends, held_out.select(held_out.terminated[:, 0] == 0))
@@ -164,7 +173,7 @@ def test_a_step_too_late_is_no_missed_termination():
     data = recorded()
     ends, others = (data.select((data.terminated == value)[:, 0]) for value in (1, 0))
     assert misjudged_ends(Rail(), ends, others) == (0, 0)
-    assert misjudged_ends(Rail(END + 0.02), ends, others).missed == 0
+    assert misjudged_ends(Rail(END + 0.02), ends, others).missed < 0.02
     assert misjudged_ends(Rail(END + 1), ends, None) == (1, 0)
     assert misjudged_ends(Rail(-10), ends, others) == (0, 1)
     assert MisjudgedEnds(0.05, 0.01).is_as_good_as(MisjudgedEnds(0, 0))
@@ -183,3 +192,69 @@ def test_trust_is_a_factor_of_the_weight_of_all_model_horizons(trust):
     np.testing.assert_allclose(weights(discounted_by_trust(errors, horizons, trust)), expected)
     # Without horizon 0, nothing else could get the weight
     assert discounted_by_trust(errors[1:], horizons[1:], trust).tolist() == [0.5, 0.1]
+
+
+class RailEnv(gym.Env):
+    """The rail as an environment. With a limit, all episodes terminate after so many steps, and in no state."""
+
+    def __init__(self, limit=None):
+        self.observation_space = spaces.Box(-np.inf, np.inf, (2,), np.float32)
+        self.action_space = spaces.Box(-1.0, 1.0, (1,), np.float32)
+        self.limit = limit
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.n_steps = 0
+        self.state = th.tensor([[self.np_random.uniform(0, 0.9), self.np_random.uniform(0, 1)]], dtype=th.float32)
+        return self.state[0].numpy(), {}
+
+    def step(self, action):
+        self.n_steps += 1
+        actions, before = th.as_tensor(action).reshape(1, 1), self.state
+        system = Rail(knows_end=self.limit is None)
+        self.state = system.transition(before, actions)
+        ends = bool(system.terminal(self.state)) if self.limit is None else self.n_steps == self.limit
+        is_truncated = self.limit is None and self.n_steps == 20
+        return self.state[0].numpy(), system.reward(before, actions, self.state).item(), ends, is_truncated, {}
+
+
+def trained(env, prior, n_steps, **settings):
+    settings = {**SMALL, "learning_starts": 150, "horizons": (0, 5), "prior_model": prior, **settings}
+    return MPG("MlpPolicy", env, **settings).learn(n_steps)
+
+
+def test_ends_are_learned_in_training_and_saved(tmp_path):
+    blind = Rail(knows_end=False, knows_penalty=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = trained(RailEnv(), blind, 170)
+    states = th.tensor([[0.5, 0.0], [1.3, 1.0]])
+    assert model.rollout_model.learns_ends and model.rollout_model.terminal(states).flatten().tolist() == [False, True]
+    assert model.trust.measurements[-1].gradients.trust_in_ends > 0.8
+    expected = model.rollout_model.termination_probability(states)
+
+    def second_half(algorithm):
+        algorithm.env.seed(7)
+        algorithm._last_obs = None
+        return algorithm.learn(20, reset_num_timesteps=False)
+
+    model.save(tmp_path / "model")
+    model.save_replay_buffer(tmp_path / "buffer")
+    model = second_half(model)
+    loaded = MPG.load(tmp_path / "model", env=RailEnv(), custom_objects={"prior_model": blind})
+    assert loaded.rollout_model.learns_ends and th.equal(loaded.rollout_model.termination_probability(states), expected)
+    loaded.load_replay_buffer(tmp_path / "buffer")
+    assert_same_parameters(model, second_half(loaded))
+    # The user's model is compared and used as it is
+    with pytest.warns(UserWarning, match="does not know where episodes terminate"):
+        trained(RailEnv(), blind, 160, residual=False, horizons=(0, 25))
+
+
+def test_a_time_limit_is_named_and_not_learned():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = trained(RailEnv(limit=8), Rail(knows_end=False), 310)
+    messages = [str(warning.message) for warning in caught]
+    assert sum("Episodes terminate after 8 steps" in message for message in messages) == 1
+    assert not any("does not know where" in message for message in messages)
+    assert not model.rollout_model.learns_ends and model.trust.measurements[-1].gradients.trust_in_ends == 1

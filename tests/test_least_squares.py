@@ -64,11 +64,9 @@ def test_outputs_that_would_be_predicted_worse_are_zero():
 
 
 def test_rewards_of_ends_are_those_of_most_of_them():
-    missed, before_end = th.tensor([[1.0], [2.0], [9.0], [4.0], [5.0]]), th.tensor([[0.0], [7.0], [8.0], [0.0], [90.0]])
-    column = lambda *values: th.tensor(values).reshape(-1, 1)  # noqa: E731
-    is_end, is_claimed = column(False, True, True, False, True), column(True, True, True, True, False)
-    rewards = EndRewards()
-    rewards.solve(missed, before_end, is_end, is_claimed, is_inside=column(True, False, False, False, False))
-    assert (rewards.found.item(), rewards.invented.item(), rewards.jump.item()) == (2, 1, 8)
-    rewards.solve(missed, before_end, ~is_end | is_end, ~is_end & is_end, ~is_end & is_end)
-    assert (rewards.found.item(), rewards.invented.item(), rewards.jump.item()) == (0, 0, 7)
+    solved, is_case = EndRewards(), th.tensor([True, True, True, True, False]).reshape(-1, 1)
+    rewards = th.tensor([1.0, 100.0, 3.0, float("nan"), 7.0]).reshape(-1, 1)
+    solved.solve(solved.jump, rewards, is_case)
+    assert (solved.jump.item(), solved.found.item(), solved.own_jump.item()) == (3, 0, 0)
+    solved.solve(solved.jump, rewards, ~is_case & is_case)
+    assert solved.jump.item() == 0

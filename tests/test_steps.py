@@ -30,6 +30,15 @@ class Terminates(LinearModel):
         return states[:, :1].abs() > 0.5
 
 
+class MayTerminate(LinearModel):
+    """Terminations have a probability, which is smooth."""
+
+    may_terminate = True
+
+    def termination_probability(self, states):
+        return (0.5 * states[:, :1]).sigmoid() ** 2
+
+
 def linear_context(steps, model_class=LinearModel):
     a, b, q, r, k, _ = random_problem()
     actor = LinearActor(th.as_tensor(k, dtype=th.float32))
@@ -41,7 +50,8 @@ def rollout_of(context, n_steps):
     observations = th.as_tensor(np.random.default_rng(0).normal(size=(16, 3)), dtype=th.float32)
     rollout = start_rollout(observations, context)
     rollout, rewards = context.steps.advance(rollout, n_steps, dict(context.actor.named_parameters()), context)
-    (gradient,) = th.autograd.grad(rewards.mean() + rollout.states.sum() + rollout.actions.sum(), context.actor.k)
+    total = rewards.mean() + (rollout.alive * (rollout.states + rollout.actions.sum(dim=1, keepdim=True))).sum()
+    (gradient,) = th.autograd.grad(total, context.actor.k)
     return *rollout, rewards, gradient
 
 
@@ -63,10 +73,24 @@ def test_steps_of_a_rollout_are_those_of_a_loop(steps, model_class):
     assert th.isfinite(gradient).all() and (gradient != 0).all()
 
 
-@pytest.mark.parametrize("n_steps", [1, 4])
-def test_numbers_and_gradients_are_those_of_eager_steps(steps, n_steps):
-    expected = rollout_of(linear_context(EagerSteps()), n_steps)
-    context = linear_context(steps)
+def test_rewards_are_weighted_by_the_probability_of_having_survived(steps):
+    context = linear_context(steps, MayTerminate)
+    k, model = context.actor.k.detach(), context.model
+    rollout = rollout_of(context, 3)
+    states, survival, total = rollout[4], th.ones(16, 1), 0.0
+    for step in range(3):
+        env_actions = UNITS.unscale_actions(states @ k.T)
+        next_states = model.transition(states, env_actions)
+        total = total + 0.9**step * 0.5 * model.reward(states, env_actions, next_states) * survival
+        survival = survival * (1 - model.termination_probability(next_states))
+        states = next_states
+    th.testing.assert_close((rollout[0], rollout[3], rollout[5]), (states, survival, total))
+
+
+@pytest.mark.parametrize(("n_steps", "model_class"), [(1, LinearModel), (4, LinearModel), (4, MayTerminate)])
+def test_numbers_and_gradients_are_those_of_eager_steps(steps, n_steps, model_class):
+    expected = rollout_of(linear_context(EagerSteps(), model_class), n_steps)
+    context = linear_context(steps, model_class)
     # The second time, what was compiled is used
     for _ in range(2):
         th.testing.assert_close(rollout_of(context, n_steps), expected)

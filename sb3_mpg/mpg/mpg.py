@@ -51,8 +51,8 @@ class MPG(OffPolicyModelAlgorithm):
 
     - The model is corrected by recorded transitions (``residual``).
     - The gradients are weighted by their measured errors (``weighting="measured"``); the papers' weights are a function of
-      the number of updates. A model that does not know where episodes terminate is excluded, unless the replay buffer does
-      not tell terminations from time limits (``handle_timeout_termination=False``).
+      the number of updates. A model weighs less as far as it does not know where episodes terminate, unless the replay
+      buffer does not tell terminations from time limits (``handle_timeout_termination=False``).
     - The weight of the corrected model is the trust in it. In proportion to the trust, the losses of policy and critics are
       normalised per state (see ``sb3_mpg.common.balance``), the critics regress on the returns of the policy's rollouts as
       well, and up to half of the start states of rollouts are perturbed in the model (``model_exploration``). Without trust,

@@ -11,8 +11,8 @@ N_PROBES = 16
 
 class Fingerprint(nn.Module):
     """
-    What a prior model predicts at some recorded states and actions. What was learned of one prior model is useless for
-    another; and it is the predictions that count, not the object or its class.
+    What a prior model predicts at some recorded states and actions, terminations included. What was learned of one prior model
+    is useless for another; and it is the predictions that count, not the object or its class.
 
     :param n_states: number of dimensions of a state
     :param n_actions: number of dimensions of an action
@@ -26,8 +26,8 @@ class Fingerprint(nn.Module):
         super().__init__()
         self.register_buffer("states", th.zeros(N_PROBES, n_states))
         self.register_buffer("actions", th.zeros(N_PROBES, n_actions))
-        # Next states and rewards
-        self.register_buffer("answers", th.zeros(N_PROBES, n_states + 1))
+        # Next states, rewards and terminations
+        self.register_buffer("answers", th.zeros(N_PROBES, n_states + 2))
 
     def take(self, prior: PriorModel, states: th.Tensor, actions: th.Tensor) -> None:
         """
@@ -57,7 +57,8 @@ def _answers(prior: PriorModel, states: th.Tensor, actions: th.Tensor) -> th.Ten
     :param prior: the prior model
     :param states: ``(N, S)``
     :param actions: ``(N, A)``
-    :return: next states and rewards, ``(N, S + 1)``
+    :return: next states, rewards and probabilities of termination, ``(N, S + 2)``
     """
     next_states = prior.transition(states, actions)
-    return th.cat([next_states, prior.reward(states, actions, next_states)], dim=1)
+    ends = prior.termination_probability(next_states)
+    return th.cat([next_states, prior.reward(states, actions, next_states), ends], dim=1)

@@ -118,30 +118,23 @@ class EndRewards(nn.Module):
     """
 
     found: th.Tensor
-    invented: th.Tensor
     jump: th.Tensor
+    own_jump: th.Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        # What the model's rewards lack where it claims an end: where there is one, and where there is none
+        # What the model's rewards lack where it claims an end
         self.register_buffer("found", th.zeros(()))
-        self.register_buffer("invented", th.zeros(()))
-        # By how much rewards change where an episode ends
+        # By how much rewards change where an episode ends, and by how much the model's own change where it claims that
         self.register_buffer("jump", th.zeros(()))
+        self.register_buffer("own_jump", th.zeros(()))
 
-    def solve(
-        self, missed: th.Tensor, missed_before_end: th.Tensor, is_end: th.Tensor, is_claimed: th.Tensor, is_inside: th.Tensor
-    ) -> None:
+    @staticmethod
+    def solve(value: th.Tensor, rewards: th.Tensor, is_case: th.Tensor) -> None:
         """
-        :param missed: what the model's rewards lack, finite, ``(B, 1)``
-        :param missed_before_end: the same of rewards that pay nothing for an end, finite, ``(B, 1)``
-        :param is_end: whether an episode ended, bool ``(B, 1)``
-        :param is_claimed: whether the model claims that, bool ``(B, 1)``
-        :param is_inside: whether the model claims that even of the state before, bool ``(B, 1)``
+        :param value: one of the buffers
+        :param rewards: rewards that it stands for, ``(B, 1)``
+        :param is_case: which of them, bool ``(B, 1)``. The value is their median, or 0 if there are none.
         """
-        for value, rewards, is_case in (
-            (self.found, missed, is_end & is_claimed),
-            (self.invented, missed, ~is_end & is_inside),
-            (self.jump, missed_before_end, is_end),
-        ):
-            value.copy_(rewards[is_case].median() if is_case.any() else th.zeros_like(value))
+        is_case = is_case & th.isfinite(rewards)
+        value.copy_(rewards[is_case].median() if is_case.any() else th.zeros_like(value))

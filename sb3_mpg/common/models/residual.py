@@ -2,8 +2,6 @@
 
 import copy
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch as th
@@ -11,14 +9,14 @@ from stable_baselines3.common.utils import update_learning_rate
 from torch.nn import functional as F
 
 from sb3_mpg.common.models.base import PriorModel
-from sb3_mpg.common.models.ensemble import NetworkEnsemble, is_architecture, values_of_rows
+from sb3_mpg.common.models.corrected_ensemble import CorrectedEnsemble
+from sb3_mpg.common.models.ensemble import NetworkEnsemble, is_architecture
 from sb3_mpg.common.models.fingerprint import Fingerprint
 from sb3_mpg.common.models.hidden_states import HiddenStates, clipped_rollout_error
-from sb3_mpg.common.models.learned_ends import LearnedEnds, blurred
-from sb3_mpg.common.models.least_squares import EndRewards, LeastSquares, QuadraticReward
+from sb3_mpg.common.models.least_squares import LeastSquares, QuadraticReward
 from sb3_mpg.common.models.scaling import Standardizer
 from sb3_mpg.common.models.state_range import StateRange
-from sb3_mpg.common.models.trainable import CorrectedModel, StateDescription, copy_to_cpu
+from sb3_mpg.common.models.trainable import StateDescription, copy_to_cpu
 from sb3_mpg.common.models.windows import Transitions, Windows
 
 # Targets that are this many times their scale need new scales: networks whose steps are bounded take too long to get there
@@ -27,7 +25,7 @@ LARGEST_TARGET = 10.0
 SMALLEST_TARGET_SCALE = 1e-3
 
 
-class ResidualModel(CorrectedModel):
+class ResidualModel(CorrectedEnsemble):
     r"""
     A prior model plus a correction of its next state and of its reward, fitted to recorded transitions:
 
@@ -37,11 +35,15 @@ class ResidualModel(CorrectedModel):
     :math:`\Delta_s` that is linear in :math:`(s, a)` (wrong gains and signs, constant offsets), and a part of
     :math:`\Delta_r` that is a weighted sum of the squares of :math:`s, a, s'` (wrong weights of a quadratic cost). Near an
     optimum the gradient of a reward is small compared with the reward, and the error of a network, roughly proportional to
-    its target, would exceed that gradient. A reward or penalty for the end of an episode is solved for separately.
+    its target, would exceed that gradient.
 
     The second part is a small ensemble of networks, which is fitted to what least squares leave over (see
     ``NetworkEnsemble``). Inputs and targets are scaled by the statistics of the data. Differences between states are those
-    of the prior model (``state_difference``, ``state_add``).
+    of the prior model (``state_difference``, ``state_add``). Parts that predict recorded steps no better than the prior model
+    are not used.
+
+    Once enough terminations are recorded, the probability of a termination is learned from them (see ``LearnedEnds``). A bonus
+    or penalty for it is solved for separately (see ``EndRewards``).
 
     Predicted states are kept within the range of the data and a margin (see ``StateRange``). Hidden dimensions of the state
     are predicted by the prior model, but those that make rollouts worse are re-encoded (see ``HiddenStates``).
@@ -57,7 +59,6 @@ class ResidualModel(CorrectedModel):
     target_scale: th.Tensor
     output_scale: th.Tensor
     n_rows: th.Tensor
-    gains: th.Tensor
 
     def __init__(
         self,
@@ -68,7 +69,6 @@ class ResidualModel(CorrectedModel):
         net_arch: tuple[int, ...] = (64, 64),
         learning_rate: float = 1e-3,
     ):
-        super().__init__(prior)
         if n_members < 2:
             raise ValueError(
                 f"The correction is judged by comparing networks, so `n_members` must be 2 or more, got {n_members}."
@@ -77,14 +77,13 @@ class ResidualModel(CorrectedModel):
             raise ValueError(
                 f"`net_arch` of the correction lists the sizes of its hidden layers, as in (64, 64), got {net_arch!r}."
             )
-        self.n_states, self.n_members = n_states, n_members
+        super().__init__(prior, n_states, n_members, learning_rate)
+        self.n_states = n_states
         n_inputs = n_states + n_actions
         self.standardizer = Standardizer(n_inputs)
         self.networks = NetworkEnsemble(n_members, n_inputs, n_states + 1, net_arch, learning_rate)
         self.linear = LeastSquares(n_inputs, n_states)
         self.quadratic_reward = QuadraticReward(n_inputs + n_states)
-        self.end_rewards = EndRewards()
-        self.ends = LearnedEnds(n_states, n_members, learning_rate)
         self.range = StateRange(n_states)
         self.hidden = HiddenStates(n_states)
         self.fingerprint = Fingerprint(n_states, n_actions)
@@ -94,69 +93,21 @@ class ResidualModel(CorrectedModel):
             "output_scale": th.ones(n_states + 1),
             # Number of transitions that scales and least squares are from
             "n_rows": th.zeros((), dtype=th.int64),
-            # Factor of each member's correction: 0 is the prior model as it is
-            "gains": th.ones(n_members, 1, 1),
         }.items():
             self.register_buffer(name, buffer)
+        # All networks, whose optimizers are saved
+        self._ensembles = {"correction": self.networks, "ends": self.ends.networks}
 
     def refresh(self) -> None:
+        super().refresh()
         self.hidden.refresh()
-        self.ends.refresh()
-
-    @property
-    def may_terminate(self) -> bool:
-        return self.prior.may_terminate or self.ends.is_used
-
-    def termination_probability(self, states: th.Tensor) -> th.Tensor:
-        known = self.prior.termination_probability(states)
-        if not self.ends.is_used:
-            return known
-        gains = values_of_rows(self.gains, states.shape[0], self.members)
-        return th.where(gains > 0, self._learned_ends(states), known)
-
-    def terminal(self, states: th.Tensor) -> th.Tensor:
-        return self.termination_probability(states) > 0.5 if self.ends.is_used else self.prior.terminal(states)
-
-    def _scaled_states(self, states: th.Tensor) -> th.Tensor:
-        """
-        :param states: ``(B, S)``
-        :return: the states within the range of the data, standardised by their statistics, ``(B, S)``
-        """
-        mean, std = self.standardizer.mean[: self.n_states], self.standardizer.std[: self.n_states]
-        return (self.range.clip(self.prior, states) - mean) / std
-
-    def _learned_ends(self, states: th.Tensor) -> th.Tensor:
-        """
-        :param states: ``(B, S)``
-        :return: learned probabilities that an episode terminates there, ``(B, 1)``
-        """
-        return self.ends(self._scaled_states(states), self.members)
-
-    def use_correction(self, is_used: bool) -> None:
-        super().use_correction(is_used)
-        self.gains.fill_(float(is_used))
-
-    @contextmanager
-    def _with_gains(self, first: float, others: float) -> Iterator[None]:
-        """
-        :param first: factor of the first member's correction within this context
-        :param others: factor of the corrections of all others
-        """
-        gains = self.gains.clone()
-        self.gains.fill_(others)
-        self.gains[0] = first
-        try:
-            yield
-        finally:
-            self.gains.copy_(gains)
-
-    @contextmanager
-    def compared_with_prior(self) -> Iterator[None]:
-        with self.using_members("dealt"), self._with_gains(0.0, 1.0):
-            yield
 
     def describe_states(self) -> StateDescription:
         return StateDescription(*((~mask).cpu().numpy() for mask in (self.hidden.is_observed, self.hidden.is_kept)))
+
+    def scaled_states(self, states: th.Tensor) -> th.Tensor:
+        mean, std = self.standardizer.mean[: self.n_states], self.standardizer.std[: self.n_states]
+        return (self.range.clip(self.prior, states) - mean) / std
 
     def _scaled(self, states: th.Tensor, actions: th.Tensor) -> th.Tensor:
         """
@@ -169,32 +120,20 @@ class ResidualModel(CorrectedModel):
             states = self.range.clip(self.prior, states)
         return self.standardizer(th.cat([states, actions], dim=1))
 
-    def _network_outputs(self, scaled: th.Tensor) -> th.Tensor:
-        """
-        :param scaled: of :meth:`_scaled`, ``(B, S + A)``
-        :return: the networks' corrections of next states and rewards, in the units of the environment, ``(B, S + 1)``
-        """
-        return self.networks(scaled, self.members) * self.output_scale
-
-    def _reward_before_end(
-        self, states: th.Tensor, actions: th.Tensor, next_states: th.Tensor, is_claimed: th.Tensor
-    ) -> th.Tensor:
-        """
-        :param states: ``(B, S)``
-        :param actions: ``(B, A)``
-        :param next_states: ``(B, S)``
-        :param is_claimed: whether the prior model claims that the next states are terminal, bool ``(B, 1)``
-        :return: rewards of the prior model without what it pays for the end of an episode, ``(B, 1)``
-        """
-        return self.prior.reward(states, actions, th.where(is_claimed, states, next_states))
-
     def _quadratic(self, scaled: th.Tensor, next_states: th.Tensor) -> th.Tensor:
         """
-        :param scaled: of :meth:`_scaled`, ``(B, S + A)``
+        :param scaled: scaled states and actions, ``(B, S + A)``
         :param next_states: ``(B, S)``
         :return: the quadratic part of the reward's correction, ``(B, 1)``
         """
-        return self.quadratic_reward(th.cat([scaled, self._scaled_states(next_states)], dim=1))
+        return self.quadratic_reward(th.cat([scaled, self.scaled_states(next_states)], dim=1))
+
+    def _network_outputs(self, scaled: th.Tensor) -> th.Tensor:
+        """
+        :param scaled: scaled states and actions, ``(B, S + A)``
+        :return: the networks' corrections of next states and rewards, in the units of the environment, ``(B, S + 1)``
+        """
+        return self.networks(scaled, self.members) * self.output_scale
 
     def _corrected_reward(
         self, states: th.Tensor, actions: th.Tensor, next_states: th.Tensor, scaled: th.Tensor, learned: th.Tensor
@@ -203,29 +142,24 @@ class ResidualModel(CorrectedModel):
         :param states: ``(B, S)``
         :param actions: ``(B, A)``
         :param next_states: ``(B, S)``
-        :param scaled: of :meth:`_scaled`, ``(B, S + A)``
+        :param scaled: scaled states and actions, ``(B, S + A)``
         :param learned: of :meth:`_network_outputs`, ``(B, S + 1)``
         :return: ``(B, 1)``
         """
         correction = learned[:, self.n_states :] + self._quadratic(scaled, next_states)
-        gains = values_of_rows(self.gains, states.shape[0], self.members)
+        gains = self.gains_of_rows(states)
         rewards = self.prior.reward(states, actions, next_states)
-        if self.may_terminate:
-            is_claimed = self.prior.terminal(next_states)
-            if self.ends.is_used:
-                # Replace the jump in the rewards of the prior model by a smooth one
-                before_end = self._reward_before_end(states, actions, next_states, is_claimed)
-                rewards = th.where(gains > 0, before_end, rewards)
-                is_inside = is_claimed & self.prior.terminal(states)
-                correction = correction + th.where(is_inside, self.end_rewards.invented, 0.0)
-                correction = correction + self._learned_ends(next_states) * self.end_rewards.jump
-            else:
-                correction = correction + th.where(is_claimed, self.end_rewards.found, 0.0)
+        if self.ends.is_used:
+            # Replace the jump in the rewards of the prior model by a smooth one
+            rewards = th.where(gains > 0, self.reward_before_end(states, actions, next_states), rewards)
+            correction = correction + self.learned_ends(next_states) * self.end_rewards.jump
+        elif self.may_terminate:
+            correction = correction + th.where(self.prior.terminal(next_states), self.end_rewards.found, 0.0)
         return rewards + gains * correction
 
     def step(self, states: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         scaled = self._scaled(states, actions)
-        gains = values_of_rows(self.gains, states.shape[0], self.members)
+        gains = self.gains_of_rows(states)
         learned = self._network_outputs(scaled)
         correction = gains * (learned[:, : self.n_states] + self.linear(scaled))
         predicted = self.prior.transition(states, actions)
@@ -258,36 +192,18 @@ class ResidualModel(CorrectedModel):
         missed_reward = transitions.rewards - self.prior.reward(states, transitions.actions, next_states)
         return self._scaled(states, transitions.actions), next_states, th.cat([missed, missed_reward], dim=1)
 
-    def _ends_of(self, transitions: Transitions, next_states: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-        """
-        :param transitions: recorded transitions
-        :param next_states: their next states, ``(B, S)``
-        :return: whether the episode terminated, and whether the prior model claims that, bool ``(B, 1)`` each; a model is
-            believed where it is unknown
-        """
-        is_claimed = self.prior.terminal(next_states)
-        return th.where(th.isnan(transitions.terminated), is_claimed, transitions.terminated > 0), is_claimed
-
-    def _missed_by_least_squares(self, transitions: Transitions) -> tuple[th.Tensor, th.Tensor]:
-        """
-        :param transitions: recorded transitions
-        :return: scaled states and actions, ``(B, S + A)``; and residuals of least squares, ``(B, S + 1)``. That of the reward
-            is 0 at the end of an episode, recorded or claimed, where rewards jump.
-        """
-        scaled, next_states, missed = self._missed_by_prior(transitions)
-        is_end, is_claimed = self._ends_of(transitions, next_states)
-        missed = missed - th.cat([self.linear(scaled), self._quadratic(scaled, next_states)], dim=1)
-        ordinary = th.where(is_end | is_claimed, 0.0, missed[:, self.n_states :])
-        return scaled, th.cat([missed[:, : self.n_states], ordinary], dim=1)
-
     @th.no_grad()
     def _inputs_and_targets(self, transitions: Transitions) -> tuple[th.Tensor, th.Tensor]:
         """
         :param transitions: recorded transitions
-        :return: inputs of the networks, ``(B, S + A)``, and their scaled targets, ``(B, S + 1)``
+        :return: inputs of the networks, ``(B, S + A)``, and their targets, ``(B, S + 1)``: the scaled residuals of least
+            squares. That of the reward is 0 at the end of an episode, recorded or claimed, where rewards jump.
         """
-        scaled, missed = self._missed_by_least_squares(transitions)
-        return scaled, missed / self.target_scale
+        scaled, next_states, missed = self._missed_by_prior(transitions)
+        is_end, is_claimed = self.ends_of(transitions, next_states)
+        missed = missed - th.cat([self.linear(scaled), self._quadratic(scaled, next_states)], dim=1)
+        ordinary = th.where(is_end | is_claimed, 0.0, missed[:, self.n_states :])
+        return scaled, th.cat([missed[:, : self.n_states], ordinary], dim=1) / self.target_scale
 
     @th.no_grad()
     def rescale(self, transitions: Transitions) -> None:
@@ -311,11 +227,12 @@ class ResidualModel(CorrectedModel):
         self.n_rows.fill_(len(missed))
         self.linear.solve(scaled, missed[:, : self.n_states])
         # Rewards jump where an episode ends; as extreme targets of least squares they would spoil all others
-        is_ordinary = ~th.cat(self._ends_of(transitions, next_states), dim=1).any(dim=1)
-        values = th.cat([scaled, self._scaled_states(next_states)], dim=1)
+        is_ordinary = ~th.cat(self.ends_of(transitions, next_states), dim=1).any(dim=1)
+        values = th.cat([scaled, self.scaled_states(next_states)], dim=1)
         self.quadratic_reward.solve(values[is_ordinary], missed[is_ordinary, self.n_states :])
         if len(missed) > 0:
-            _, targets = self._missed_by_least_squares(transitions)
+            self.target_scale.fill_(1.0)
+            _, targets = self._inputs_and_targets(transitions)
             changes = th.cat([self.state_difference(next_states, states), transitions.rewards], dim=1)
             smallest = SMALLEST_TARGET_SCALE * changes.square().mean(dim=0).sqrt() + 1e-8
             self.target_scale.copy_(th.maximum(targets.square().mean(dim=0).sqrt(), smallest))
@@ -327,22 +244,17 @@ class ResidualModel(CorrectedModel):
 
     @th.no_grad()
     def solve_end_rewards(self, transitions: Transitions) -> None:
-        states = self.prior.state_from_observation(transitions.observations)
+        states, actions = self.prior.state_from_observation(transitions.observations), transitions.actions
         scaled, next_states, missed = self._missed_by_prior(transitions)
-        is_end, is_claimed = self._ends_of(transitions, next_states)
-        missed_reward = missed[:, self.n_states :]
-        before_end = self._reward_before_end(states, transitions.actions, next_states, is_claimed)
+        is_end, is_claimed = self.ends_of(transitions, next_states)
         with self.using_members("mean"):
             correction = self._network_outputs(scaled)[:, self.n_states :] + self._quadratic(scaled, next_states)
-        finite = th.isfinite(missed_reward) & th.isfinite(before_end)
-        is_inside = is_claimed & self.prior.terminal(states)
-        self.end_rewards.solve(
-            missed_reward - correction,
-            transitions.rewards - before_end - correction,
-            is_end & finite,
-            is_claimed & finite,
-            is_inside & finite,
-        )
+        solve, solved = self.end_rewards.solve, self.end_rewards
+        solve(solved.found, missed[:, self.n_states :] - correction, is_claimed)
+        own_jumps = self.prior.reward(states, actions, next_states) - self.prior.reward(states, actions, states)
+        solve(solved.own_jump, own_jumps, is_claimed & ~self.prior.terminal(states))
+        before_end = self.reward_before_end(states, actions, next_states)
+        solve(solved.jump, transitions.rewards - before_end - correction, is_end)
 
     @th.no_grad()
     def needs_rescaling(self, transitions: Transitions) -> bool:
@@ -366,38 +278,11 @@ class ResidualModel(CorrectedModel):
         errors_of_zero = targets[finite].abs().mean(dim=0)
         self.output_scale.copy_(th.where(errors <= errors_of_zero, self.target_scale, 0.0))
 
-    def fit_ends(self, steps: Transitions, ends: Transitions, rate: float) -> None:
-        others, terminal = (
-            self._blurred(transitions, is_end)
-            for transitions, is_end in ((steps.select((steps.terminated == 0)[:, 0]), False), (ends, True))
-        )
-        if len(others) > 0 and len(terminal) > 0:
-            self.ends.fit(others, terminal, rate)
-
-    @th.no_grad()
-    def _blurred(self, transitions: Transitions, is_end: bool) -> th.Tensor:
-        """
-        :param transitions: recorded transitions
-        :param is_end: whether they terminated
-        :return: their blurred next states, scaled; without those that are not finite, ``(B', S)``
-        """
-        states = self.prior.state_from_observation(transitions.observations)
-        next_states = self.prior.state_from_observation(transitions.next_observations)
-        scaled = self._scaled_states(blurred(self.prior, states, next_states, is_end))
-        return scaled[th.isfinite(scaled).all(dim=1)]
-
-    @property
-    def learns_ends(self) -> bool:
-        return self.ends.is_used
-
-    def use_learned_ends(self, is_used: bool) -> None:
-        self.ends.use(is_used)
-
     @th.no_grad()
     def tune_on_rollouts(self, windows: Windows) -> None:
         scales = self.standardizer.std[: self.n_states]
         # Also where the correction is only compared with the prior model
-        with self.using_members("mean"), self._with_gains(1.0, 1.0):
+        with self.using_members("mean"), self.with_gains(1.0, 1.0):
             self.hidden.choose(lambda: clipped_rollout_error(self, windows, self.hidden.is_observed, scales))
 
     def fit(self, transitions: Transitions) -> float:
@@ -420,7 +305,7 @@ class ResidualModel(CorrectedModel):
     @th.no_grad()
     def improves_on_prior(self, transitions: Transitions) -> bool:
         _, next_states, missed = self._missed_by_prior(transitions)
-        is_jump = th.cat(self._ends_of(transitions, next_states), dim=1).any(dim=1)
+        is_jump = th.cat(self.ends_of(transitions, next_states), dim=1).any(dim=1)
         missed[:, self.n_states] = th.where(is_jump, 0.0, missed[:, self.n_states])
         missed = missed / self.target_scale
         return self.validation_error(transitions) < huber_loss(th.zeros_like(missed), missed).item()
@@ -432,14 +317,8 @@ class ResidualModel(CorrectedModel):
         state = self.state_dict()
         return {name: value for name, value in state.items() if not name.startswith("prior.") and name != "gains"}
 
-    def _ensembles(self) -> dict[str, NetworkEnsemble]:
-        """
-        :return: all networks, by name
-        """
-        return {"correction": self.networks, "ends": self.ends.networks}
-
     def learned_state(self) -> dict[str, Any]:
-        optimizers = {name: networks.optimizer.state_dict() for name, networks in self._ensembles().items()}
+        optimizers = {name: networks.optimizer.state_dict() for name, networks in self._ensembles.items()}
         return copy_to_cpu({"model": self._own_state(), "optimizers": optimizers})
 
     @th.no_grad()
@@ -453,7 +332,7 @@ class ResidualModel(CorrectedModel):
             return False
         self.load_state_dict(saved, strict=False)
         self.refresh()
-        for name, networks in self._ensembles().items():
+        for name, networks in self._ensembles.items():
             # torch would share the tensors of the optimizer with the state
             networks.optimizer.load_state_dict(copy.deepcopy(state["optimizers"][name]))
             # The saved learning rate may have been replaced

@@ -191,6 +191,41 @@ def test_arguments_do_not_go_with_a_target_that_is_made():
         make_value_target(target, {"n_steps": 2})
 
 
+def test_target_noise_counts_as_much_as_horizon_0():
+    """Of four times the noise and a quarter of the weight, as much is left as of the noise without trust."""
+    model = make_model(LinearEnv(), horizons=(0, 3))
+    data = model.replay_buffer.sample(64)
+    with th.no_grad():
+        next_actions = model.actor_target(data.next_observations)
+
+    def noises(target):
+        """What was added to the actions of the target policy."""
+        seen = []
+
+        def values(network_inputs, actions):
+            seen.append(actions - next_actions)
+            return actions
+
+        networks = model.update.targets(model.update_settings(1))._replace(values=values)
+        th.manual_seed(0)
+        with th.no_grad():
+            target(data, model.update.context(model.units(), model.gamma), networks, None)
+        return seen[0]
+
+    def trust(weight):
+        model.weighting_rule = MeasuredWeighting((0, 3))
+        model.weighting_rule.observe(np.array([weight, 1 - weight]))
+
+    # Without measured errors there is all of it
+    untrusted = noises(ReplayTarget(noise_std=0.05))
+    assert 0.03 < untrusted.std() < 0.07
+    trust(0.75)
+    assert model.update_settings(1).trust == pytest.approx(0.75)
+    th.testing.assert_close(noises(ReplayTarget(noise_std=0.2)), untrusted)
+    trust(1.0)
+    assert (noises(ReplayTarget(noise_std=0.2)) == 0).all()
+
+
 class WithoutSimulator(LinearEnv):
     make_simulator = property()
 

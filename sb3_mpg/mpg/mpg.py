@@ -57,7 +57,7 @@ class MPG(OffPolicyModelAlgorithm):
       normalised per state (see ``sb3_mpg.common.balance``), the critics regress on the returns of the policy's rollouts as
       well, and up to half of the start states of rollouts are perturbed in the model (``model_exploration``). Without trust,
       an update is that of the data-driven gradient.
-    - The networks take Fourier features of the observations (see ``ObservationScaler``);
+    - The networks take scaled observations, and their Fourier features while a model is trusted (see ``ObservationScaler``);
       ``policy_kwargs=dict(features_extractor_kwargs=dict(frequencies=[]))`` removes them.
 
     MPG-v2 of the papers is ``residual=False, weighting="rule_based", learning_starts=3000`` without Fourier features. MPG-v1

@@ -42,7 +42,8 @@ def targets(model, replay_data, value_target=None):
 
 
 def test_clipped_double_q():
-    model = make_model(LinearEnv(noise=0.15, ends="terminated"), reward_scale=0.3)
+    no_noise = {"noise_std": 0.0}
+    model = make_model(LinearEnv(noise=0.15, ends="terminated"), reward_scale=0.3, value_target_kwargs=no_noise)
     data = model.replay_buffer.sample(64)
     assert 0 < data.dones.sum() < 64
     with th.no_grad():
@@ -53,7 +54,7 @@ def test_clipped_double_q():
 
 
 def test_the_minimum_of_the_critics_counts_as_much_as_horizon_0():
-    model = make_model(LinearEnv(), horizons=(0, 3))
+    model = make_model(LinearEnv(), horizons=(0, 3), value_target_kwargs={"noise_std": 0.0})
     model.weighting_rule = MeasuredWeighting((0, 3))
     model.weighting_rule.observe(np.array([3.0, 1.0]))
     data = model.replay_buffer.sample(64)

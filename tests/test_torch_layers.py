@@ -15,7 +15,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 import sb3_mpg_envs  # noqa: F401
 from sb3_mpg import MPG
 from sb3_mpg.common import torch_layers
-from sb3_mpg.common.torch_layers import ELU, ObservationScaler, convert_inputs
+from sb3_mpg.common.torch_layers import ELU, ObservationScaler, convert_inputs, first_layer
 from sb3_mpg.common.trust.weighting import MeasuredWeighting
 
 
@@ -348,3 +348,9 @@ def test_learners_follow_the_scales():
     in_process, in_learner = trained(), trained(n_learners=1, max_staleness=0)
     assert in_learner.actor.features_extractor.n_fitted == 82
     assert_same_parameters(in_process, in_learner)
+
+
+@pytest.mark.parametrize("network", [th.nn.Linear(3, 2), th.nn.Sequential(th.nn.Linear(3, 2), th.nn.Tanh())])
+def test_first_layers(network):
+    assert isinstance(first_layer(network), th.nn.Linear)
+    assert first_layer(th.nn.Sequential()) is not None and isinstance(first_layer(ELU()), ELU)

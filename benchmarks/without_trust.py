@@ -41,8 +41,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "left_out": {"prior_model": KnowsNothing},
 }
 # How they differ from `mpg`
-ABLATIONS: dict[str, dict[str, Any]] = {
-}
+ABLATIONS: dict[str, dict[str, Any]] = {}
 # Half of the 95 % interval of a mean of so many seeds, in standard errors
 STUDENT = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}
 

@@ -60,7 +60,7 @@ ALGORITHMS: dict[str, tuple[type[MPG], dict[str, Any]]] = {
     "mpg_v1": (MPG, {"value_target": "n_step_simulator", "batch_reuse": 10}),
     # Table VI, except that each batch is used once. Reused batches save time, but the critic overfits to them
     "mpg_v1_exploring_starts": (MPG, {"value_target": "n_step_simulator"}),
-    "mpg_v2": (MPG, {"value_target": "clipped_double_q"}),
+    "mpg_v2": (MPG, {"value_target": "clipped_double_q", "value_target_kwargs": {"noise_std": 0.0}}),
     "data_driven": (MPG, {"horizons": (0,), "weighting": "constant"}),
     "n_step_dpg": (NStepDPG, {}),
     "n_step_adp": (NStepADP, {}),

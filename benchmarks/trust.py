@@ -34,7 +34,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "mpg": {},
     "recorded_states": {"model_exploration": 0.0},
     "measured": {"residual": False, "learning_starts": WARM_UP},
-    "rule_based": {"residual": False, "weighting": "rule_based", "learning_starts": WARM_UP},
+    "rule_based": {
+        "residual": False,
+        "weighting": "rule_based",
+        "value_target_kwargs": {"noise_std": 0.0},
+        "learning_starts": WARM_UP,
+    },
     "weight_1": {"horizons": (25,), "weighting": "constant"},
 }
 # Methods without a prior model

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from helpers import assert_same_parameters
 from lq import LinearEnv
 from settings import SMALL
 from stable_baselines3.common.env_util import make_vec_env
@@ -14,7 +15,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 import sb3_mpg_envs  # noqa: F401
 from sb3_mpg import MPG
 from sb3_mpg.common import torch_layers
-from sb3_mpg.common.torch_layers import ELU, ObservationScaler, convert_inputs
+from sb3_mpg.common.torch_layers import ELU, ObservationScaler, convert_inputs, first_layer
 from sb3_mpg.common.trust.weighting import MeasuredWeighting
 
 
@@ -316,3 +317,40 @@ def test_extractors_with_scaled_parts_are_fitted_once():
     assert (before != 1).all()
     model.learn(50, reset_num_timesteps=False)
     assert th.equal(scaler.scale, before)
+
+
+def test_scales_change_in_a_continued_training_as_without_interruption(tmp_path):
+    def second_half(model):
+        model.env.seed(7)
+        model._last_obs = None
+        return model.learn(30, reset_num_timesteps=False)
+
+    model = MPG("MlpPolicy", LinearEnv(noise=0.1), horizons=(0, 2), **SMALL).learn(70)
+    model.save(tmp_path / "model.zip")
+    model.save_replay_buffer(tmp_path / "buffer.pkl")
+    uninterrupted = second_half(model)
+    resumed = MPG.load(tmp_path / "model.zip", env=LinearEnv(noise=0.1))
+    resumed.load_replay_buffer(tmp_path / "buffer.pkl")
+    assert resumed.actor.features_extractor.n_fitted == 41
+    second_half(resumed)
+    assert resumed.actor.features_extractor.n_fitted == 82
+    assert_same_parameters(uninterrupted, resumed)
+    optimizers = [model.critic.optimizer.state_dict()["state"] for model in (uninterrupted, resumed)]
+    for ours, other in zip(*(optimizer.values() for optimizer in optimizers), strict=True):
+        assert all(th.equal(ours[name], other[name]) for name in ours)
+
+
+@pytest.mark.usefixtures("nothing_is_left")
+def test_learners_follow_the_scales():
+    def trained(**kwargs):
+        return MPG("MlpPolicy", LinearEnv(noise=0.1), horizons=(0, 2), **SMALL, **kwargs).learn(100)
+
+    in_process, in_learner = trained(), trained(n_learners=1, max_staleness=0)
+    assert in_learner.actor.features_extractor.n_fitted == 82
+    assert_same_parameters(in_process, in_learner)
+
+
+@pytest.mark.parametrize("network", [th.nn.Linear(3, 2), th.nn.Sequential(th.nn.Linear(3, 2), th.nn.Tanh())])
+def test_first_layers(network):
+    assert isinstance(first_layer(network), th.nn.Linear)
+    assert first_layer(th.nn.Sequential()) is not None and isinstance(first_layer(ELU()), ELU)

@@ -42,7 +42,8 @@ def targets(model, replay_data, value_target=None):
 
 
 def test_clipped_double_q():
-    model = make_model(LinearEnv(noise=0.15, ends="terminated"), reward_scale=0.3)
+    no_noise = {"noise_std": 0.0}
+    model = make_model(LinearEnv(noise=0.15, ends="terminated"), reward_scale=0.3, value_target_kwargs=no_noise)
     data = model.replay_buffer.sample(64)
     assert 0 < data.dones.sum() < 64
     with th.no_grad():
@@ -53,7 +54,7 @@ def test_clipped_double_q():
 
 
 def test_the_minimum_of_the_critics_counts_as_much_as_horizon_0():
-    model = make_model(LinearEnv(), horizons=(0, 3))
+    model = make_model(LinearEnv(), horizons=(0, 3), value_target_kwargs={"noise_std": 0.0})
     model.weighting_rule = MeasuredWeighting((0, 3))
     model.weighting_rule.observe(np.array([3.0, 1.0]))
     data = model.replay_buffer.sample(64)
@@ -189,6 +190,41 @@ def test_arguments_do_not_go_with_a_target_that_is_made():
     assert make_value_target(target) is target
     with pytest.raises(ValueError, match="goes with the name of a target"):
         make_value_target(target, {"n_steps": 2})
+
+
+def test_target_noise_counts_as_much_as_horizon_0():
+    """Of four times the noise and a quarter of the weight, as much is left as of the noise without trust."""
+    model = make_model(LinearEnv(), horizons=(0, 3))
+    data = model.replay_buffer.sample(64)
+    with th.no_grad():
+        next_actions = model.actor_target(data.next_observations)
+
+    def noises(target):
+        """What was added to the actions of the target policy."""
+        seen = []
+
+        def values(network_inputs, actions):
+            seen.append(actions - next_actions)
+            return actions
+
+        networks = model.update.targets(model.update_settings(1))._replace(values=values)
+        th.manual_seed(0)
+        with th.no_grad():
+            target(data, model.update.context(model.units(), model.gamma), networks, None)
+        return seen[0]
+
+    def trust(weight):
+        model.weighting_rule = MeasuredWeighting((0, 3))
+        model.weighting_rule.observe(np.array([weight, 1 - weight]))
+
+    # Without measured errors there is all of it
+    untrusted = noises(ReplayTarget(noise_std=0.05))
+    assert 0.03 < untrusted.std() < 0.07
+    trust(0.75)
+    assert model.update_settings(1).trust == pytest.approx(0.75)
+    th.testing.assert_close(noises(ReplayTarget(noise_std=0.2)), untrusted)
+    trust(1.0)
+    assert (noises(ReplayTarget(noise_std=0.2)) == 0).all()
 
 
 class WithoutSimulator(LinearEnv):

@@ -95,7 +95,8 @@ class ModelBasePolicy(BasePolicy):
 
     def fit_scales(self, observations: th.Tensor) -> None:
         """
-        Fit the scales of the observations in all networks.
+        Fit the scales of the observations in all networks. Gradients that learner processes are computing meanwhile have the
+        units of the earlier scales. They are as few as the staleness allows, and Adam bounds the step that one of them makes.
 
         :param observations: all recorded observations, as the networks see them, ``(N, O)``
         """

@@ -69,6 +69,14 @@ class ELU(nn.ELU):
         super().__init__(inplace=True)
 
 
+def first_layer(network: nn.Module) -> nn.Module:
+    """
+    :param network: a network
+    :return: its first layer; the network itself if it is not a sequence of layers
+    """
+    return network[0] if isinstance(network, nn.Sequential) and len(network) > 0 else network
+
+
 @th.no_grad()
 def convert_inputs(
     layer: nn.Linear, factors: th.Tensor, offsets: th.Tensor, optimizer: th.optim.Optimizer | None = None

@@ -144,7 +144,7 @@ class ReplayTarget(ValueTarget):
     :param noise_clip: largest absolute value of that noise
     """
 
-    def __init__(self, n_steps: int = 1, noise_std: float = 0.0, noise_clip: float = 0.5):
+    def __init__(self, n_steps: int = 1, noise_std: float = 0.2, noise_clip: float = 0.5):
         self.n_steps = check_n_steps(n_steps)
         check_number("noise_std", noise_std, 0.0)
         check_number("noise_clip", noise_clip, 0.0)
@@ -274,7 +274,7 @@ def check_n_steps(n_steps: int) -> int:
 
 VALUE_TARGETS: dict[str, Callable[..., ValueTarget]] = {
     "clipped_double_q": ReplayTarget,
-    "n_step_replay": partial(ReplayTarget, n_steps=25),
+    "n_step_replay": partial(ReplayTarget, n_steps=25, noise_std=0.0),
     "n_step_simulator": SimulatorTarget,
 }
 

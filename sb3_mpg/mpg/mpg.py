@@ -56,13 +56,14 @@ class MPG(OffPolicyModelAlgorithm):
     - The weight of the corrected model is the trust in it. In proportion to the trust, the losses of policy and critics are
       normalised per state (see ``sb3_mpg.common.balance``), the critics regress on the returns of the policy's rollouts as
       well, and up to half of the start states of rollouts are perturbed in the model (``model_exploration``). Without trust,
-      an update is that of the data-driven gradient.
-    - The networks take Fourier features of the observations (see ``ObservationScaler``);
+      an update is that of TD3: the target policy is smoothed by noise, and the critics' minimum is taken.
+    - The networks take scaled observations, and their Fourier features while a model is trusted (see ``ObservationScaler``);
       ``policy_kwargs=dict(features_extractor_kwargs=dict(frequencies=[]))`` removes them.
 
-    MPG-v2 of the papers is ``residual=False, weighting="rule_based", learning_starts=3000`` without Fourier features. MPG-v1
-    is the same with ``value_target="n_step_simulator", batch_reuse=10``. The other defaults are those of Table VI of the
-    first version.
+    MPG-v2 of the papers is ``residual=False, weighting="rule_based", learning_starts=3000`` without Fourier features and with
+    ``value_target_kwargs={"noise_std": 0.0}``: the papers do not smooth the target policy. MPG-v1 is the same with
+    ``value_target="n_step_simulator", batch_reuse=10`` in place of that argument. The other defaults are those of Table VI of
+    the first version.
 
     Differences from the papers:
 
@@ -107,7 +108,8 @@ class MPG(OffPolicyModelAlgorithm):
         per state
     :param value_target: what the critics regress on: ``"clipped_double_q"`` (MPG-v2), ``"n_step_simulator"`` (MPG-v1),
         ``"n_step_replay"``, or a ``ValueTarget``. With a corrected model and measured weights, the target mixes the minimum
-        of the critics and their mean; the weight of the minimum is that of horizon 0 (see ``target_values_of``)
+        of the critics and their mean; the weight of the minimum is that of horizon 0 (see ``target_values_of``). So is the
+        share of the noise that smooths the target policy (see ``ReplayTarget``)
     :param value_target_kwargs: arguments of the named value target
     :param batch_reuse: in how many updates a batch and its targets are used; as many batches take turns
     :param policy_delay: Policy and target networks will only be updated once every policy_delay updates

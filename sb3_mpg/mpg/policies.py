@@ -10,21 +10,21 @@ from torch import nn
 
 from sb3_mpg.common.checks import check_count
 from sb3_mpg.common.policies import FlatInputs, ModelBasePolicy
-from sb3_mpg.common.torch_layers import ELU, ObservationScaler
+from sb3_mpg.common.torch_layers import ELU, ObservationScaler, first_layer
 
 
 class MPGActor(FlatInputs, Actor):
     """The actor of TD3, which takes flat observations, too. See ``Actor`` for the parameters."""
 
     def input_layers(self) -> list[nn.Module]:
-        return [next(self.mu.children())]
+        return [first_layer(self.mu)]
 
 
 class MPGCritic(FlatInputs, ContinuousCritic):
     """The critics of TD3, which take flat observations, too. See ``ContinuousCritic`` for the parameters."""
 
     def input_layers(self) -> list[nn.Module]:
-        return [next(q_network.children()) for q_network in self.q_networks]
+        return [first_layer(q_network) for q_network in self.q_networks]
 
 
 class MPGPolicy(ModelBasePolicy, TD3Policy):

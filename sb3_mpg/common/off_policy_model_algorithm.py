@@ -31,7 +31,7 @@ from sb3_mpg.common.models.rollout_model import ModelSettings
 from sb3_mpg.common.models.trainable import TrainableModel, members_of
 from sb3_mpg.common.noise import choose_action_noise, for_n_envs
 from sb3_mpg.common.optimizer_steps import OptimizerSteps
-from sb3_mpg.common.planned_exploration import PlansExploration, check_model_planning
+from sb3_mpg.common.planned_exploration import PlansExploration, check_model_planning, imitation_of
 from sb3_mpg.common.policies import ModelBasePolicy
 from sb3_mpg.common.precision import choose_matmul_precision, matmul_precision
 from sb3_mpg.common.rollouts.exploration import ModelExploration
@@ -218,7 +218,9 @@ class OffPolicyModelAlgorithm(PlansExploration, PickledWithEnv, OffPolicyAlgorit
         if is_stepped and (self.residual or self.trust.rule.needs_errors):
             model = self.model_settings.make_trainable(model, self.observation_space, self.action_space, self.device)
         state = self.training_state
+        earlier = vars(self).get("update")
         self.update = self.update_class(self.policy, model, state.seed_of_updates(self.seed))
+        self.update.plans.restore(state.plans.taken if earlier is None else earlier.plans.state_dict())
         self.update.batches.load_state(state.batches, self.batch_reuse, self.device)
         self.learners: Learners = InProcessLearner(self.update)
         if state.measurements is not None and "weighting_rule" not in state.unopened:
@@ -229,7 +231,7 @@ class OffPolicyModelAlgorithm(PlansExploration, PickledWithEnv, OffPolicyAlgorit
             if not self.model_fitting.restore(state.fitting):
                 self.trust.forget()
             state.fitting = None
-        state.batches = None
+        state.batches = state.plans.taken = None
         self.model_settings.note_users(self.policy, self.trust)
 
     def load_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase, truncate_last_traj: bool = True) -> None:
@@ -300,6 +302,7 @@ class OffPolicyModelAlgorithm(PlansExploration, PickledWithEnv, OffPolicyAlgorit
             value_target=self.value_target,
             batch_reuse=self.batch_reuse,
             exploration=ModelExploration(self.model_exploration),
+            imitation=imitation_of(self.update.plans, self.training_state.plans, self.trust.in_model(n_updates)),
         )
 
     def training_inputs(self, batch_size: int) -> TrainingInputs:

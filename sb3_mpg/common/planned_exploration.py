@@ -9,7 +9,9 @@ from stable_baselines3.common.noise import ActionNoise
 
 from sb3_mpg.common.checks import check_number
 from sb3_mpg.common.models.trainable import evaluated
+from sb3_mpg.common.rollouts.planned_actions import MIN_PLANNED_STEPS, PlannedActions
 from sb3_mpg.common.rollouts.planning import Planner
+from sb3_mpg.common.training_state import PlanState
 
 # The planning horizon in multiples of the time constant of the discount, 1 / (1 - gamma), and its limit
 TIME_CONSTANTS = 1.5
@@ -21,6 +23,8 @@ SMALLEST_ADVANTAGE = 0.1
 # Weight of the latest plan in the share of plans that are followed, and the smallest share, so that planning can come back
 WEIGHT_OF_LATEST = 0.1
 SMALLEST_SHARE = 0.05
+# With a smaller share of plans that are followed, the policy imitates none
+SHARE_WITHOUT_IMITATION = 0.2
 
 
 def check_model_planning(share: Any) -> None:
@@ -39,6 +43,18 @@ def planning_horizon(gamma: float) -> int:
     :return: number of model steps of a plan: as many as the discount lets count
     """
     return LONGEST_HORIZON if gamma >= 1 else min(math.ceil(TIME_CONSTANTS / (1 - gamma)), LONGEST_HORIZON)
+
+
+def imitation_of(plans: PlannedActions, state: PlanState, trust: float) -> float:
+    """
+    :param plans: the planned steps
+    :param state: where planned exploration stands
+    :param trust: trust in the model, from 0 to 1
+    :return: share of the imitation of plans in the policy gradient, from 0 to 1
+    """
+    if len(plans) < MIN_PLANNED_STEPS or state.share_followed < SHARE_WITHOUT_IMITATION:
+        return 0.0
+    return trust * state.share_followed
 
 
 class PlansExploration:
@@ -105,8 +121,10 @@ class PlansExploration:
                 # Follow the policy if no plan is better, until the next one
                 state.offsets = plan.offsets if is_better else np.zeros_like(plan.offsets)
             actions = context.actor(units.normalize_observations(observation)).cpu().numpy()[0]
-        planned = np.clip(actions + state.offsets[0], -1, 1)
+        planned = np.clip(actions + state.offsets[0], -1, 1).astype(np.float32)
+        if state.offsets.any():
+            update.plans.add(observation[0], th.as_tensor(planned))
         # The last offsets are held when the plan moves on by a step
         state.offsets = np.concatenate([state.offsets[1:], state.offsets[-1:]])
         state.n_followed += 1
-        return planned.astype(np.float32)
+        return planned

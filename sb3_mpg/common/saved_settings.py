@@ -162,7 +162,7 @@ def gathered_state(algorithm: Any) -> TrainingState:
     """
     :param algorithm: an algorithm
     :return: its training state, with the states of the random number generators, of the model's fitting, of the reused
-        batches and of the measurements
+        batches, of the plans and of the measurements
     """
     state: TrainingState = algorithm.training_state
     return replace(
@@ -170,6 +170,7 @@ def gathered_state(algorithm: Any) -> TrainingState:
         rng=rng_state(algorithm.device) if state.rng is None else state.rng,
         fitting=state.fitting if algorithm.model_fitting is None else algorithm.model_fitting.state(),
         batches=algorithm.update.batches.state(algorithm.batch_reuse),
+        plans=replace(state.plans, taken=algorithm.update.plans.state_dict()),
         measurements=algorithm.trust.measurements if state.measurements is None else state.measurements,
         unopened={},
     )

@@ -46,6 +46,7 @@ class PlanState:
     :param offsets: remaining offsets of the plan, ``(H, A)``; ``None`` before the first plan and after a reset
     :param n_followed: number of steps that were taken from them
     :param share_followed: recent share of the plans that were worth following
+    :param taken: state of ``PlannedActions``, kept from loading until the update is created
     """
 
     due: float = 0.75
@@ -54,6 +55,7 @@ class PlanState:
     offsets: np.ndarray | None = field(default=None, repr=False)
     n_followed: int = 0
     share_followed: float = 1.0
+    taken: dict[str, Any] | None = field(default=None, repr=False)
 
 
 @dataclass

@@ -8,6 +8,7 @@ from typing import Generic, TypeVar
 
 import torch as th
 from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
 from sb3_mpg.common.batches import ReusedBatches
@@ -16,6 +17,7 @@ from sb3_mpg.common.models.trainable import members_of
 from sb3_mpg.common.randomness import randomness_of_update
 from sb3_mpg.common.rollouts.diagnosis import first_non_finite_step
 from sb3_mpg.common.rollouts.exploration import ModelExploration
+from sb3_mpg.common.rollouts.planned_actions import PlannedActions
 from sb3_mpg.common.rollouts.policy_gradient import NEGLIGIBLE_WEIGHT
 from sb3_mpg.common.rollouts.steps import EagerSteps, QFunction, RolloutContext, Steps
 from sb3_mpg.common.spaces import FlatObservations
@@ -42,6 +44,7 @@ class UpdateSettings:
     :param value_target: what the critics regress on
     :param batch_reuse: in how many updates a batch is used
     :param exploration: how start states of rollouts are perturbed
+    :param imitation: share of the imitation of planned actions in the policy gradient, from 0 to 1
     """
 
     gamma: float
@@ -51,6 +54,7 @@ class UpdateSettings:
     value_target: ValueTarget
     batch_reuse: int
     exploration: ModelExploration
+    imitation: float
 
 
 Settings = TypeVar("Settings", bound=UpdateSettings)
@@ -80,6 +84,8 @@ class Update(ABC, Generic[Settings]):
         #: Simulator of value targets that need one, with one agent for each row of a batch
         self.simulator: Simulator | None = None
         self.batches = ReusedBatches()
+        #: Planned steps that the policy imitates
+        self.plans = PlannedActions(self.flat.n_elements, get_action_dim(policy.action_space))
         # Collected once, because searching the modules at each update is slow
         self.observation_scalers = [module for module in policy.modules() if isinstance(module, ObservationScaler)]
 
@@ -249,9 +255,9 @@ class Update(ABC, Generic[Settings]):
     def tensors(self) -> list[th.Tensor]:
         """
         :return: tensors that gradients depend on and that change during training: those of the networks, of the target
-            networks and of the model, in the same order in every copy
+            networks, of the model and of the plans, in the same order in every copy
         """
-        modules: tuple[th.nn.Module, ...] = (self.policy, self.model)
+        modules: tuple[th.nn.Module, ...] = (self.policy, self.model, self.plans)
         return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
 
     def parameters(self) -> dict[str, list[th.Tensor]]:

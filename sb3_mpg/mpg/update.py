@@ -9,6 +9,7 @@ from stable_baselines3.td3.policies import Actor
 from sb3_mpg.common.balance import balanced_mse_loss, rollout_value_loss
 from sb3_mpg.common.models.base import PriorModel
 from sb3_mpg.common.rollouts.model_rollout import model_rollout
+from sb3_mpg.common.rollouts.planned_actions import with_imitation
 from sb3_mpg.common.rollouts.policy_gradient import mixed_policy_gradient
 from sb3_mpg.common.rollouts.steps import QFunction, RolloutContext
 from sb3_mpg.common.type_aliases import Differentiate, GradientResult, TrainingBatch
@@ -120,7 +121,17 @@ class MPGUpdate(Update[MPGUpdateSettings]):
             logs["train/blind_value_loss"] = blind_loss.item()
             total_critic_loss = total_critic_loss + blind_loss
 
-        gradients = {"critic": gradient_of(total_critic_loss, self.critic), "actor": policy_gradient.gradients}
+        # While plans are better than the policy, it imitates them
+        actor_gradients = policy_gradient.gradients
+        if settings.imitation > 0:
+            planned_observations, planned_actions = self.plans.sample(len(observations))
+            network_inputs = units.normalize_observations(planned_observations)
+            actor_gradients = with_imitation(
+                actor_gradients, self.actor, network_inputs, planned_actions, settings.imitation
+            )
+        logs["train/imitation"] = settings.imitation
+
+        gradients = {"critic": gradient_of(total_critic_loss, self.critic), "actor": actor_gradients}
         return GradientResult(gradients, logs, share_masked)
 
     def blind_value_loss(

@@ -95,7 +95,7 @@ def make_model(algorithm: str, task: Task, env: VecEnv, seed: int, **kwargs: Any
     :return: the algorithm with the papers' settings
     """
     cls, settings = ALGORITHMS[algorithm]
-    settings = {"learning_starts": 3000, **settings}
+    settings = {"learning_starts": 3000, "gamma": 0.98, **settings}
     if cls is MPG and "weighting" not in settings:
         settings["weighting"], settings["residual"] = "rule_based", False
         settings["weighting_kwargs"] = {"eta": 0.1, "total_updates": task.weighting_updates}

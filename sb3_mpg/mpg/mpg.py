@@ -60,8 +60,8 @@ class MPG(OffPolicyModelAlgorithm):
     - The networks take scaled observations, and their Fourier features while a model is trusted (see ``ObservationScaler``);
       ``policy_kwargs=dict(features_extractor_kwargs=dict(frequencies=[]))`` removes them.
 
-    MPG-v2 of the papers is ``residual=False, weighting="rule_based", learning_starts=3000`` without Fourier features and with
-    ``value_target_kwargs={"noise_std": 0.0}``: the papers do not smooth the target policy. MPG-v1 is the same with
+    MPG-v2 of the papers is ``residual=False, weighting="rule_based", learning_starts=3000, gamma=0.98`` without Fourier features and
+    with ``value_target_kwargs={"noise_std": 0.0}``: the papers do not smooth the target policy. MPG-v1 is the same with
     ``value_target="n_step_simulator", batch_reuse=10`` in place of that argument. The other defaults are those of Table VI of
     the first version.
 
@@ -160,7 +160,7 @@ class MPG(OffPolicyModelAlgorithm):
         learning_starts: int = 250,
         batch_size: int = 256,
         tau: float = 0.005,
-        gamma: float = 0.98,
+        gamma: float = 0.99,
         train_freq: int | tuple[int, str] = 1,
         gradient_steps: int = 1,
         action_noise: ActionNoise | None = None,

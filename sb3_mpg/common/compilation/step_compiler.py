@@ -18,7 +18,17 @@ from sb3_mpg.common.compilation.compiled_loop import CompiledLoop, Direction, Re
 from sb3_mpg.common.models.base import PriorModel
 from sb3_mpg.common.models.loading import name_of
 from sb3_mpg.common.models.trainable import TrainableModel
-from sb3_mpg.common.rollouts.steps import EagerSteps, HeldState, RolloutContext, RolloutState, Steps, advance, hold
+from sb3_mpg.common.rollouts.steps import (
+    EagerSteps,
+    HeldState,
+    PlannedState,
+    RolloutContext,
+    RolloutState,
+    Steps,
+    advance,
+    follow,
+    hold,
+)
 from sb3_mpg.common.type_aliases import Policy
 from sb3_mpg.common.units import Units
 
@@ -260,6 +270,20 @@ def held_step(
     return HeldState(*(tensor.contiguous() for tensor in held)), is_taken
 
 
+def planned_step(
+    planned: PlannedState, actor: th.nn.Module, actor_parameters: dict[str, th.Tensor], model: PriorModel, units: Units
+) -> tuple[PlannedState, th.Tensor]:
+    """
+    :return: the rollout after one step of :func:`follow`, and the reward of this step, ``(1, B, 1)``
+    """
+    planned, rewards = follow(planned, 1, actor, actor_parameters, model, units, gamma=1.0)
+    # As in :func:`step`
+    states, actions, network_inputs = planned.states.contiguous(), planned.actions.contiguous(), planned.network_inputs
+    network_inputs = states if network_inputs is planned.states else network_inputs.clone(memory_format=th.contiguous_format)
+    offsets = planned.offsets.contiguous()
+    return PlannedState(states, network_inputs, actions, planned.alive, planned.start, offsets), th.stack([rewards])
+
+
 @lru_cache(maxsize=64)
 def discounts_of(gamma: float, n_steps: int, device: th.device) -> th.Tensor:
     """
@@ -287,6 +311,7 @@ class StepCompiler(Steps):
         # Compiled at the first call, where failures are handled; one for steps with and one for steps without gradient
         self._steps: dict[bool, CompiledLoop] = {}
         self._hold_loop: CompiledLoop | None = None
+        self._plan_loop: CompiledLoop | None = None
         self._act: Callable[..., th.Tensor] | None = None
 
     def __reduce__(self) -> tuple[type["StepCompiler"], tuple[str]]:
@@ -362,6 +387,23 @@ class StepCompiler(Steps):
         states, n_left, env_actions = even_rows((*held, env_actions), model)
         held, is_taken = self._hold_loop(HeldState(states, n_left), n_steps, env_actions, model, *bounds)
         return HeldState(*(tensor[:n_rows] for tensor in held)), is_taken[:, :n_rows]
+
+    def follow(
+        self, planned: PlannedState, n_steps: int, actor_parameters: dict[str, th.Tensor], context: RolloutContext
+    ) -> tuple[PlannedState, th.Tensor]:
+        args = (planned, n_steps, actor_parameters, context)
+        return self._attempt(f"{name_of(context.model)} and the policy", self._follow, self._eager.follow, args)
+
+    def _follow(
+        self, planned: PlannedState, n_steps: int, actor_parameters: dict[str, th.Tensor], context: RolloutContext
+    ) -> tuple[PlannedState, th.Tensor]:
+        n_rows = len(planned.states)
+        if self._plan_loop is None:
+            self._plan_loop = compile_loop(planned_step, planned.states.device, self.backend)
+        planned = PlannedState(*even_rows(planned, context.model))
+        planned, rewards = self._plan_loop(planned, n_steps, context.actor, actor_parameters, context.model, context.units)
+        total = (discounts_of(context.gamma, n_steps, rewards.device) * rewards).sum(dim=0)
+        return PlannedState(*(tensor[:n_rows] for tensor in planned)), total[:n_rows]
 
     def policy(self, actor: th.nn.Module, n_rows: int) -> Policy:
         """

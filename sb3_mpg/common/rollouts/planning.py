@@ -7,7 +7,8 @@ import numpy as np
 import torch as th
 
 from sb3_mpg.common.rollouts.model_rollout import start_rollout
-from sb3_mpg.common.rollouts.steps import QFunction, RolloutContext, expected
+from sb3_mpg.common.rollouts.steps import PlannedState, QFunction, RolloutContext, expected
+from sb3_mpg.common.utils import parameters_of_modules
 
 # Standard deviations of the offsets are drawn between these, in [-1, 1] units: from refinements to full swings
 SMALLEST_NOISE, LARGEST_NOISE = 0.2, 2.0
@@ -122,22 +123,13 @@ class Planner(NamedTuple):
         :return: discounted returns of sequences, ``(C, H, A)``, with each member of the model; minus infinity where they are
             not finite, ``(E, C)``
         """
-        model, units = context.model, context.units
-        of_steps = th.as_tensor(offsets, dtype=observation.dtype, device=observation.device).transpose(0, 1)
-        of_steps = of_steps.repeat(1, n_members, 1)  # (H, E * C, A)
-        rollout = start_rollout(observation.expand(of_steps.shape[1], -1), context)
-        states, network_inputs, policy_actions, alive, start = rollout
-        total = th.zeros_like(alive)
-        for step, of_step in enumerate(of_steps):
-            actions = (policy_actions + of_step).clamp(-1, 1)
-            states, rewards = model.step(states, units.unscale_actions(actions))
-            total = total + context.gamma**step * expected(units.scale_rewards(rewards), alive)
-            if model.may_terminate:
-                alive = alive * (1 - model.termination_probability(states))
-                states = th.where(alive > 0, states, start)
-            network_inputs = units.normalize_observations(model.observation(states))
-            policy_actions = context.actor(network_inputs)
-        values = th.stack([q_function(network_inputs, policy_actions) for q_function in q_functions]).amin(dim=0)
-        total = total + context.gamma**self.horizon * expected(values, alive)
+        of_steps = th.as_tensor(offsets, dtype=observation.dtype, device=observation.device).flatten(1)
+        of_steps = of_steps.repeat(n_members, 1)  # (E * C, H * A)
+        rollout = start_rollout(observation.expand(len(of_steps), -1), context)
+        planned = PlannedState(*rollout, of_steps)
+        parameters = parameters_of_modules(context.actor)
+        planned, total = context.steps.follow(planned, self.horizon, parameters, context)
+        values = th.stack([q_function(planned.network_inputs, planned.actions) for q_function in q_functions]).amin(dim=0)
+        total = total + context.gamma**self.horizon * expected(values, planned.alive)
         returns = total.reshape(n_members, len(offsets)).double().cpu().numpy()
         return np.where(np.isfinite(returns), returns, -np.inf)

@@ -122,6 +122,56 @@ def advance(
     return RolloutState(states, network_inputs, actions, alive, start), total
 
 
+class PlannedState(NamedTuple):
+    """
+    State of a rollout that follows a plan, between two steps.
+
+    :param states: as in :class:`RolloutState`, as are all fields but the last
+    :param offsets: the offsets to the actions of the policy, those of the next step first, ``(B, H * A)``
+    """
+
+    states: th.Tensor
+    network_inputs: th.Tensor
+    actions: th.Tensor
+    alive: th.Tensor
+    start: th.Tensor
+    offsets: th.Tensor
+
+
+def follow(
+    planned: PlannedState,
+    n_steps: int,
+    actor: th.nn.Module,
+    actor_parameters: dict[str, th.Tensor],
+    model: PriorModel,
+    units: Units,
+    gamma: float,
+) -> tuple[PlannedState, th.Tensor]:
+    """
+    Step the model with the actions of the policy and planned offsets to them.
+
+    :param planned: state of the rollout
+    :param n_steps: number of steps, at least 1
+    :param actor: the policy
+    :param actor_parameters: parameters of the policy for these steps, by the names of ``parameters_of_modules``
+    :param model: the model
+    :param units: conversions between environment and networks
+    :param gamma: discount factor
+    :return: the rollout after these steps, and their rewards, discounted to the first of them, ``(B, 1)``
+    """
+    *fields, offsets = planned
+    rollout = RolloutState(*fields)
+    n_actions = rollout.actions.shape[1]
+    total = th.zeros_like(rollout.states[:, :1])
+    for step in range(n_steps):
+        actions = (rollout.actions + offsets[:, :n_actions]).clamp(-1, 1)
+        rollout = RolloutState(rollout.states, rollout.network_inputs, actions, rollout.alive, rollout.start)
+        rollout, rewards = advance(rollout, 1, actor, actor_parameters, model, units, gamma)
+        total = total + gamma**step * rewards
+        offsets = th.cat([offsets[:, n_actions:], offsets[:, :n_actions]], dim=1)
+    return PlannedState(*rollout, offsets), total
+
+
 def hold(
     held: HeldState, n_steps: int, env_actions: th.Tensor, model: PriorModel, low: th.Tensor, high: th.Tensor
 ) -> tuple[HeldState, th.Tensor]:
@@ -176,6 +226,12 @@ class Steps(ABC):
         """See :func:`hold` for the parameters and the result."""
 
     @abstractmethod
+    def follow(
+        self, planned: PlannedState, n_steps: int, actor_parameters: dict[str, th.Tensor], context: RolloutContext
+    ) -> tuple[PlannedState, th.Tensor]:
+        """See :func:`follow` and :meth:`advance` for the parameters and the result; without gradient."""
+
+    @abstractmethod
     def policy(self, actor: th.nn.Module, n_rows: int) -> Policy:
         """
         :param actor: the policy
@@ -196,6 +252,11 @@ class EagerSteps(Steps):
         self, held: HeldState, n_steps: int, env_actions: th.Tensor, model: PriorModel, low: th.Tensor, high: th.Tensor
     ) -> tuple[HeldState, th.Tensor]:
         return hold(held, n_steps, env_actions, model, low, high)
+
+    def follow(
+        self, planned: PlannedState, n_steps: int, actor_parameters: dict[str, th.Tensor], context: RolloutContext
+    ) -> tuple[PlannedState, th.Tensor]:
+        return follow(planned, n_steps, context.actor, actor_parameters, context.model, context.units, context.gamma)
 
     def policy(self, actor: th.nn.Module, n_rows: int) -> Policy:
         return actor

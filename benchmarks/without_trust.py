@@ -96,7 +96,7 @@ def interval(values: list[float]) -> str:
 
 
 def report() -> None:
-    """Print the returns of all complete runs: means over all evaluations, and over the last five."""
+    """Print the returns of all complete runs: means over all evaluations, and over those of the second half."""
     rows = []
     for (task, method, steps), by_seed in sorted(read_runs(FOLDER, "steps", 3).items()):
         returns = [by_seed[seed].curve[:, 1] for seed in sorted(by_seed)]
@@ -107,8 +107,8 @@ def report() -> None:
                 "steps": steps,
                 "seeds": len(returns),
                 "mean return over the run": interval([curve.mean() for curve in returns]),
-                "of the last five evaluations": interval([curve[-5:].mean() for curve in returns]),
-                "of each seed": " / ".join(f"{curve[-5:].mean():.4g}" for curve in returns),
+                "over its second half": interval([curve[len(curve) // 2 :].mean() for curve in returns]),
+                "of each seed": " / ".join(f"{curve[len(curve) // 2 :].mean():.4g}" for curve in returns),
             }
         )
     print_table(rows)

@@ -173,6 +173,8 @@ def test_models_that_break_the_rules(prior_model, message):
         ({"residual_kwargs": {"net_arch": 64}}, "lists the sizes of its hidden layers"),
         ({"exploration_noise": -0.1}, "`exploration_noise` must be a number, 0.0 or more"),
         ({"model_exploration": 1.5}, "`model_exploration` is a share, from 0 to 1, got 1.5"),
+        ({"model_planning": -0.1}, "`model_planning` must be a number, 0.0 or more, got -0.1"),
+        ({"model_planning": 1.5}, "`model_planning` is a share, from 0 to 1, got 1.5"),
         ({"model_exploration": "half"}, "`model_exploration` must be a number, 0.0 or more, got 'half'"),
         ({"batch_reuse": 1.5}, "`batch_reuse` must be a whole number, 1 or more"),
         ({"batch_reuse": 0}, "`batch_reuse` must be a whole number, 1 or more"),

@@ -62,6 +62,7 @@ LAYERS = [
     ("sb3_mpg.common.saved_settings", 5),
     ("sb3_mpg.common.update", 5),
     ("sb3_mpg.common.learners", 6),
+    ("sb3_mpg.common.planned_exploration", 6),
     ("sb3_mpg.common.export", 6),
     ("sb3_mpg.common.off_policy_model_algorithm", 7),
     ("sb3_mpg.mpg", 8),

@@ -1,5 +1,7 @@
 """The report of how far the model can be trusted."""
 
+import dataclasses
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from models import Wrong
 from sb3_mpg import MPG, PriorModel, check_prior_model
 from sb3_mpg.common.trust.gradient_errors import GradientErrors
 from sb3_mpg.common.trust.report import Measurement, PredictionErrors, TrustReport, remark_on
+from sb3_mpg.common.trust.variation import Variation
 
 SMALL = {**settings.SMALL, "learning_starts": 100, "batch_size": 64, "buffer_size": 5000}
 
@@ -133,8 +136,8 @@ class TestNumbersThatSayNothing:
         report = synthetic_report(errors=(1.6, 0.0), norm=0.0)
         assert cells_of(report, "data-driven")[1:3] == ["1.26", "no gradient"]
         assert cells_of(report, "5 model steps")[1:3] == ["0", "no gradient"]
-        assert "the returns of the model do not depend on the first action" in str(report)
-        assert "do not depend" not in str(synthetic_report())
+        assert "no gradient: that norm is zero" in str(report)
+        assert "that norm is zero" not in str(synthetic_report())
 
     @pytest.mark.parametrize(
         ("squared_error", "text"), [(0.25, "50%"), (81.0, "900%"), (1e40, "> 1000%"), (np.inf, "not finite"), (0.0, "0%")]
@@ -171,5 +174,34 @@ def test_remarks():
     assert [remark_on(measurement, index) for index in (0, 1)] == ["", "<- trusted most"]
     useless = measurement._replace(gradients=measurement.gradients._replace(is_useless=np.array([False, True])))
     assert remark_on(useless, 1) == "excluded: useless gradient"
-    ends = measurement._replace(gradients=useless.gradients._replace(misjudges_ends=True))
+    ends = measurement._replace(gradients=useless.gradients._replace(trust_in_ends=0.0))
     assert remark_on(ends, 1) == "excluded: wrong terminations" and remark_on(ends, 0) == ""
+
+
+@pytest.mark.parametrize(
+    ("explained", "is_silent", "varies", "remark"),
+    [
+        (0.0, True, True, "silent: its derivative is zero, but returns vary"),
+        (0.0, True, False, "silent: its derivative is zero"),
+        (0.032, False, True, "discontinuous: its derivative explains 3% of how returns vary"),
+        (0.9, False, True, "<- trusted most"),
+    ],
+)
+def test_remarks_on_blind_derivatives(explained, is_silent, varies, remark):
+    """An error of zero never stands without its reason."""
+    (measurement,) = synthetic_report(errors=(1.0, 0.0)).measurements
+    variation = Variation(np.array([1.0, explained]), np.array([False, is_silent]), np.array([True, varies]))
+    blind = measurement._replace(gradients=measurement.gradients._replace(variation=variation))
+    assert remark_on(blind, 1) == remark and remark_on(blind, 0) == ""
+    report = dataclasses.replace(synthetic_report(), measurements=[blind])
+    assert cells_of(report, "5 model steps")[2:] == ["0%", "80.0%", remark]
+    # Wrong terminations come first
+    wrong = blind._replace(gradients=blind.gradients._replace(trust_in_ends=0.0))
+    assert remark_on(wrong, 1) == "excluded: wrong terminations"
+
+
+def test_a_rollout_that_overflows_is_not_called_discontinuous():
+    (measurement,) = synthetic_report(errors=(1.0, np.inf), weights=(1.0, 0.0)).measurements
+    variation = Variation(np.array([1.0, 0.0]), np.array([False, False]), np.array([True, True]))
+    overflows = measurement._replace(gradients=measurement.gradients._replace(variation=variation))
+    assert remark_on(overflows, 1) == ""

@@ -115,7 +115,15 @@ NOT_FOR_LEARNERS = {
     *["prior_model", "prior_model_kwargs", "residual_kwargs", "horizons", "weighting", "weighting_kwargs"],
     *["value_target_kwargs", "n_learners", "max_staleness", "learner_kwargs", "compile", "policy_kwargs", "seed", "device"],
     *["learning_rate", "critic_learning_rate", "learning_starts", "train_freq", "gradient_steps", "action_noise"],
-    *["exploration_noise", "max_skipped_updates", "stats_window_size", "tensorboard_log", "verbose", "_init_setup_model"],
+    *[
+        "exploration_noise",
+        "model_planning",
+        "max_skipped_updates",
+        "stats_window_size",
+        "tensorboard_log",
+        "verbose",
+        "_init_setup_model",
+    ],
 }
 
 

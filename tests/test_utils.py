@@ -3,6 +3,7 @@
 import platform
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -120,4 +121,12 @@ def test_mean_of_what_is_finite():
     ],
 )
 def test_expected_number_of_updates(n_envs, train_freq, gradient_steps, expected):
-    assert expected_updates(1200, n_envs, train_freq, gradient_steps) == expected
+    algorithm = SimpleNamespace(
+        num_timesteps=300, learning_starts=0, n_envs=n_envs, train_freq=train_freq, gradient_steps=gradient_steps
+    )
+    assert expected_updates(algorithm, 1500) == expected
+    # Nothing is updated before learning starts
+    algorithm.learning_starts = 900
+    assert expected_updates(algorithm, 1500) == expected / 2
+    algorithm.learning_starts = 2000
+    assert expected_updates(algorithm, 1500) == 0

@@ -13,13 +13,13 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TrainFreq
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
 
 from sb3_mpg.common import buffers, checks, goals, saved_settings
 from sb3_mpg.common.buffers import RecordedSteps
 from sb3_mpg.common.callbacks import close_evaluators
-from sb3_mpg.common.compilation.step_compiler import COMPILE_FROM_MODEL_STEPS, StepCompiler
+from sb3_mpg.common.compilation.step_compiler import StepCompiler, check_compile, chooses_to_compile
 from sb3_mpg.common.env_pickles import PickledWithEnv
 from sb3_mpg.common.export import Exported, write_onnx
 from sb3_mpg.common.files import saved_whole
@@ -180,8 +180,7 @@ class OffPolicyModelAlgorithm(PlansExploration, PickledWithEnv, OffPolicyAlgorit
         checks.check_default_dtype()
         for part in (self.learner_settings, self.model_settings, self.optimizer_steps):
             part.check()
-        if self.compile not in (True, False, "auto"):
-            raise ValueError(f"`compile` must be True, False or 'auto', got {self.compile!r}.")
+        check_compile(self.compile)
         checks.check_number("reward_scale", self.reward_scale, 0.0, includes_low=False)
         checks.check_number("exploration_noise", self.exploration_noise, 0.0)
         ModelExploration(self.model_exploration).check()
@@ -412,11 +411,8 @@ class OffPolicyModelAlgorithm(PlansExploration, PickledWithEnv, OffPolicyAlgorit
         goals.prepare_goals(self)
         state.restore_rng(self.device, is_continued=not reset_num_timesteps)
         if reset_num_timesteps or state.is_compiled is None or self.compile != "auto":
-            assert isinstance(self.train_freq, TrainFreq)
-            n_steps = max(setup[0] - max(self.num_timesteps, self.learning_starts), 0)
-            n_updates = expected_updates(n_steps, self.n_envs, self.train_freq, self.gradient_steps)
-            repays = n_updates * self.update.n_model_steps(self.update_settings(1)) >= COMPILE_FROM_MODEL_STEPS
-            state.is_compiled = repays if self.compile == "auto" else bool(self.compile)
+            n_model_steps = expected_updates(self, setup[0]) * self.update.n_model_steps(self.update_settings(1))
+            state.is_compiled = chooses_to_compile(self.compile, n_model_steps)
         self.update.steps = StepCompiler() if state.is_compiled else EagerSteps()
         if self.n_learners > 0:
             self.learners = MultiprocessLearners(self.update, self.training_inputs(self.batch_size), self.learner_settings)

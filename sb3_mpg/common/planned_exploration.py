@@ -106,13 +106,13 @@ class PlansExploration:
         observation = update.flat.flatten(self.policy.obs_to_tensor(raw)[0])[env : env + 1]
         units = self.units()
         context = update.context(units, self.gamma)
-        buffer = self.replay_buffer
-        if buffer.dones[buffer.pos - 1, env]:
+        buffer, planner = self.replay_buffer, Planner(planning_horizon(self.gamma))
+        # A plan ends with the episode, and when a callback changes the discount factor
+        if buffer.dones[buffer.pos - 1, env] or (state.offsets is not None and len(state.offsets) != planner.horizon):
             state.offsets = None
         with model.using_members("dealt"), model.extrapolating(), evaluated(model):
             if state.offsets is None or state.n_followed == N_STEPS_OF_PLAN:
                 q_functions = update.q_functions(update.n_critics)
-                planner = Planner(planning_horizon(self.gamma))
                 plan = planner.plan(observation, context, q_functions, model.n_members, state.offsets)
                 is_better = plan.advantages.min() > SMALLEST_ADVANTAGE * plan.spread
                 state.share_followed += WEIGHT_OF_LATEST * (float(is_better) - state.share_followed)

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 import torch as th
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.type_aliases import TrainFreq, TrainFrequencyUnit
 
 
@@ -113,16 +114,17 @@ def finite_mean(values: th.Tensor) -> th.Tensor:
     return th.where(is_finite, values, 0.0).sum() / is_finite.sum()
 
 
-def expected_updates(n_steps: int, n_envs: int, train_freq: TrainFreq, gradient_steps: int) -> float:
+def expected_updates(algorithm: OffPolicyAlgorithm, total_timesteps: int) -> float:
     """
-    :param n_steps: number of environment steps
-    :param n_envs: number of environments
-    :param train_freq: training frequency of the algorithm
-    :param gradient_steps: gradient steps of the algorithm, negative for as many as environment steps
-    :return: number of updates in these steps; 0 when it depends on the length of episodes, which is unknown
+    :param algorithm: the algorithm before training
+    :param total_timesteps: number of its environment steps when training ends
+    :return: number of updates until then; 0 when it depends on the length of episodes, which is unknown
     """
-    if gradient_steps < 0:
+    n_steps = max(total_timesteps - max(algorithm.num_timesteps, algorithm.learning_starts), 0)
+    train_freq = algorithm.train_freq
+    assert isinstance(train_freq, TrainFreq)  # as SB3 sets it up
+    if algorithm.gradient_steps < 0:
         return n_steps
     if train_freq.unit == TrainFrequencyUnit.EPISODE:
         return 0
-    return n_steps / (n_envs * train_freq.frequency) * gradient_steps
+    return n_steps / (algorithm.n_envs * train_freq.frequency) * algorithm.gradient_steps

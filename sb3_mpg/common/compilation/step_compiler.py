@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from types import FunctionType
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch as th
 from torch._functorch import config as functorch_config
@@ -50,9 +50,26 @@ OF_STEPS: dict[str, Any] = {
     "ban_recompute_materialized_backward": False,
 }
 
-
 # With fewer columns than this, the libraries take up to four times as long for a product as for its transpose
 NARROW = 16
+
+
+def check_compile(choice: Any) -> None:
+    """
+    :param choice: whether rollouts are compiled
+    :raises ValueError: when it is not one of ``True``, ``False`` and ``"auto"``
+    """
+    if choice not in (True, False, "auto"):
+        raise ValueError(f"`compile` must be True, False or 'auto', got {choice!r}.")
+
+
+def chooses_to_compile(choice: bool | Literal["auto"], n_model_steps: float) -> bool:
+    """
+    :param choice: whether rollouts are compiled; ``"auto"`` compiles if that repays the compile time
+    :param n_model_steps: number of model steps that are to be taken
+    :return: whether rollouts are compiled
+    """
+    return n_model_steps >= COMPILE_FROM_MODEL_STEPS if choice == "auto" else bool(choice)
 
 
 def product_of(inputs: th.Tensor, weight: th.Tensor) -> th.Tensor:

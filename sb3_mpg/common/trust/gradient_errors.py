@@ -24,6 +24,8 @@ from sb3_mpg.common.trust.variation import BLIND, PERTURBATION, Perturbed, Varia
 USELESS_ERROR = 3.0
 # It is also excluded when its squared gradient is less than this share of the squared gradient of the corrected model
 SILENT_GRADIENT = 0.01
+# A model is reported as blind at this measurement of it: a correction that has not learned much may be blind for a while
+REPORTED_BLIND = 3
 
 
 class GradientErrors(NamedTuple):
@@ -59,10 +61,19 @@ class GradientErrors(NamedTuple):
 
     @property
     def is_blind(self) -> np.ndarray:
-        """Whether a model horizon has a derivative that does not explain how its returns vary, ``(n_horizons,)``."""
+        """
+        Whether a model horizon has a derivative that does not explain how its returns vary, ``(n_horizons,)``. Rollouts that
+        overflow are not blind.
+        """
         if self.variation is None:
             return np.zeros(len(self.horizons), dtype=bool)
-        return (self.variation.explained < BLIND) & (np.array(self.horizons) > 0)
+        return (self.variation.explained < BLIND) & (np.array(self.horizons) > 0) & np.isfinite(self.errors)
+
+    @property
+    def is_blind_model(self) -> bool:
+        """Whether all model horizons are blind."""
+        blind = self.is_blind[np.array(self.horizons) > 0]
+        return bool(blind.size > 0 and blind.all())
 
     @property
     def is_excluded(self) -> np.ndarray:
@@ -266,6 +277,13 @@ def warn_of_errors(measured: GradientErrors, model_name: str, earlier: Sequence[
             f"{model_name} is excluded: its gradient is far from that of the model corrected by what was recorded. Until it "
             "is closer, horizon 0 takes its place, if it is among the horizons. `residual=True` corrects the model, "
             "`check_prior_model` finds out what is wrong."
+        )
+    if measured.is_blind_model and sum(before.is_blind_model for before in earlier) == REPORTED_BLIND - 1:
+        warnings.warn(
+            f"The returns of {model_name} vary in a way that their derivative does not show: rewards or terminations jump. (Or "
+            "actions have no effect.) The gradient of the model gets no weight until that changes. The critics learn from "
+            "rollouts with perturbed actions instead, if the model is corrected (`residual=True`). Smooth the reward, or let "
+            "it fall before an episode ends, and the gradient counts again."
         )
     if not np.isfinite(measured.errors).all() and all(np.isfinite(before.errors).all() for before in earlier):
         pairs = zip(measured.horizons, measured.errors, strict=True)

@@ -192,7 +192,9 @@ class MeasuredTrust(Trust):
         latest = [measurement.gradients for measurement in self.measurements[-N_AVERAGED:]]
         if not latest or not self.learns:
             return 0.0
-        return float(np.mean([measured.is_blind.any() * measured.trust_in_returns * measured.trust_in_ends for measured in latest]))
+        return float(
+            np.mean([measured.is_blind.any() * measured.trust_in_returns * measured.trust_in_ends for measured in latest])
+        )
 
     def check_comparison(self, n_critics: int, n_members: int) -> None:
         if n_critics < 2:

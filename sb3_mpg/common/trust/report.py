@@ -115,8 +115,15 @@ def remark_on(measurement: Measurement, index: int) -> str:
     :param index: of a horizon
     :return: what is remarkable about this horizon, in a few words; the first reason to leave it out comes first
     """
-    if measurement.gradients.is_excluded[index]:
-        return "excluded: " + ("wrong terminations" if measurement.gradients.misjudges_ends else "useless gradient")
+    gradients = measurement.gradients
+    if gradients.is_excluded[index] and gradients.misjudges_ends:
+        return "excluded: wrong terminations"
+    if gradients.variation is not None and gradients.is_blind[index]:
+        if gradients.variation.is_silent[index]:
+            return "silent: its derivative is zero" + ", but returns vary" * bool(gradients.variation.varies[index])
+        return f"discontinuous: its derivative explains {gradients.variation.explained[index]:.0%} of how returns vary"
+    if gradients.is_excluded[index]:
+        return "excluded: useless gradient"
     return "<- trusted most" if index == int(np.argmax(measurement.weights)) else ""
 
 
@@ -176,7 +183,7 @@ class TrustReport:
             ]
             lines.append("of gradient: in units of the norm of the best gradient of a model.")
             if norm == 0:
-                lines.append("no gradient: that norm is zero, the returns of the model do not depend on the first action.")
+                lines.append("no gradient: that norm is zero, as where actions have no effect, or where all rewards jump.")
         for name, errors in self._models().items():
             n_steps = len(errors.returns)
             steps = sorted({step for step in (1, 5, 10, 25, n_steps) if step <= n_steps})

@@ -27,10 +27,12 @@ class Variation(NamedTuple):
     """
     :param explained: share of the variation of the returns that the derivative explains, from 0 to 1, ``(n_horizons,)``
     :param is_silent: whether the derivative is zero at most states, ``(n_horizons,)``
+    :param varies: whether the returns change by more than rounding errors, ``(n_horizons,)``
     """
 
     explained: np.ndarray
     is_silent: np.ndarray
+    varies: np.ndarray
 
 
 class Perturbed(NamedTuple):
@@ -64,13 +66,14 @@ def measure_variation(perturbed: Perturbed) -> Variation:
     :param perturbed: the changes
     :return: the shares
     """
-    explained, is_silent = [], []
+    explained, is_silent, varies = [], [], []
     for returns, up, down, linear in zip(*perturbed, strict=True):
         is_finite = np.isfinite(np.stack([returns, up, down, linear])).all(axis=0)
         silent = bool((linear[is_finite] == 0).mean() > 0.5) if is_finite.any() else False
         is_silent.append(silent)
         if 2 * is_finite.sum() < is_finite.size:
             explained.append(0.0)
+            varies.append(True)
             continue
         returns, up, down, linear = (values[is_finite] for values in (returns, up, down, linear))
         odd, even = (up - down) / 2, (up + down) / 2
@@ -78,10 +81,11 @@ def measure_variation(perturbed: Perturbed) -> Variation:
         is_counted = np.argsort(odd**2 + even**2 + linear**2)[: len(odd) - int(SHARE_IGNORED * len(odd))]
         odd, even, linear = odd[is_counted], even[is_counted], linear[is_counted]
         rounding = ROUNDING * np.abs(returns).mean()
+        varies.append(bool((odd**2 + even**2).mean() > rounding**2))
         if silent:
             explained.append(0.0)
         elif (odd**2).mean() <= rounding**2 + SMALL_ODD_PART * (even**2).mean():
             explained.append(1.0)
         else:
             explained.append(max((odd * linear).mean(), 0.0) ** 2 / max((odd**2).mean() * (linear**2).mean(), 1e-60))
-    return Variation(np.array(explained), np.array(is_silent))
+    return Variation(np.array(explained), np.array(is_silent), np.array(varies))

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch as th
 from stable_baselines3.common.noise import ActionNoise
+from stable_baselines3.common.policies import BasePolicy
 
 from sb3_mpg.common.checks import check_number
 from sb3_mpg.common.models.trainable import evaluated
@@ -57,6 +58,60 @@ def imitation_of(plans: PlannedActions, state: PlanState, trust: float) -> float
     return trust * state.share_followed
 
 
+def env_to_plan_for(algorithm: Any, n_envs: int) -> int | None:
+    """
+    :param algorithm: an algorithm
+    :param n_envs: number of environments
+    :return: index of the environment that follows plans, ``None`` for none
+    """
+    fitting, state = algorithm.model_fitting, algorithm.training_state.plans
+    if algorithm.model_planning == 0 or fitting is None or not fitting.is_prepared:
+        return None
+    if state.n_left == 0:
+        # Spread spans of plans evenly, because short trainings have few spans
+        state.due += algorithm.model_planning * algorithm.trust.in_model(algorithm._n_updates) * state.share_followed
+        state.env = np.random.randint(n_envs) if state.due >= 1 else None
+        state.due %= 1
+        state.n_left, state.offsets = planning_horizon(algorithm.gamma), None
+    state.n_left -= 1
+    return None if state.env is None or state.env >= n_envs else state.env
+
+
+@th.no_grad()
+def planned_action(algorithm: Any, env: int) -> np.ndarray:
+    """
+    :param algorithm: an algorithm
+    :param env: index of an environment
+    :return: action of a plan for it, in [-1, 1], ``(A,)``; that of the policy if no plan is better
+    """
+    state, model, update = algorithm.training_state.plans, algorithm.model_fitting.model, algorithm.update
+    raw = algorithm._last_obs if algorithm._last_original_obs is None else algorithm._last_original_obs
+    observation = update.flat.flatten(algorithm.policy.obs_to_tensor(raw)[0])[env : env + 1]
+    units = algorithm.units()
+    context = update.context(units, algorithm.gamma)
+    buffer = algorithm.replay_buffer
+    if buffer.dones[buffer.pos - 1, env]:
+        state.offsets = None
+    with model.using_members("dealt"), model.extrapolating(), evaluated(model):
+        if state.offsets is None or state.n_followed == N_STEPS_OF_PLAN:
+            planner = Planner(planning_horizon(algorithm.gamma))
+            plan = planner.plan(observation, context, update.q_functions(update.n_critics), model.n_members, state.offsets)
+            is_better = plan.advantages.min() > SMALLEST_ADVANTAGE * plan.spread
+            state.share_followed += WEIGHT_OF_LATEST * (float(is_better) - state.share_followed)
+            state.share_followed = max(state.share_followed, SMALLEST_SHARE)
+            state.n_followed = 0
+            # Follow the policy if no plan is better, until the next one
+            state.offsets = plan.offsets if is_better else np.zeros_like(plan.offsets)
+        actions = context.actor(units.normalize_observations(observation)).cpu().numpy()[0]
+    planned = np.clip(actions + state.offsets[0], -1, 1).astype(np.float32)
+    if state.offsets.any():
+        update.plans.add(observation[0], th.as_tensor(planned))
+    # The last offsets are held when the plan moves on by a step
+    state.offsets = np.concatenate([state.offsets[1:], state.offsets[-1:]])
+    state.n_followed += 1
+    return planned
+
+
 class PlansExploration:
     """
     For off-policy algorithms that have a model: exploration of which a share is planned in the model.
@@ -67,64 +122,15 @@ class PlansExploration:
     when plans are not better than the policy any more.
     """
 
+    policy: BasePolicy
+
     def _sample_action(
         self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
     ) -> tuple[np.ndarray, np.ndarray]:
-        actions, buffer_actions = super()._sample_action(learning_starts, action_noise, n_envs)  # type: ignore[misc]
-        env = self._env_to_plan_for(n_envs)
+        algorithm: Any = super()
+        actions, buffer_actions = algorithm._sample_action(learning_starts, action_noise, n_envs)
+        env = env_to_plan_for(self, n_envs)
         if env is not None:
-            buffer_actions[env] = self._planned_action(env)
+            buffer_actions[env] = planned_action(self, env)
             actions = self.policy.unscale_action(buffer_actions)
         return actions, buffer_actions
-
-    def _env_to_plan_for(self, n_envs: int) -> int | None:
-        """
-        :param n_envs: number of environments
-        :return: index of the environment that follows plans, ``None`` for none
-        """
-        fitting, state = self.model_fitting, self.training_state.plans
-        if self.model_planning == 0 or fitting is None or not fitting.is_prepared:
-            return None
-        if state.n_left == 0:
-            # Spread spans of plans evenly, because short trainings have few spans
-            state.due += self.model_planning * self.trust.in_model(self._n_updates) * state.share_followed
-            state.env = np.random.randint(n_envs) if state.due >= 1 else None
-            state.due %= 1
-            state.n_left, state.offsets = planning_horizon(self.gamma), None
-        state.n_left -= 1
-        return None if state.env is None or state.env >= n_envs else state.env
-
-    @th.no_grad()
-    def _planned_action(self, env: int) -> np.ndarray:
-        """
-        :param env: index of an environment
-        :return: action of a plan for it, in [-1, 1], ``(A,)``; that of the policy if no plan is better
-        """
-        state, fitting, update = self.training_state.plans, self.model_fitting, self.update
-        model = fitting.model
-        raw = self._last_obs if self._last_original_obs is None else self._last_original_obs
-        observation = update.flat.flatten(self.policy.obs_to_tensor(raw)[0])[env : env + 1]
-        units = self.units()
-        context = update.context(units, self.gamma)
-        buffer, planner = self.replay_buffer, Planner(planning_horizon(self.gamma))
-        # A plan ends with the episode, and when a callback changes the discount factor
-        if buffer.dones[buffer.pos - 1, env] or (state.offsets is not None and len(state.offsets) != planner.horizon):
-            state.offsets = None
-        with model.using_members("dealt"), model.extrapolating(), evaluated(model):
-            if state.offsets is None or state.n_followed == N_STEPS_OF_PLAN:
-                q_functions = update.q_functions(update.n_critics)
-                plan = planner.plan(observation, context, q_functions, model.n_members, state.offsets)
-                is_better = plan.advantages.min() > SMALLEST_ADVANTAGE * plan.spread
-                state.share_followed += WEIGHT_OF_LATEST * (float(is_better) - state.share_followed)
-                state.share_followed = max(state.share_followed, SMALLEST_SHARE)
-                state.n_followed = 0
-                # Follow the policy if no plan is better, until the next one
-                state.offsets = plan.offsets if is_better else np.zeros_like(plan.offsets)
-            actions = context.actor(units.normalize_observations(observation)).cpu().numpy()[0]
-        planned = np.clip(actions + state.offsets[0], -1, 1).astype(np.float32)
-        if state.offsets.any():
-            update.plans.add(observation[0], th.as_tensor(planned))
-        # The last offsets are held when the plan moves on by a step
-        state.offsets = np.concatenate([state.offsets[1:], state.offsets[-1:]])
-        state.n_followed += 1
-        return planned

@@ -60,10 +60,10 @@ class MPG(OffPolicyModelAlgorithm):
     - The networks take scaled observations, and their Fourier features while a model is trusted (see ``ObservationScaler``);
       ``policy_kwargs=dict(features_extractor_kwargs=dict(frequencies=[]))`` removes them.
 
-    MPG-v2 of the papers is ``residual=False, weighting="rule_based", learning_starts=3000, gamma=0.98`` without Fourier features and
-    with ``value_target_kwargs={"noise_std": 0.0}``: the papers do not smooth the target policy. MPG-v1 is the same with
-    ``value_target="n_step_simulator", batch_reuse=10`` in place of that argument. The other defaults are those of Table VI of
-    the first version.
+    MPG-v2 of the papers is ``residual=False, weighting="rule_based", learning_starts=3000, gamma=0.98`` without Fourier
+    features and with ``value_target_kwargs={"noise_std": 0.0}``: the papers do not smooth the target policy. MPG-v1 is the
+    same with ``value_target="n_step_simulator", batch_reuse=10`` in place of that argument. The other defaults are those of
+    Table VI of the first version.
 
     Differences from the papers:
 

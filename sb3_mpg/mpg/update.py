@@ -126,9 +126,7 @@ class MPGUpdate(Update[MPGUpdateSettings]):
         if settings.imitation > 0:
             planned_observations, planned_actions = self.plans.sample(len(observations))
             network_inputs = units.normalize_observations(planned_observations)
-            actor_gradients = with_imitation(
-                actor_gradients, self.actor, network_inputs, planned_actions, settings.imitation
-            )
+            actor_gradients = with_imitation(actor_gradients, self.actor, network_inputs, planned_actions, settings.imitation)
         logs["train/imitation"] = settings.imitation
 
         gradients = {"critic": gradient_of(total_critic_loss, self.critic), "actor": actor_gradients}

@@ -12,6 +12,8 @@ from sb3_mpg.common.utils import parameters_of_modules
 
 # Standard deviations of the offsets are drawn between these, in [-1, 1] units: from refinements to full swings
 SMALLEST_NOISE, LARGEST_NOISE = 0.2, 2.0
+# The mean of the elites is taken unless its return is lower by this share of the spread of the first candidates
+TOLERANCE = 0.05
 # Half of the children of a candidate are the candidate with this share of new offsets added
 SHARE_ADDED = 0.3
 
@@ -90,7 +92,7 @@ class Planner(NamedTuple):
         :param context: policy, model with dealt members, units and discount factor
         :param q_functions: critics, whose minimum values the last state
         :param n_members: number of members of the model :math:`E`; a sequence is judged by the mean over all of them
-        :param start: offsets that the search starts from, ``(H, A)``. With them, it takes a single round
+        :param start: offsets that the search starts from, ``(H, A)``. With them, it takes two rounds
         :return: the best sequence; the policy's, with offsets of zero, is one of those compared
         """
         n_actions = context.actor(context.units.normalize_observations(observation)).shape[1]
@@ -102,14 +104,19 @@ class Planner(NamedTuple):
             candidates[1] = start
         returns = self._returns(candidates, observation, context, q_functions, n_members)
         of_policy, spread = returns[:, 0], float(np.ma.masked_invalid(returns.mean(axis=0)).std())
-        for _ in range(self.n_rounds - 1 if start is None else 0):
+        for _ in range(self.n_rounds - 1 if start is None else 1):
             elites = np.argsort(-returns.mean(axis=0))[: self.n_elites]
             children = self.varied(candidates[np.random.choice(elites, self.n_candidates)])
+            children[0] = candidates[elites].mean(axis=0)
             candidates = np.concatenate([candidates[elites], children])
             of_children = self._returns(children, observation, context, q_functions, n_members)
             returns = np.concatenate([returns[:, elites], of_children], axis=1)
-        best = int(np.argmax(returns.mean(axis=0)))
-        return Plan(candidates[best], returns[:, best] - of_policy, spread)
+        means = returns.mean(axis=0)
+        chosen, of_elites = int(np.argmax(means)), self.n_elites
+        # The mean of the elites has less of the noise of the search, which a policy that imitates plans cannot learn
+        if means[of_elites] >= means[chosen] - TOLERANCE * spread:
+            chosen = of_elites
+        return Plan(candidates[chosen], returns[:, chosen] - of_policy, spread)
 
     def _returns(
         self,

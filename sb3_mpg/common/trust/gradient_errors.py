@@ -223,17 +223,17 @@ def measure_gradient_errors(
     :param held_out_steps: returns held-out transitions, ``None`` while there are none
     :return: the errors
     """
-    is_judged = judges_prior and isinstance(model, CorrectedModel)
-    with model.compared_with_prior() if is_judged else nullcontext():  # type: ignore[attr-defined]
+    judged = model if judges_prior and isinstance(model, CorrectedModel) else None
+    with nullcontext() if judged is None else judged.compared_with_prior():
         compared = gradients()
-    measured = gradient_errors(compared.gradients, horizons, with_judge=is_judged)
-    if measured.is_useless.any():
+    measured = gradient_errors(compared.gradients, horizons, with_judge=judged is not None)
+    if judged is not None and measured.is_useless.any():
         # The corrected model may only judge the prior model if it predicts held-out transitions better
         held_out = held_out_steps()
-        if held_out is None or not model.improves_on_prior(held_out):  # type: ignore[attr-defined]
+        if held_out is None or not judged.improves_on_prior(held_out):
             measured = measured._replace(is_useless=np.zeros_like(measured.is_useless))
     perturbed = compared.perturbed
-    if is_judged:
+    if judged is not None:
         # Rollouts use the first member only
         perturbed = Perturbed(*(values[:, :1] for values in perturbed))
     variation = measure_variation(perturbed)
@@ -280,8 +280,8 @@ def warn_of_errors(measured: GradientErrors, model_name: str, earlier: Sequence[
         )
     if measured.is_blind_model and sum(before.is_blind_model for before in earlier) == REPORTED_BLIND - 1:
         warnings.warn(
-            f"The returns of {model_name} vary in a way that their derivative does not show: rewards or terminations jump. (Or "
-            "actions have no effect.) The gradient of the model gets no weight until that changes. The critics learn from "
+            f"The returns of {model_name} vary in a way that their derivative does not show: rewards or terminations jump, or "
+            "actions have no effect. The gradient of the model gets no weight until that changes. The critics learn from "
             "rollouts with perturbed actions instead, if the model is corrected (`residual=True`). Smooth the reward, or let "
             "it fall before an episode ends, and the gradient counts again."
         )

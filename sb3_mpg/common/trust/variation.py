@@ -36,9 +36,9 @@ class Variation(NamedTuple):
 
 
 class Perturbed(NamedTuple):
-    """
-    Changes of the returns of rollouts whose first action is perturbed by :math:`+\\delta` and :math:`-\\delta`. All arrays have
-    the shape ``(n_horizons, ...)``.
+    r"""
+    Changes of the returns of rollouts whose first action is perturbed by :math:`+\delta` and :math:`-\delta`. All arrays
+    have the shape ``(n_horizons, ...)``.
 
     :param returns: the returns without perturbation
     :param up: change for :math:`+\\delta`
@@ -54,8 +54,8 @@ class Perturbed(NamedTuple):
 
 def measure_variation(perturbed: Perturbed) -> Variation:
     r"""
-    Compare the derivative :math:`L` with the odd part of the changes of the returns, :math:`D = (D_+ - D_-) / 2`. The explained
-    share is the squared correlation over the states,
+    Compare the derivative :math:`L` with the odd part of the changes of the returns, :math:`D = (D_+ - D_-) / 2`. The
+    explained share is the squared correlation over the states,
 
     .. math:: \frac{\max(E[D L], 0)^2}{E[D^2] \, E[L^2]},
 

@@ -43,7 +43,8 @@ def planning_horizon(gamma: float) -> int:
     :param gamma: discount factor
     :return: number of model steps of a plan: as many as the discount lets count
     """
-    return LONGEST_HORIZON if gamma >= 1 else min(math.ceil(TIME_CONSTANTS / (1 - gamma)), LONGEST_HORIZON)
+    # Rounded, so that 0.9 gives as many steps as its reciprocal says
+    return LONGEST_HORIZON if gamma >= 1 else min(math.ceil(round(TIME_CONSTANTS / (1 - gamma), 6)), LONGEST_HORIZON)
 
 
 def imitation_of(plans: PlannedActions, state: PlanState, trust: float) -> float:

@@ -103,7 +103,8 @@ class Planner(NamedTuple):
             candidates[1:half] = self.varied(np.repeat(start[np.newaxis], half - 1, axis=0))
             candidates[1] = start
         returns = self._returns(candidates, observation, context, q_functions, n_members)
-        of_policy, spread = returns[:, 0], float(np.ma.masked_invalid(returns.mean(axis=0)).std())
+        of_policy, means = returns[:, 0], returns.mean(axis=0)
+        spread = float(means[np.isfinite(means)].std()) if np.isfinite(means).any() else 0.0
         for _ in range(self.n_rounds - 1 if start is None else 1):
             elites = np.argsort(-returns.mean(axis=0))[: self.n_elites]
             children = self.varied(candidates[np.random.choice(elites, self.n_candidates)])
@@ -116,7 +117,8 @@ class Planner(NamedTuple):
         # The mean of the elites has less of the noise of the search, which a policy that imitates plans cannot learn
         if means[of_elites] >= means[chosen] - TOLERANCE * spread:
             chosen = of_elites
-        return Plan(candidates[chosen], returns[:, chosen] - of_policy, spread)
+        with np.errstate(invalid="ignore"):  # there is no advantage where nothing is finite
+            return Plan(candidates[chosen], returns[:, chosen] - of_policy, spread)
 
     def _returns(
         self,

@@ -280,10 +280,10 @@ def warn_of_errors(measured: GradientErrors, model_name: str, earlier: Sequence[
         )
     if measured.is_blind_model and sum(before.is_blind_model for before in earlier) == REPORTED_BLIND - 1:
         warnings.warn(
-            f"The returns of {model_name} vary in a way that their derivative does not show: rewards or terminations jump, or "
-            "actions have no effect. The gradient of the model gets no weight until that changes. The critics learn from "
-            "rollouts with perturbed actions instead, if the model is corrected (`residual=True`). Smooth the reward, or let "
-            "it fall before an episode ends, and the gradient counts again."
+            f"The derivative of the returns of {model_name} does not show how they vary: rewards or terminations jump (or "
+            "actions have no effect). The gradient of the model gets no weight until that changes. If the model is corrected "
+            "(`residual=True`), the critics learn from rollouts with perturbed actions instead. Smooth the reward near the "
+            "jump, or let it fall before an episode ends, so that the gradient counts."
         )
     if not np.isfinite(measured.errors).all() and all(np.isfinite(before.errors).all() for before in earlier):
         pairs = zip(measured.horizons, measured.errors, strict=True)

@@ -8,7 +8,7 @@ from lq import LinearModel, quadratic_q, random_problem, tensors
 
 from sb3_mpg import PriorModel
 from sb3_mpg.common.rollouts.model_rollout import model_rollout
-from sb3_mpg.common.rollouts.planning import LARGEST_NOISE, SMALLEST_NOISE, Planner
+from sb3_mpg.common.rollouts.planning import LARGEST_NOISE, SMALLEST_NOISE, TOLERANCE, Planner
 
 FORCE, GOAL, TIME_STEP = 0.5, 1.2, 0.1
 
@@ -33,6 +33,18 @@ class Valley(PriorModel):
 
     def reward(self, states, actions, next_states):
         return (next_states[:, :1].abs() > GOAL).float()
+
+
+class Divided(PriorModel):
+    """The two members of an ensemble disagree about what is good."""
+
+    def transition(self, states, actions):
+        return states + 0.0 * actions
+
+    def reward(self, states, actions, next_states):
+        gains = th.ones(len(states), 1)
+        gains[len(states) // 2 :] = -3.0
+        return gains * actions
 
 
 def zero(network_inputs, actions):
@@ -76,17 +88,32 @@ def recorded_rounds(monkeypatch):
     return rounds
 
 
-def test_a_warm_start_takes_one_round_and_loses_nothing(monkeypatch):
+def test_a_warm_start_takes_two_rounds_and_loses_nothing(monkeypatch):
     rounds = recorded_rounds(monkeypatch)
     cold = plan_in_valley()
     assert [len(offsets) for offsets in rounds] == [64] * 4
     warm = plan_in_valley(start=cold.offsets)
-    assert [len(offsets) for offsets in rounds[4:]] == [64]
-    assert warm.advantages[0] >= cold.advantages[0] > 0
+    assert [len(offsets) for offsets in rounds[4:]] == [64] * 2
+    assert warm.advantages[0] >= cold.advantages[0] - TOLERANCE * warm.spread and cold.advantages[0] > 0
     # Half of the candidates vary the start, and the start and the policy are among them
     assert not rounds[4][0].any() and (rounds[4][1] == cold.offsets).all()
     assert all((offsets == cold.offsets).any() for offsets in rounds[4][2:32])
     assert not any((offsets == cold.offsets).any() for offsets in rounds[4][32:])
+
+
+def test_the_mean_of_the_elites_is_taken_if_it_is_nearly_as_good(monkeypatch):
+    """It has less of the noise of the search."""
+    rounds = recorded_rounds(monkeypatch)
+
+    class Even(Divided):
+        def reward(self, states, actions, next_states):
+            return -((actions - 0.5) ** 2)
+
+    planner = Planner(horizon=1)
+    plan = planner.plan(AT_REST, rollout_context(Idle(), Even()), [zero], n_members=1)
+    # It is the first child of the last round
+    np.testing.assert_array_equal(plan.offsets, rounds[-1][0])
+    assert plan.offsets.item() == pytest.approx(0.5, abs=0.1)
 
 
 class Tiresome(Valley):
@@ -96,11 +123,10 @@ class Tiresome(Valley):
         return super().reward(states, actions, next_states) - 1000 * actions.abs()
 
 
-def test_a_plan_is_never_worse_than_the_policy():
-    plan = plan_in_valley(model=Tiresome())
-    assert not plan.offsets.any() and plan.advantages.tolist() == [0.0]
-    start = np.ones((70, 1))
-    assert not plan_in_valley(model=Tiresome(), start=start).offsets.any()
+@pytest.mark.parametrize("start", [None, np.ones((70, 1))])
+def test_a_plan_is_not_worse_than_the_policy_but_for_a_tolerance(start):
+    plan = plan_in_valley(model=Tiresome(), start=start)
+    assert -TOLERANCE * plan.spread <= plan.advantages[0] <= 0
 
 
 class Fragile(Valley):
@@ -130,23 +156,11 @@ def test_where_nothing_is_finite_there_is_no_better_plan():
     assert not plan.advantages.min() > 0 and plan.spread == 0
 
 
-class Divided(PriorModel):
-    """The two members of an ensemble disagree about what is good."""
-
-    def transition(self, states, actions):
-        return states + 0.0 * actions
-
-    def reward(self, states, actions, next_states):
-        gains = th.ones(len(states), 1)
-        gains[len(states) // 2 :] = -3.0
-        return gains * actions
-
-
 def test_sequences_are_judged_by_the_mean_over_members():
     plan = Planner(horizon=1).plan(AT_REST, rollout_context(Idle(), Divided()), [zero], n_members=2)
     # The best for the mean is the full action to the left, which one of them takes for the worst
-    assert plan.offsets.item() < -1
-    assert plan.advantages.tolist() == [-1.0, 3.0]
+    assert plan.offsets.item() < -0.9
+    np.testing.assert_allclose(plan.advantages, [-1.0, 3.0], rtol=0.1)
 
 
 class Ends(LinearModel):

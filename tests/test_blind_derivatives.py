@@ -1,0 +1,81 @@
+"""A reward that jumps: the derivative of an exact model is blind to it, and the model helps nevertheless."""
+
+import warnings
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.monitor import Monitor
+
+from sb3_mpg import MPG, PriorModel
+
+N_STEPS, WIDTH, REACH = 10, 0.3, 0.4
+
+SMALL = {
+    **{"policy_kwargs": {"net_arch": [32]}, "learning_starts": 100, "batch_size": 64, "buffer_size": 2000, "policy_delay": 1},
+    **{"horizons": (0, 5), "gamma": 0.8, "learning_rate": 1e-3, "critic_learning_rate": 2e-3, "compile": False},
+}
+
+
+class Region(gym.Env):
+    """A point that is paid 1 in each step that ends in a region, and nothing outside of it."""
+
+    observation_space = gym.spaces.Box(-1, 1, (1,), np.float32)
+    action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
+
+    def prior_model(self):
+        return RegionModel()
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.position, self.n_steps = self.np_random.uniform(-0.8, 0.8, 1), 0
+        return self.position.astype(np.float32), {}
+
+    def step(self, action):
+        self.position = np.clip(self.position + REACH * action, -1, 1)
+        self.n_steps += 1
+        is_inside = abs(self.position[0]) < WIDTH
+        return self.position.astype(np.float32), float(is_inside), False, self.n_steps >= N_STEPS, {}
+
+
+class RegionModel(PriorModel):
+    """The exact model."""
+
+    def transition(self, states, actions):
+        return (states + REACH * actions).clamp(-1, 1)
+
+    def reward(self, states, actions, next_states):
+        return (next_states.abs() < WIDTH).float()
+
+
+@pytest.mark.usefixtures("models_are_fitted_once")
+@pytest.mark.parametrize("seed", [0, 1])
+def test_an_exact_model_of_a_reward_that_jumps(seed):
+    model = MPG("MlpPolicy", Region(), seed=seed, **SMALL)
+    before, _ = evaluate_policy(model, Monitor(Region()), 50)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.learn(600)
+    assert sum("does not show how they vary" in str(warning.message) for warning in caught) == 1
+    # The gradients of the members agree, but they are blind
+    measured = [measurement.gradients for measurement in model.trust.measurements]
+    assert np.mean([gradients.is_blind_model for gradients in measured]) > 0.8
+    assert model.trust.in_blind_returns(500) > 0.6 and model.update_settings(500).blind_trust > 0.6
+    assert model.logger.name_to_value["train/blind_value_loss"] > 0
+    # The horizon of a blind measurement is excluded
+    latest = next(measurement for measurement in reversed(model.trust.measurements) if measurement.gradients.is_blind_model)
+    assert latest.gradients.is_excluded.tolist() == [False, True]
+    report = str(model.trust_report())
+    assert any(words in report for words in ("5 model steps", "discontinuous: its derivative explains", "silent: its"))
+    # With a policy that is trained by this derivative, the point goes to an edge and stays there
+    after, _ = evaluate_policy(model, Monitor(Region()), 50)
+    assert before < 3 and after > 7
+
+
+def test_a_model_that_does_not_learn_is_not_asked():
+    """All of its rollouts would share its mistakes."""
+    model = MPG("MlpPolicy", Region(), seed=0, residual=False, **SMALL).learn(130)
+    assert all(measurement.gradients.is_blind_model for measurement in model.trust.measurements)
+    assert model.trust.in_blind_returns(30) == 0 and "train/blind_value_loss" not in model.logger.name_to_value

@@ -79,13 +79,15 @@ def planned_action(algorithm: Any, env: int) -> np.ndarray:
     observation = update.flat.flatten(algorithm.policy.obs_to_tensor(raw)[0])[env : env + 1]
     units = algorithm.units()
     context = update.context(units, algorithm.gamma)
-    buffer = algorithm.replay_buffer
-    if buffer.dones[buffer.pos - 1, env]:
+    buffer, horizon = algorithm.replay_buffer, planning_horizon(algorithm.gamma)
+    # A callback may change the discount factor
+    if buffer.dones[buffer.pos - 1, env] or (state.offsets is not None and len(state.offsets) != horizon):
         state.offsets = None
     with model.using_members("dealt"), model.extrapolating(), evaluated(model):
         if state.offsets is None or state.n_followed == N_STEPS_OF_PLAN:
-            planner = Planner(planning_horizon(algorithm.gamma))
-            plan = planner.plan(observation, context, update.q_functions(update.n_critics), model.n_members, state.offsets)
+            plan = Planner(horizon).plan(
+                observation, context, update.q_functions(update.n_critics), model.n_members, state.offsets
+            )
             is_better = plan.advantages.min() > SMALLEST_ADVANTAGE * plan.spread
             state.share_followed += WEIGHT_OF_LATEST * (float(is_better) - state.share_followed)
             state.share_followed = max(state.share_followed, SMALLEST_SHARE)

@@ -35,6 +35,18 @@ class Valley(PriorModel):
         return (next_states[:, :1].abs() > GOAL).float()
 
 
+class Divided(PriorModel):
+    """The two members of an ensemble disagree about what is good."""
+
+    def transition(self, states, actions):
+        return states + 0.0 * actions
+
+    def reward(self, states, actions, next_states):
+        gains = th.ones(len(states), 1)
+        gains[len(states) // 2 :] = -3.0
+        return gains * actions
+
+
 def zero(network_inputs, actions):
     return th.zeros(len(network_inputs), 1)
 
@@ -90,6 +102,21 @@ def test_a_warm_start_takes_two_rounds_and_loses_nothing(monkeypatch):
     assert not any((offsets == cold.offsets).any() for offsets in rounds[4][32:])
 
 
+def test_the_mean_of_the_elites_is_taken_if_it_is_nearly_as_good(monkeypatch):
+    """It has less of the noise of the search."""
+    rounds = recorded_rounds(monkeypatch)
+
+    class Even(Divided):
+        def reward(self, states, actions, next_states):
+            return -((actions - 0.5) ** 2)
+
+    planner = Planner(horizon=1)
+    plan = planner.plan(AT_REST, rollout_context(Idle(), Even()), [zero], n_members=1)
+    # It is the first child of the last round
+    np.testing.assert_array_equal(plan.offsets, rounds[-1][0])
+    assert plan.offsets.item() == pytest.approx(0.5, abs=0.1)
+
+
 class Tiresome(Valley):
     """Whatever is done costs more than the goal pays."""
 
@@ -97,11 +124,10 @@ class Tiresome(Valley):
         return super().reward(states, actions, next_states) - 1000 * actions.abs()
 
 
-def test_a_plan_is_never_worse_than_the_policy():
-    plan = plan_in_valley(model=Tiresome())
+@pytest.mark.parametrize("start", [None, np.ones((70, 1))])
+def test_a_plan_is_never_worse_than_the_policy(start):
+    plan = plan_in_valley(model=Tiresome(), start=start)
     assert not plan.offsets.any() and plan.advantages.tolist() == [0.0]
-    start = np.ones((70, 1))
-    assert not plan_in_valley(model=Tiresome(), start=start).offsets.any()
 
 
 class Fragile(Valley):
@@ -131,23 +157,11 @@ def test_where_nothing_is_finite_there_is_no_better_plan():
     assert not plan.advantages.min() > 0 and plan.spread == 0
 
 
-class Divided(PriorModel):
-    """The two members of an ensemble disagree about what is good."""
-
-    def transition(self, states, actions):
-        return states + 0.0 * actions
-
-    def reward(self, states, actions, next_states):
-        gains = th.ones(len(states), 1)
-        gains[len(states) // 2 :] = -3.0
-        return gains * actions
-
-
 def test_sequences_are_judged_by_the_mean_over_members():
     plan = Planner(horizon=1).plan(AT_REST, rollout_context(Idle(), Divided()), [zero], n_members=2)
     # The best for the mean is the full action to the left, which one of them takes for the worst
-    assert plan.offsets.item() < -1
-    assert plan.advantages.tolist() == [-1.0, 3.0]
+    assert plan.offsets.item() < -0.9
+    np.testing.assert_allclose(plan.advantages, [-1.0, 3.0], rtol=0.1)
 
 
 class Ends(LinearModel):

@@ -352,8 +352,7 @@ class OffPolicyModelAlgorithm(PlansExploration, PickledWithEnv, OffPolicyAlgorit
             if not self.optimizer_steps.apply(result, networks, targets, self.tau):
                 arguments = batch_size, self.replay_buffer, inputs.units, inputs.settings_of(self._n_updates)
                 self.optimizer_steps.check_skipped(partial(self.update.why_not_finite, self._n_updates, *arguments))
-            if not state.has_warned_of_masks:
-                state.has_warned_of_masks = checks.warn_of_masked_states(result.share_masked, name_of(self.update.model))
+            state.warn_of_masks(result.share_masked, name_of(self.update.model))
             self.learners.applied(self._n_updates, inputs)
             for key, value in (model_logs | result.logs).items():
                 logs.setdefault(key, []).append(value)
@@ -443,10 +442,8 @@ class OffPolicyModelAlgorithm(PlansExploration, PickledWithEnv, OffPolicyAlgorit
     def _store_transition(
         self, replay_buffer: ReplayBuffer, buffer_action: np.ndarray, new_obs: Any, reward: np.ndarray, *args: Any
     ) -> None:
-        if not self.training_state.has_warned_of_records:
-            given = (self._last_obs, self._last_original_obs, new_obs, reward)
-            has_warned = checks.warn_of_record(self.num_timesteps, args[-1], self._vec_normalize_env, *given)
-            self.training_state.has_warned_of_records = has_warned
+        given = (self._last_obs, self._last_original_obs, new_obs, reward)
+        self.training_state.warn_of_record(self.num_timesteps, args[-1], self._vec_normalize_env, *given)
         with self.learners.writing(replay_buffer):
             super()._store_transition(replay_buffer, buffer_action, new_obs, reward, *args)
 

@@ -75,19 +75,18 @@ def planned_action(algorithm: Any, env: int) -> np.ndarray:
     :return: action of a plan for it, in [-1, 1], ``(A,)``; that of the policy if no plan is better
     """
     state, model, update = algorithm.training_state.plans, algorithm.model_fitting.model, algorithm.update
-    raw = algorithm._last_obs if algorithm._last_original_obs is None else algorithm._last_original_obs
+    # Without `VecNormalize`, SB3 keeps the observation before the last one in `_last_original_obs`
+    raw = algorithm._last_obs if algorithm._vec_normalize_env is None else algorithm._last_original_obs
     observation = update.flat.flatten(algorithm.policy.obs_to_tensor(raw)[0])[env : env + 1]
     units = algorithm.units()
     context = update.context(units, algorithm.gamma)
-    buffer, horizon = algorithm.replay_buffer, planning_horizon(algorithm.gamma)
-    # A callback may change the discount factor
-    if buffer.dones[buffer.pos - 1, env] or (state.offsets is not None and len(state.offsets) != horizon):
+    buffer, planner = algorithm.replay_buffer, Planner(planning_horizon(algorithm.gamma))
+    # A plan ends with the episode, and when a callback changes the discount factor
+    if buffer.dones[buffer.pos - 1, env] or (state.offsets is not None and len(state.offsets) != planner.horizon):
         state.offsets = None
     with model.using_members("dealt"), model.extrapolating(), evaluated(model):
         if state.offsets is None or state.n_followed == N_STEPS_OF_PLAN:
-            plan = Planner(horizon).plan(
-                observation, context, update.q_functions(update.n_critics), model.n_members, state.offsets
-            )
+            plan = planner.plan(observation, context, update.q_functions(update.n_critics), model.n_members, state.offsets)
             is_better = plan.advantages.min() > SMALLEST_ADVANTAGE * plan.spread
             state.share_followed += WEIGHT_OF_LATEST * (float(is_better) - state.share_followed)
             state.share_followed = max(state.share_followed, SMALLEST_SHARE)

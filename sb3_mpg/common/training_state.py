@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch as th
 
+from sb3_mpg.common import checks
 from sb3_mpg.common.saved_object import SavedObject
 
 
@@ -99,6 +100,23 @@ class TrainingState:
         if self.update_seed is None:
             self.update_seed = int(np.random.randint(2**31 - 1)) if seed is None else seed
         return self.update_seed
+
+    def warn_of_record(self, *args: Any) -> None:
+        """
+        Warn once of an observation or a reward that is not finite.
+
+        :param args: of :func:`~sb3_mpg.common.checks.warn_of_record`
+        """
+        self.has_warned_of_records = self.has_warned_of_records or checks.warn_of_record(*args)
+
+    def warn_of_masks(self, share: float, model_name: str) -> None:
+        """
+        Warn once of masked states.
+
+        :param share: share of the states that are masked in a policy gradient
+        :param model_name: name of the user's model
+        """
+        self.has_warned_of_masks = self.has_warned_of_masks or checks.warn_of_masked_states(share, model_name)
 
     def restore_rng(self, device: th.device, is_continued: bool) -> None:
         """

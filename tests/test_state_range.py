@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch as th
 from models import Known, Turntable, truth
 
@@ -104,3 +105,46 @@ def test_periodic_states_pass_the_border_of_the_range():
     assert expected.min() > 3 * math.pi
     th.testing.assert_close(states.cos(), expected.cos(), rtol=0, atol=1e-3)
     assert (states.abs() < 2.1 * math.pi).all()
+
+
+def fitted_correction():
+    """Of a system with s' = 0.9 s - 0.3 a + 0.5 that was recorded between -1 and 1; the prior model says s' = s + 0.1 a."""
+    data = truth(300)
+    model = ResidualModel(Known(), 2, 2)
+    model.rescale(data._replace(next_observations=0.9 * data.observations - 0.3 * data.actions + 0.5))
+    return model.eval()
+
+
+def test_rollouts_go_beyond_the_data_only_to_plan():
+    model = fitted_correction()
+    states, actions = th.tensor([[0.5, 0.5], [4.0, -4.0]]), th.zeros(2, 2)
+    usual = model.transition(states, actions)
+    th.testing.assert_close(usual[1], th.stack([model.range.high[0], model.range.low[1]]))
+    with model.extrapolating():
+        assert model.is_extrapolating
+        next_states = model.transition(states, actions)
+        # The correction is that of the nearest state with data, on top of what the prior model says
+        nearest = model.range.clip(model.prior, states)
+        expected = states + (0.9 * nearest + 0.5 - nearest)
+        th.testing.assert_close(next_states, expected, rtol=0, atol=1e-3)
+        # There is an end to it
+        farthest = model.transition(th.tensor([[1e6, -1e6]]), actions[:1])
+        assert th.equal(model.range.clip_prior(farthest), farthest) and farthest.abs().min() > 10
+    assert not model.is_extrapolating and th.equal(model.transition(states, actions), usual)
+    # Within the data it makes no difference
+    th.testing.assert_close(next_states[0], usual[0], rtol=0, atol=0)
+
+
+def test_extrapolation_ends_with_an_error():
+    model = fitted_correction()
+    with pytest.raises(KeyError), model.extrapolating():
+        raise KeyError
+    assert not model.is_extrapolating
+
+
+def test_a_wide_range_still_wraps_periodic_states():
+    states = th.tensor([[0.0], [1.0]])
+    state_range = StateRange(1)
+    state_range.extend(Turntable(), transitions(states, states), EVERYTHING[:1])
+    turned = th.tensor([[0.5 + 4 * math.pi]])
+    th.testing.assert_close(state_range.clip(Turntable(), turned, is_wide=True), th.tensor([[0.5]]))

@@ -41,7 +41,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "left_out": {"prior_model": KnowsNothing},
 }
 # How they differ from `mpg`
-ABLATIONS: dict[str, dict[str, Any]] = {}
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "learning_rates_of_td3": {"learning_rate": 1e-3, "critic_learning_rate": 1e-3},
+    "discount_of_td3": {"gamma": 0.99},
+    "no_target_noise": {"value_target_kwargs": {"noise_std": 0.0}},
+}
 # Half of the 95 % interval of a mean of so many seeds, in standard errors
 STUDENT = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}
 

@@ -111,9 +111,3 @@ def test_the_region_is_that_of_the_batch_and_a_margin(margin):
     assert (explored != observations).sum() > 16
     assert explored.abs().max() <= 0.5 + margin
     assert (explored.abs() > 0.5).any() == (margin > 0)
-
-
-@pytest.mark.parametrize("share", [-0.1, 1.5, "half"])
-def test_a_share_that_is_none_is_refused(share):
-    with pytest.raises(ValueError, match="`model_exploration`"):
-        ModelExploration(share).check()

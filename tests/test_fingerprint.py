@@ -21,7 +21,7 @@ class Shifted(Known):
 
 class Ends(Known):
     def terminal(self, states):
-        return states[:, :1] > 0
+        return states[:, :1] < 0
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from lq import LinearModel, quadratic_q, random_problem, tensors
 
 from sb3_mpg import PriorModel
 from sb3_mpg.common.rollouts.model_rollout import model_rollout
-from sb3_mpg.common.rollouts.planning import LARGEST_NOISE, SMALLEST_NOISE, TOLERANCE, Planner
+from sb3_mpg.common.rollouts.planning import LARGEST_NOISE, SMALLEST_NOISE, Planner
 
 FORCE, GOAL, TIME_STEP = 0.5, 1.2, 0.1
 
@@ -93,8 +93,9 @@ def test_a_warm_start_takes_two_rounds_and_loses_nothing(monkeypatch):
     cold = plan_in_valley()
     assert [len(offsets) for offsets in rounds] == [64] * 4
     warm = plan_in_valley(start=cold.offsets)
-    assert [len(offsets) for offsets in rounds[4:]] == [64] * 2
-    assert warm.advantages[0] >= cold.advantages[0] - TOLERANCE * warm.spread and cold.advantages[0] > 0
+    assert [len(offsets) for offsets in rounds[4:]] == [64, 64]
+    # But for what the mean of the elites may lose
+    assert warm.advantages[0] >= 0.95 * cold.advantages[0] > 0
     # Half of the candidates vary the start, and the start and the policy are among them
     assert not rounds[4][0].any() and (rounds[4][1] == cold.offsets).all()
     assert all((offsets == cold.offsets).any() for offsets in rounds[4][2:32])
@@ -124,9 +125,9 @@ class Tiresome(Valley):
 
 
 @pytest.mark.parametrize("start", [None, np.ones((70, 1))])
-def test_a_plan_is_not_worse_than_the_policy_but_for_a_tolerance(start):
+def test_a_plan_is_never_worse_than_the_policy(start):
     plan = plan_in_valley(model=Tiresome(), start=start)
-    assert -TOLERANCE * plan.spread <= plan.advantages[0] <= 0
+    assert not plan.offsets.any() and plan.advantages.tolist() == [0.0]
 
 
 class Fragile(Valley):

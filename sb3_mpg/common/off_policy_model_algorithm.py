@@ -31,7 +31,7 @@ from sb3_mpg.common.models.rollout_model import ModelSettings
 from sb3_mpg.common.models.trainable import TrainableModel, members_of
 from sb3_mpg.common.noise import choose_action_noise, for_n_envs
 from sb3_mpg.common.optimizer_steps import OptimizerSteps
-from sb3_mpg.common.planned_exploration import PlansExploration, check_model_planning, imitation_of
+from sb3_mpg.common.planned_exploration import PlansExploration, imitation_of
 from sb3_mpg.common.policies import ModelBasePolicy
 from sb3_mpg.common.precision import choose_matmul_precision, matmul_precision
 from sb3_mpg.common.rollouts.exploration import ModelExploration
@@ -183,12 +183,10 @@ class OffPolicyModelAlgorithm(PlansExploration, PickledWithEnv, OffPolicyAlgorit
         check_compile(self.compile)
         checks.check_number("reward_scale", self.reward_scale, 0.0, includes_low=False)
         checks.check_number("exploration_noise", self.exploration_noise, 0.0)
-        ModelExploration(self.model_exploration).check()
-        check_model_planning(self.model_planning)
+        for name in ("model_exploration", "model_planning", "gamma", "tau"):
+            checks.check_share(name, getattr(self, name))
         for name in ("batch_size", "batch_reuse"):
             checks.check_count(name, getattr(self, name), 1)
-        checks.check_share("gamma", self.gamma)
-        checks.check_share("tau", self.tau)
 
     @th.inference_mode(mode=False)
     def _setup_model(self) -> None:
@@ -212,9 +210,8 @@ class OffPolicyModelAlgorithm(PlansExploration, PickledWithEnv, OffPolicyAlgorit
         :param prior: the prior model, ``None`` without an environment
         """
         model = PriorModel() if prior is None else prior
-        is_stepped = prior is not None and self.trust.uses_model
         # Measured weights need a correction even when it is not used: the prior model is compared with it
-        if is_stepped and (self.residual or self.trust.rule.needs_errors):
+        if prior is not None and self.trust.uses_model and (self.residual or self.trust.rule.needs_errors):
             model = self.model_settings.make_trainable(model, self.observation_space, self.action_space, self.device)
         state = self.training_state
         earlier = vars(self).get("update")

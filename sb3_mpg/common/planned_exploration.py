@@ -8,7 +8,6 @@ import torch as th
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
 
-from sb3_mpg.common.checks import check_number
 from sb3_mpg.common.models.trainable import evaluated
 from sb3_mpg.common.rollouts.planned_actions import MIN_PLANNED_STEPS, PlannedActions
 from sb3_mpg.common.rollouts.planning import Planner
@@ -26,16 +25,6 @@ WEIGHT_OF_LATEST = 0.1
 SMALLEST_SHARE = 0.05
 # With a smaller share of plans that are followed, the policy imitates none
 SHARE_WITHOUT_IMITATION = 0.2
-
-
-def check_model_planning(share: Any) -> None:
-    """
-    :param share: share of the exploring time in which plans are made
-    :raises ValueError: when it is not between 0 and 1
-    """
-    check_number("model_planning", share, 0.0)
-    if share > 1:
-        raise ValueError(f"`model_planning` is a share, from 0 to 1, got {share!r}.")
 
 
 def planning_horizon(gamma: float) -> int:
@@ -86,7 +75,8 @@ def planned_action(algorithm: Any, env: int) -> np.ndarray:
     :return: action of a plan for it, in [-1, 1], ``(A,)``; that of the policy if no plan is better
     """
     state, model, update = algorithm.training_state.plans, algorithm.model_fitting.model, algorithm.update
-    raw = algorithm._last_obs if algorithm._last_original_obs is None else algorithm._last_original_obs
+    # Without `VecNormalize`, SB3 keeps the observation before the last one in `_last_original_obs`
+    raw = algorithm._last_obs if algorithm._vec_normalize_env is None else algorithm._last_original_obs
     observation = update.flat.flatten(algorithm.policy.obs_to_tensor(raw)[0])[env : env + 1]
     units = algorithm.units()
     context = update.context(units, algorithm.gamma)

@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import torch as th
 
-from sb3_mpg.common.checks import check_number
 from sb3_mpg.common.rollouts.steps import HeldState, RolloutContext
 
 
@@ -54,14 +53,6 @@ class ModelExploration(NamedTuple):
     max_steps: int = 10
     noise: float = 1.0
     margin: float = 1.0
-
-    def check(self) -> None:
-        """
-        :raises ValueError: when the share is not between 0 and 1
-        """
-        check_number("model_exploration", self.share, 0.0)
-        if self.share > 1:
-            raise ValueError(f"`model_exploration` is a share, from 0 to 1, got {self.share!r}.")
 
     @th.no_grad()
     def perturb(self, observations: th.Tensor, context: RolloutContext, trust: float) -> th.Tensor:

@@ -9,7 +9,7 @@ from sb3_mpg.common.utils import gradient_of
 # The policy imitates only what at least so many planned steps say
 MIN_PLANNED_STEPS = 50
 # Root mean square of the differences to planned actions, in [-1, 1] units, below which the imitation fades
-FAR_FROM_PLANS = 0.1
+FAR_FROM_PLANS = 0.3
 
 
 class PlannedActions(nn.Module):

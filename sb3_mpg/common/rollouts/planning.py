@@ -12,7 +12,7 @@ from sb3_mpg.common.utils import parameters_of_modules
 
 # Standard deviations of the offsets are drawn between these, in [-1, 1] units: from refinements to full swings
 SMALLEST_NOISE, LARGEST_NOISE = 0.2, 2.0
-# The mean of the elites is taken unless its return is lower by this share of the spread of the first candidates
+# The mean of the elites is taken unless it loses more than this share of the advantage of the best
 TOLERANCE = 0.05
 # Half of the children of a candidate are the candidate with this share of new offsets added
 SHARE_ADDED = 0.3
@@ -115,9 +115,9 @@ class Planner(NamedTuple):
         means = returns.mean(axis=0)
         chosen, of_elites = int(np.argmax(means)), self.n_elites
         # The mean of the elites has less of the noise of the search, which a policy that imitates plans cannot learn
-        if means[of_elites] >= means[chosen] - TOLERANCE * spread:
-            chosen = of_elites
         with np.errstate(invalid="ignore"):  # there is no advantage where nothing is finite
+            if means[of_elites] >= means[chosen] - TOLERANCE * (means[chosen] - of_policy.mean()):
+                chosen = of_elites
             return Plan(candidates[chosen], returns[:, chosen] - of_policy, spread)
 
     def _returns(

@@ -148,7 +148,7 @@ def test_models_that_break_the_rules(prior_model, message):
         ),
         (
             {"replay_buffer_class": NStepReplayBuffer, "replay_buffer_kwargs": {"n_steps": 7}},
-            "spans 1 recorded steps with gamma=0.98.*made for n_steps=7, gamma=0.99.*value_target='n_step_replay'",
+            "spans 1 recorded steps with gamma=0.99.*made for n_steps=7, gamma=0.99.*value_target='n_step_replay'",
         ),
         ({"horizons": (0, None)}, "Every horizon must be a whole number"),
         ({"horizons": (0, float("nan"))}, "Every horizon must be a whole number"),

@@ -170,6 +170,14 @@ def test_a_blind_model_is_reported_once_when_it_stays_blind():
     assert "the critics learn from rollouts" in message and "Smooth the reward" in message
 
 
+def test_a_useless_model_that_is_blind_too_is_called_useless():
+    blind = errors_of(is_blind=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warn_of_errors(errors_of(is_useless=(False, True), is_blind=True), "Mine", [blind, blind])
+    assert len(caught) == 1 and "Mine is excluded" in str(caught[0].message)
+
+
 def test_trust_in_returns_is_the_share_of_the_variance_that_members_agree_on():
     rng = np.random.default_rng(0)
     common = 3.0 * rng.standard_normal(20_000)

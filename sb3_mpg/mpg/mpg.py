@@ -57,8 +57,8 @@ class MPG(OffPolicyModelAlgorithm):
       normalised per state (see ``sb3_mpg.common.balance``), the critics regress on the returns of the policy's rollouts as
       well, and up to half of the start states of rollouts are perturbed in the model (``model_exploration``). Without trust,
       an update is that of TD3: the target policy is smoothed by noise, and the critics' minimum is taken.
-    - Derivatives that do not show how returns vary, because rewards or terminations jump, get no weight. The critics learn from
-      rollouts with perturbed actions instead (see ``sb3_mpg.common.trust.variation``).
+    - Derivatives that do not show how returns vary, because rewards or terminations jump, get no weight. The critics learn
+      from rollouts with perturbed actions instead (see ``sb3_mpg.common.trust.variation``).
     - Part of the exploration follows plans that are made in the corrected model, and the policy imitates them while they are
       better (``model_planning``, see ``PlansExploration``).
     - The networks take scaled observations, and their Fourier features while a model is trusted (see ``ObservationScaler``);

@@ -42,7 +42,15 @@ def imitation_of(plans: PlannedActions, state: PlanState, trust: float) -> float
     :return: share of the imitation of plans in the policy gradient, from 0 to 1
     """
     has_imitation = len(plans) >= MIN_PLANNED_STEPS and state.mean_advantage > SMALLEST_ADVANTAGE
-    return trust * state.mean_advantage if has_imitation else 0.0
+    return trust * need_of_plans(state) if has_imitation else 0.0
+
+
+def need_of_plans(state: PlanState) -> float:
+    """
+    :param state: where planned exploration stands
+    :return: to what extent plans take the lead, from 0 to 1: wholly where their mean advantage is as large as the spread
+    """
+    return min(2 * state.mean_advantage, 1.0)
 
 
 def relative_advantage(plan: Plan) -> float:
@@ -66,8 +74,8 @@ def env_to_plan_for(algorithm: Any, n_envs: int) -> int | None:
         return None
     if state.n_left == 0:
         # Spread spans of plans evenly, because short trainings have few spans
-        share = algorithm.model_planning * min(2 * state.mean_advantage, 1.0)
-        state.due += share * algorithm.trust.in_model(algorithm._n_updates)
+        trust = algorithm.trust.in_model(algorithm._n_updates)
+        state.due += algorithm.model_planning * trust * need_of_plans(state)
         state.env = np.random.randint(n_envs) if state.due >= 1 else None
         state.due %= 1
         state.n_left, state.offsets = planning_horizon(algorithm.gamma), None

@@ -6,11 +6,8 @@ import warnings
 import gymnasium as gym
 import numpy as np
 import pytest
-<<<<<<< HEAD
-=======
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
->>>>>>> 5d63a8246b8c8730b9451438923a87390c448113
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
 

@@ -17,6 +17,7 @@ from sb3_mpg.common.planned_exploration import (
     LONGEST_HORIZON,
     N_STEPS_OF_PLAN,
     SMALLEST_MEAN,
+    WEIGHT_OF_LARGER,
     WEIGHT_OF_LATEST,
     PlansExploration,
     planning_horizon,
@@ -160,7 +161,7 @@ def test_plans_become_rare_when_they_are_no_better(monkeypatch, advantage):
     state.due, state.n_left = 1.0, 0
     model.learn(2, reset_num_timesteps=False)
     # The advantage of the plan equals the spread
-    assert state.mean_advantage == pytest.approx(share + WEIGHT_OF_LATEST * (0.5 - share))
+    assert state.mean_advantage == pytest.approx(share + WEIGHT_OF_LARGER * (0.5 - share))
 
 
 @pytest.mark.usefixtures("full_trust")

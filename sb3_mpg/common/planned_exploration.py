@@ -20,8 +20,10 @@ LONGEST_HORIZON = 200
 N_STEPS_OF_PLAN = 10
 # A plan is followed if all members of the model promise at least this relative advantage, and imitated if that is the mean
 SMALLEST_ADVANTAGE = 0.1
-# Weight of the latest plan in the mean advantage, and the smallest mean, so that planning can come back
+# Weights of the latest plan in the mean advantage: a policy that fails again is helped at once. And the smallest mean, so that
+# planning can come back
 WEIGHT_OF_LATEST = 0.1
+WEIGHT_OF_LARGER = 0.3
 SMALLEST_MEAN = 0.05
 
 
@@ -104,7 +106,8 @@ def planned_action(algorithm: Any, env: int) -> np.ndarray:
         if state.offsets is None or state.n_followed == N_STEPS_OF_PLAN:
             plan = planner.plan(observation, context, update.q_functions(update.n_critics), model.n_members, state.offsets)
             advantage = relative_advantage(plan)
-            state.mean_advantage += WEIGHT_OF_LATEST * (advantage - state.mean_advantage)
+            weight = WEIGHT_OF_LARGER if advantage > state.mean_advantage else WEIGHT_OF_LATEST
+            state.mean_advantage += weight * (advantage - state.mean_advantage)
             state.mean_advantage = max(state.mean_advantage, SMALLEST_MEAN)
             state.n_followed = 0
             # Follow the policy if no plan is better, until the next one

@@ -16,7 +16,8 @@ from sb3_mpg import MPG
 from sb3_mpg.common.planned_exploration import (
     LONGEST_HORIZON,
     N_STEPS_OF_PLAN,
-    SMALLEST_SHARE,
+    SMALLEST_MEAN,
+    WEIGHT_OF_LARGER,
     WEIGHT_OF_LATEST,
     PlansExploration,
     planning_horizon,
@@ -151,24 +152,26 @@ def test_plans_become_rare_when_they_are_no_better(monkeypatch, advantage):
     model.learn(20 + 60, callback=recorded)
     assert not any(recorded.envs) and len(stub.starts) > 3
     state = model.training_state.plans
-    assert state.share_followed == pytest.approx((1 - WEIGHT_OF_LATEST) ** len(stub.starts))
-    assert len(stub.starts) < 20 * 0.8
+    relative = max(advantage, 0) / (max(advantage, 0) + 1)
+    assert state.mean_advantage == pytest.approx(relative + (1 - relative) * (1 - WEIGHT_OF_LATEST) ** len(stub.starts))
+    assert len(stub.starts) < 20 * 0.9
     # They come back
     stub.advantages = np.ones(2)
-    share = state.share_followed = SMALLEST_SHARE
+    share = state.mean_advantage = SMALLEST_MEAN
     state.due, state.n_left = 1.0, 0
     model.learn(2, reset_num_timesteps=False)
-    assert state.share_followed == pytest.approx(share + WEIGHT_OF_LATEST * (1 - share))
+    # The advantage of the plan equals the spread
+    assert state.mean_advantage == pytest.approx(share + WEIGHT_OF_LARGER * (0.5 - share))
 
 
 @pytest.mark.usefixtures("full_trust")
 def test_the_share_never_vanishes(monkeypatch):
     Stub(monkeypatch, advantage=0.0)
     model = small_model(model_planning=1.0, gamma=0.0)
-    model.training_state.plans.share_followed = SMALLEST_SHARE
+    model.training_state.plans.mean_advantage = SMALLEST_MEAN
     model.training_state.plans.due = 1.0
     model.learn(25)
-    assert model.training_state.plans.share_followed == SMALLEST_SHARE
+    assert model.training_state.plans.mean_advantage == SMALLEST_MEAN
 
 
 @pytest.mark.usefixtures("full_trust")
@@ -254,7 +257,7 @@ def test_continuing_in_the_middle_of_a_plan_equals_not_stopping(tmp_path):
     np.testing.assert_array_equal(loaded.replay_buffer.actions[:54], model.replay_buffer.actions[:54])
     assert_same_parameters(loaded, model)
     ours, others = loaded.training_state.plans, model.training_state.plans
-    assert ours.share_followed == others.share_followed and ours.due == others.due and ours.n_left == others.n_left
+    assert ours.mean_advantage == others.mean_advantage and ours.due == others.due and ours.n_left == others.n_left
     np.testing.assert_array_equal(ours.offsets, others.offsets)
 
 

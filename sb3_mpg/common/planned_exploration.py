@@ -10,7 +10,7 @@ from stable_baselines3.common.policies import BasePolicy
 
 from sb3_mpg.common.models.trainable import evaluated
 from sb3_mpg.common.rollouts.planned_actions import MIN_PLANNED_STEPS, PlannedActions
-from sb3_mpg.common.rollouts.planning import Planner
+from sb3_mpg.common.rollouts.planning import Plan, Planner
 from sb3_mpg.common.training_state import PlanState
 
 # The planning horizon in multiples of the time constant of the discount, 1 / (1 - gamma), and its limit
@@ -18,13 +18,13 @@ TIME_CONSTANTS = 1.5
 LONGEST_HORIZON = 200
 # Number of steps after which a plan is made anew
 N_STEPS_OF_PLAN = 10
-# A plan is followed if all members of the model promise at least this share of the spread of the first candidates
+# A plan is followed if all members of the model promise at least this relative advantage, and imitated if that is the mean
 SMALLEST_ADVANTAGE = 0.1
-# Weight of the latest plan in the share of plans that are followed, and the smallest share, so that planning can come back
+# Weights of the latest plan in the mean advantage: a policy that fails again is helped at once. And the smallest mean, so that
+# planning can come back
 WEIGHT_OF_LATEST = 0.1
-SMALLEST_SHARE = 0.05
-# With a smaller share of plans that are followed, the policy imitates none
-SHARE_WITHOUT_IMITATION = 0.2
+WEIGHT_OF_LARGER = 0.3
+SMALLEST_MEAN = 0.05
 
 
 def planning_horizon(gamma: float) -> int:
@@ -43,9 +43,26 @@ def imitation_of(plans: PlannedActions, state: PlanState, trust: float) -> float
     :param trust: trust in the model, from 0 to 1
     :return: share of the imitation of plans in the policy gradient, from 0 to 1
     """
-    if len(plans) < MIN_PLANNED_STEPS or state.share_followed < SHARE_WITHOUT_IMITATION:
-        return 0.0
-    return trust * state.share_followed
+    has_imitation = len(plans) >= MIN_PLANNED_STEPS and state.mean_advantage > SMALLEST_ADVANTAGE
+    return trust * need_of_plans(state) if has_imitation else 0.0
+
+
+def need_of_plans(state: PlanState) -> float:
+    """
+    :param state: where planned exploration stands
+    :return: to what extent plans take the lead, from 0 to 1: wholly where their mean advantage is as large as the spread
+    """
+    return min(2 * state.mean_advantage, 1.0)
+
+
+def relative_advantage(plan: Plan) -> float:
+    """
+    :param plan: a plan
+    :return: the advantage that all members of the model promise, as a share of its sum with the spread of random plans: near 1
+        where the policy is far behind anything that is planned, and 0 where it is the best plan
+    """
+    advantage = float(plan.advantages.min())
+    return advantage / (advantage + plan.spread) if advantage > 0 else 0.0
 
 
 def env_to_plan_for(algorithm: Any, n_envs: int) -> int | None:
@@ -59,7 +76,8 @@ def env_to_plan_for(algorithm: Any, n_envs: int) -> int | None:
         return None
     if state.n_left == 0:
         # Spread spans of plans evenly, because short trainings have few spans
-        state.due += algorithm.model_planning * algorithm.trust.in_model(algorithm._n_updates) * state.share_followed
+        trust = algorithm.trust.in_model(algorithm._n_updates)
+        state.due += algorithm.model_planning * trust * need_of_plans(state)
         state.env = np.random.randint(n_envs) if state.due >= 1 else None
         state.due %= 1
         state.n_left, state.offsets = planning_horizon(algorithm.gamma), None
@@ -87,12 +105,13 @@ def planned_action(algorithm: Any, env: int) -> np.ndarray:
     with model.using_members("dealt"), model.extrapolating(), evaluated(model):
         if state.offsets is None or state.n_followed == N_STEPS_OF_PLAN:
             plan = planner.plan(observation, context, update.q_functions(update.n_critics), model.n_members, state.offsets)
-            is_better = plan.advantages.min() > SMALLEST_ADVANTAGE * plan.spread
-            state.share_followed += WEIGHT_OF_LATEST * (float(is_better) - state.share_followed)
-            state.share_followed = max(state.share_followed, SMALLEST_SHARE)
+            advantage = relative_advantage(plan)
+            weight = WEIGHT_OF_LARGER if advantage > state.mean_advantage else WEIGHT_OF_LATEST
+            state.mean_advantage += weight * (advantage - state.mean_advantage)
+            state.mean_advantage = max(state.mean_advantage, SMALLEST_MEAN)
             state.n_followed = 0
             # Follow the policy if no plan is better, until the next one
-            state.offsets = plan.offsets if is_better else np.zeros_like(plan.offsets)
+            state.offsets = plan.offsets if advantage > SMALLEST_ADVANTAGE else np.zeros_like(plan.offsets)
         actions = context.actor(units.normalize_observations(observation)).cpu().numpy()[0]
     planned = np.clip(actions + state.offsets[0], -1, 1).astype(np.float32)
     if state.offsets.any():

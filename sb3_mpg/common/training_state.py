@@ -46,7 +46,7 @@ class PlanState:
     :param env: index of the environment that follows plans until then, ``None`` for none
     :param offsets: remaining offsets of the plan, ``(H, A)``; ``None`` before the first plan and after a reset
     :param n_followed: number of steps that were taken from them
-    :param share_followed: recent share of the plans that were worth following
+    :param mean_advantage: recent mean of the relative advantage of plans, from 0 to 1
     :param taken: state of ``PlannedActions``, kept from loading until the update is created
     """
 
@@ -55,7 +55,7 @@ class PlanState:
     env: int | None = None
     offsets: np.ndarray | None = field(default=None, repr=False)
     n_followed: int = 0
-    share_followed: float = 1.0
+    mean_advantage: float = 1.0
     taken: dict[str, Any] | None = field(default=None, repr=False)
 
 

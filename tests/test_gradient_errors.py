@@ -174,7 +174,9 @@ def test_a_useless_model_that_is_blind_too_is_called_useless():
     blind = errors_of(is_blind=True)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        warn_of_errors(errors_of(is_useless=(False, True), is_blind=True), "Mine", [blind, blind])
+        useless = errors_of(is_useless=(False, True), is_blind=True)
+        warn_of_errors(useless, "Mine", [blind, blind])
+        warn_of_errors(blind, "Mine", [useless, blind])
     assert len(caught) == 1 and "Mine is excluded" in str(caught[0].message)
 
 

@@ -278,8 +278,9 @@ def warn_of_errors(measured: GradientErrors, model_name: str, earlier: Sequence[
             "is closer, horizon 0 takes its place, if it is among the horizons. `residual=True` corrects the model, "
             "`check_prior_model` finds out what is wrong."
         )
-    n_blind = sum(before.is_blind_model for before in earlier)
-    if measured.is_blind_model and not measured.is_useless.any() and n_blind == REPORTED_BLIND - 1:
+    # A model that is useless for another reason was reported above
+    is_blind_only = measured.is_blind_model and not any(each.is_useless.any() for each in (*earlier, measured))
+    if is_blind_only and sum(before.is_blind_model for before in earlier) == REPORTED_BLIND - 1:
         warnings.warn(
             f"The derivative of the returns of {model_name} does not show how they vary: rewards or terminations jump (or "
             "actions have no effect). The gradient of the model gets no weight until that changes. If the model is corrected "

@@ -3,52 +3,18 @@
 import dataclasses
 import warnings
 
-import gymnasium as gym
-import numpy as np
 import pytest
+from region import Region
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
 
-from sb3_mpg import MPG, PriorModel
-
-N_STEPS, WIDTH, REACH = 10, 0.3, 0.4
+from sb3_mpg import MPG
 
 SMALL = {
     **{"policy_kwargs": {"net_arch": [32]}, "learning_starts": 100, "batch_size": 64, "buffer_size": 2000, "policy_delay": 1},
     **{"horizons": (0, 5), "gamma": 0.8, "learning_rate": 1e-3, "critic_learning_rate": 2e-3, "compile": False},
 }
-
-
-class Region(gym.Env):
-    """A point that is paid 1 in each step that ends in a region, and nothing outside of it."""
-
-    observation_space = gym.spaces.Box(-1, 1, (1,), np.float32)
-    action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
-
-    def prior_model(self):
-        return RegionModel()
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.position, self.n_steps = self.np_random.uniform(-0.8, 0.8, 1), 0
-        return self.position.astype(np.float32), {}
-
-    def step(self, action):
-        self.position = np.clip(self.position + REACH * action, -1, 1)
-        self.n_steps += 1
-        is_inside = abs(self.position[0]) < WIDTH
-        return self.position.astype(np.float32), float(is_inside), False, self.n_steps >= N_STEPS, {}
-
-
-class RegionModel(PriorModel):
-    """The exact model."""
-
-    def transition(self, states, actions):
-        return (states + REACH * actions).clamp(-1, 1)
-
-    def reward(self, states, actions, next_states):
-        return (next_states.abs() < WIDTH).float()
 
 
 class Losses(BaseCallback):
@@ -74,8 +40,8 @@ def test_an_exact_model_of_a_reward_that_jumps(seed):
         model.learn(600, callback=losses)
     assert sum("does not show how they vary" in str(warning.message) for warning in caught) == 1
     # The members agree about the returns, but their derivative is blind, which excludes the horizon
-    blind = [measurement for measurement in model.trust.measurements if measurement.gradients.is_blind_model]
-    assert sum(measurement.gradients.is_blind_model for measurement in model.trust.measurements[:6]) >= 3
+    blind = [measurement for measurement in model.trust.measurements if measurement.gradients.misses_jumps]
+    assert sum(measurement.gradients.misses_jumps for measurement in model.trust.measurements[:6]) >= 3
     assert all(measurement.gradients.is_excluded.tolist() == [False, True] for measurement in blind)
     assert all(measurement.weights[1] < 1e-6 for measurement in blind)
     assert all(measurement.gradients.trust_in_returns > 0.9 for measurement in blind)
@@ -91,5 +57,5 @@ def test_an_exact_model_of_a_reward_that_jumps(seed):
 def test_a_model_that_does_not_learn_is_not_asked():
     """All of its rollouts would share its mistakes."""
     model = MPG("MlpPolicy", Region(), seed=0, residual=False, **SMALL).learn(130)
-    assert any(measurement.gradients.is_blind_model for measurement in model.trust.measurements)
+    assert any(measurement.gradients.misses_jumps for measurement in model.trust.measurements)
     assert model.trust.in_blind_returns(30) == 0 and "train/blind_value_loss" not in model.logger.name_to_value

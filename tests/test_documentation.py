@@ -24,6 +24,7 @@ from typing import NamedTuple
 import gymnasium as gym
 import pytest
 import yaml
+from region import Region
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
@@ -353,6 +354,8 @@ def test_keys_of_the_log_are_documented():
     # Enough steps for some to be held out
     model = MPG("MlpPolicy", "PathTracking-v0", learning_starts=220, n_learners=1, seed=0, **small)
     model.learn(260, callback=record)
+    # A model whose derivative is blind logs one more
+    MPG("MlpPolicy", Region(), horizons=(0, 5), seed=0, learning_starts=100, **small).learn(110, callback=record)
     logged = {key for key in record.keys if key.startswith(families)}
     assert logged == documented
 

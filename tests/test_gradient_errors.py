@@ -122,13 +122,16 @@ def test_horizons_of_a_model_are_excluded_and_horizon_0_is_not():
     assert errors_of(is_useless=(False, True)).is_excluded.tolist() == [False, True]
     assert errors_of(trust_in_ends=0.0).is_excluded.tolist() == [False, True]
     blind = errors_of(is_blind=True)
-    assert blind.is_excluded.tolist() == blind.is_blind.tolist() == [False, True] and blind.is_blind_model
-    assert not errors_of().is_blind_model
+    assert blind.is_excluded.tolist() == blind.is_blind.tolist() == [False, True] and blind.misses_jumps
+    assert not errors_of().misses_jumps
+    # Where actions have no effect there is nothing to miss
+    still = blind._replace(variation=blind.variation._replace(varies=np.array([True, False])))
+    assert still.is_blind.tolist() == [False, True] and not still.misses_jumps
     # What overflows is not blind, and nothing is known without a measurement of the variation
     assert not errors_of(errors=(1.0, np.inf), is_blind=True).is_blind.any()
     assert not blind._replace(variation=None).is_blind.any()
     # Without horizons of a model there is nothing that could be blind
-    assert not blind._replace(horizons=(0,), errors=np.ones(1), variation=Variation(*np.zeros((3, 1)))).is_blind_model
+    assert not blind._replace(horizons=(0,), errors=np.ones(1), variation=Variation(*np.zeros((3, 1)))).misses_jumps
 
 
 @pytest.mark.parametrize(
@@ -154,7 +157,7 @@ def test_a_blind_model_is_reported_once_when_it_stays_blind():
     half = blind._replace(
         horizons=(5, 10), variation=Variation(np.array([0.0, 1.0]), np.zeros(2, dtype=bool), np.ones(2, dtype=bool))
     )
-    assert half.is_blind.tolist() == [True, False] and not half.is_blind_model
+    assert half.is_blind.tolist() == [True, False] and not half.misses_jumps
     sequence = [blind, errors_of(), half, half, half, blind, blind, errors_of(), blind, blind, blind]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

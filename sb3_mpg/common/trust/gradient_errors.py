@@ -70,10 +70,12 @@ class GradientErrors(NamedTuple):
         return (self.variation.explained < BLIND) & (np.array(self.horizons) > 0) & np.isfinite(self.errors)
 
     @property
-    def is_blind_model(self) -> bool:
-        """Whether all model horizons are blind."""
-        blind = self.is_blind[np.array(self.horizons) > 0]
-        return bool(blind.size > 0 and blind.all())
+    def misses_jumps(self) -> bool:
+        """Whether all model horizons are blind although returns vary."""
+        models = np.array(self.horizons) > 0
+        if self.variation is None or not models.any():
+            return False
+        return bool(self.is_blind[models].all() and self.variation.varies[models].any())
 
     @property
     def is_excluded(self) -> np.ndarray:
@@ -279,13 +281,13 @@ def warn_of_errors(measured: GradientErrors, model_name: str, earlier: Sequence[
             "`check_prior_model` finds out what is wrong."
         )
     # A model that is useless for another reason was reported above
-    is_blind_only = measured.is_blind_model and not any(each.is_useless.any() for each in (*earlier, measured))
-    if is_blind_only and sum(before.is_blind_model for before in earlier) == REPORTED_BLIND - 1:
+    is_new_reason = measured.misses_jumps and not any(each.is_useless.any() for each in (*earlier, measured))
+    if is_new_reason and sum(before.misses_jumps for before in earlier) == REPORTED_BLIND - 1:
         warnings.warn(
-            f"The derivative of the returns of {model_name} does not show how they vary: rewards or terminations jump (or "
-            "actions have no effect). The gradient of the model gets no weight until that changes. If the model is corrected "
-            "(`residual=True`), the critics learn from rollouts with perturbed actions instead. Smooth the reward near the "
-            "jump, or let it fall before an episode ends, so that the gradient counts."
+            f"The derivative of the returns of {model_name} does not show how they vary: rewards or terminations jump. "
+            "The gradient of the model gets no weight until that changes. If the model is corrected (`residual=True`), the "
+            "critics learn from rollouts with perturbed actions instead. Smooth the reward near the jump, or let it fall "
+            "before an episode ends, so that the gradient counts."
         )
     if not np.isfinite(measured.errors).all() and all(np.isfinite(before.errors).all() for before in earlier):
         pairs = zip(measured.horizons, measured.errors, strict=True)

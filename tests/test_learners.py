@@ -336,7 +336,7 @@ class TestAhead:
 
         model = small_model(n_learners=2, learning_starts=100, value_target="n_step_replay", buffer_size=100)
         before = mean_return(model)
-        model.learn(300)
+        model.learn(600)
         assert model.n_skipped_updates == 0
-        in_process = small_model(learning_starts=100, value_target="n_step_replay", buffer_size=100).learn(300)
+        in_process = small_model(learning_starts=100, value_target="n_step_replay", buffer_size=100).learn(600)
         assert mean_return(model) > before + 0.8 * (mean_return(in_process) - before) > before

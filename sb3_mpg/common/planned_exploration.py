@@ -141,6 +141,6 @@ class PlansExploration:
         actions, buffer_actions = algorithm._sample_action(learning_starts, action_noise, n_envs)
         env = env_to_plan_for(self, n_envs)
         if env is not None:
-            buffer_actions[env] = planned_action(self, env)
+            buffer_actions[env] = planned_action(self, env).reshape(buffer_actions[env].shape)
             actions = self.policy.unscale_action(buffer_actions)
         return actions, buffer_actions

@@ -295,7 +295,7 @@ def make_value_target(
                 f"`n_steps={n_steps}` asks for a target from {n_steps} recorded steps, but value_target={value_target!r} with "
                 f"value_target_kwargs={value_target_kwargs} says how many steps it takes; give only one of them."
             )
-        value_target_kwargs = {**(value_target_kwargs or {}), "n_steps": n_steps}
+        value_target, value_target_kwargs = "n_step_replay", {**(value_target_kwargs or {}), "n_steps": n_steps}
     if isinstance(value_target, ValueTarget):
         if value_target_kwargs:
             raise ValueError("`value_target_kwargs` goes with the name of a target, but `value_target` is a target.")

@@ -129,6 +129,6 @@ class TestOfEachClass:
 )
 def test_variants_are_mpg_with_pinned_values(cls, differences):
     variant = cls("MlpPolicy", LinearEnv(), n_steps=3, batch_reuse=2, **SMALL).learn(30)
-    kwargs = {"value_target_kwargs": {"n_steps": 3}, "policy_delay": 1, "batch_reuse": 2, **differences}
+    kwargs = {"gamma": 0.98, "value_target_kwargs": {"n_steps": 3}, "policy_delay": 1, "batch_reuse": 2, **differences}
     mpg = MPG("MlpPolicy", LinearEnv(), **kwargs, **SMALL).learn(30)
     assert_same_parameters(variant, mpg)

@@ -20,10 +20,9 @@ from sb3_mpg.common.trust.gradient_errors import (
 )
 from sb3_mpg.common.trust.report import Measurement, TrustReport, make_trust_report
 from sb3_mpg.common.trust.terminations import discounted_by_trust, trust_in_ends
-from sb3_mpg.common.trust.variation import Variation
 from sb3_mpg.common.trust.weighting import WeightingRule
 
-# Number of latest measurements that the trust in blind returns and the explained shares are averaged over
+# Number of latest measurements that the trust in blind returns is averaged over
 N_AVERAGED = 3
 # Number of latest steps that a report compares the model with
 N_REPORTED_STEPS = 5000
@@ -197,18 +196,6 @@ class MeasuredTrust(Trust):
             np.mean([measured.is_blind.any() * measured.trust_in_returns * measured.trust_in_ends for measured in latest])
         )
 
-    def _averaged(self, variation: Variation | None) -> Variation | None:
-        """
-        :param variation: of a measurement
-        :return: the same, with the explained shares averaged over the latest measurements: with a few states, a share near the
-            limit would exclude a horizon in one measurement and not in the next
-        """
-        latest = [measurement.gradients.variation for measurement in self.measurements[-1:]]
-        if variation is None or not latest or latest[0] is None:
-            return variation
-        explained = ((N_AVERAGED - 1) * latest[0].explained + variation.explained) / N_AVERAGED
-        return variation._replace(explained=explained)
-
     def check_comparison(self, n_critics: int, n_members: int) -> None:
         if n_critics < 2:
             raise ValueError(
@@ -244,10 +231,7 @@ class MeasuredTrust(Trust):
             judges_prior=isinstance(model, CorrectedModel) and not self.learns,
             held_out_steps=lambda: fitting.held_out_steps(recorded),
         )
-        measured = measured._replace(
-            variation=self._averaged(measured.variation),
-            trust_in_ends=trust_in_ends(model, recorded, self.longest_horizon),
-        )
+        measured = measured._replace(trust_in_ends=trust_in_ends(model, recorded, self.longest_horizon))
         errors = np.where(measured.is_excluded, np.inf, measured.errors)
         self.rule.observe(discounted_by_trust(errors, horizons, measured.trust_in_ends))
         warn_of_errors(measured, name_of(model), [earlier.gradients for earlier in self.measurements])

@@ -75,7 +75,7 @@ def measure_variation(perturbed: Perturbed) -> Variation:
             explained.append(0.0)
             varies.append(True)
             continue
-        returns, up, down, linear = (values[is_finite] for values in (returns, up, down, linear))
+        returns, up, down, linear = (values[is_finite].astype(np.float64) for values in (returns, up, down, linear))
         odd, even = (up - down) / 2, (up + down) / 2
         # Ignore the rollouts that diverge most
         is_counted = np.argsort(odd**2 + even**2 + linear**2)[: len(odd) - int(SHARE_IGNORED * len(odd))]

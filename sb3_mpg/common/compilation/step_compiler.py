@@ -26,8 +26,8 @@ from sb3_mpg.common.rollouts.steps import (
     RolloutState,
     Steps,
     advance,
-    follow,
     hold,
+    with_offsets,
 )
 from sb3_mpg.common.type_aliases import Policy
 from sb3_mpg.common.units import Units
@@ -291,14 +291,11 @@ def planned_step(
     planned: PlannedState, actor: th.nn.Module, actor_parameters: dict[str, th.Tensor], model: PriorModel, units: Units
 ) -> tuple[PlannedState, th.Tensor]:
     """
-    :return: the rollout after one step of :func:`follow`, and the reward of this step, ``(1, B, 1)``
+    :return: the rollout after one step of its plan, and the reward of this step, ``(1, B, 1)``
     """
-    planned, rewards = follow(planned, 1, actor, actor_parameters, model, units, gamma=1.0)
-    # As in :func:`step`
-    states, actions, network_inputs = planned.states.contiguous(), planned.actions.contiguous(), planned.network_inputs
-    network_inputs = states if network_inputs is planned.states else network_inputs.clone(memory_format=th.contiguous_format)
-    offsets = planned.offsets.contiguous()
-    return PlannedState(states, network_inputs, actions, planned.alive, planned.start, offsets), th.stack([rewards])
+    rollout, offsets = with_offsets(planned)
+    rollout, rewards = step(rollout, actor, actor_parameters, model, units)
+    return PlannedState(*rollout, offsets.contiguous()), rewards
 
 
 @lru_cache(maxsize=64)

@@ -138,6 +138,17 @@ class PlannedState(NamedTuple):
     offsets: th.Tensor
 
 
+def with_offsets(planned: PlannedState) -> tuple[RolloutState, th.Tensor]:
+    """
+    :param planned: state of a rollout that follows a plan
+    :return: the rollout with the actions that the plan takes next, and the offsets with those of the step after it first
+    """
+    n_actions, offsets = planned.actions.shape[1], planned.offsets
+    actions = (planned.actions + offsets[:, :n_actions]).clamp(-1, 1)
+    rollout = RolloutState(planned.states, planned.network_inputs, actions, planned.alive, planned.start)
+    return rollout, th.cat([offsets[:, n_actions:], offsets[:, :n_actions]], dim=1)
+
+
 def follow(
     planned: PlannedState,
     n_steps: int,
@@ -148,28 +159,15 @@ def follow(
     gamma: float,
 ) -> tuple[PlannedState, th.Tensor]:
     """
-    Step the model with the actions of the policy and planned offsets to them.
-
-    :param planned: state of the rollout
-    :param n_steps: number of steps, at least 1
-    :param actor: the policy
-    :param actor_parameters: parameters of the policy for these steps, by the names of ``parameters_of_modules``
-    :param model: the model
-    :param units: conversions between environment and networks
-    :param gamma: discount factor
-    :return: the rollout after these steps, and their rewards, discounted to the first of them, ``(B, 1)``
+    Step the model with the actions of the policy and planned offsets to them. The parameters and the result are those of
+    :func:`advance`, for a :class:`PlannedState`.
     """
-    *fields, offsets = planned
-    rollout = RolloutState(*fields)
-    n_actions = rollout.actions.shape[1]
-    total = th.zeros_like(rollout.states[:, :1])
+    total = th.zeros_like(planned.states[:, :1])
     for step in range(n_steps):
-        actions = (rollout.actions + offsets[:, :n_actions]).clamp(-1, 1)
-        rollout = RolloutState(rollout.states, rollout.network_inputs, actions, rollout.alive, rollout.start)
+        rollout, offsets = with_offsets(planned)
         rollout, rewards = advance(rollout, 1, actor, actor_parameters, model, units, gamma)
-        total = total + gamma**step * rewards
-        offsets = th.cat([offsets[:, n_actions:], offsets[:, :n_actions]], dim=1)
-    return PlannedState(*rollout, offsets), total
+        planned, total = PlannedState(*rollout, offsets), total + gamma**step * rewards
+    return planned, total
 
 
 def hold(

@@ -238,9 +238,8 @@ def measure_gradient_errors(
     if judged is not None:
         # Rollouts use the first member only
         perturbed = Perturbed(*(values[:, :1] for values in perturbed))
-    variation = measure_variation(perturbed)
     return measured._replace(
-        variation=variation,
+        variation=measure_variation(perturbed),
         trust_in_returns=trust_in_returns(compared.perturbed.returns[-1]),
     )
 

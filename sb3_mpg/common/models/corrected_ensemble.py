@@ -119,6 +119,15 @@ class CorrectedEnsemble(CorrectedModel):
         is_claimed = self.prior.terminal(next_states)
         return th.where(th.isnan(transitions.terminated), is_claimed, transitions.terminated > 0), is_claimed
 
+    def may_jump(self, transitions: Transitions, next_states: th.Tensor) -> th.Tensor:
+        """
+        :param transitions: recorded transitions
+        :param next_states: their next states, ``(B, S)``
+        :return: whether the reward may jump because an episode ends, recorded or claimed, bool ``(B, 1)``
+        """
+        is_end, is_claimed = self.ends_of(transitions, next_states)
+        return is_end | is_claimed
+
     def fit_ends(self, steps: Transitions, ends: Transitions, rate: float) -> None:
         others, terminal = (
             self._blurred(transitions, is_end)

@@ -200,9 +200,8 @@ class ResidualModel(CorrectedEnsemble):
             squares. That of the reward is 0 at the end of an episode, recorded or claimed, where rewards jump.
         """
         scaled, next_states, missed = self._missed_by_prior(transitions)
-        is_end, is_claimed = self.ends_of(transitions, next_states)
         missed = missed - th.cat([self.linear(scaled), self._quadratic(scaled, next_states)], dim=1)
-        ordinary = th.where(is_end | is_claimed, 0.0, missed[:, self.n_states :])
+        ordinary = th.where(self.may_jump(transitions, next_states), 0.0, missed[:, self.n_states :])
         return scaled, th.cat([missed[:, : self.n_states], ordinary], dim=1) / self.target_scale
 
     @th.no_grad()
@@ -227,7 +226,7 @@ class ResidualModel(CorrectedEnsemble):
         self.n_rows.fill_(len(missed))
         self.linear.solve(scaled, missed[:, : self.n_states])
         # Rewards jump where an episode ends; as extreme targets of least squares they would spoil all others
-        is_ordinary = ~th.cat(self.ends_of(transitions, next_states), dim=1).any(dim=1)
+        is_ordinary = ~self.may_jump(transitions, next_states).squeeze(1)
         values = th.cat([scaled, self.scaled_states(next_states)], dim=1)
         self.quadratic_reward.solve(values[is_ordinary], missed[is_ordinary, self.n_states :])
         if len(missed) > 0:
@@ -305,8 +304,7 @@ class ResidualModel(CorrectedEnsemble):
     @th.no_grad()
     def improves_on_prior(self, transitions: Transitions) -> bool:
         _, next_states, missed = self._missed_by_prior(transitions)
-        is_jump = th.cat(self.ends_of(transitions, next_states), dim=1).any(dim=1)
-        missed[:, self.n_states] = th.where(is_jump, 0.0, missed[:, self.n_states])
+        missed[:, self.n_states :].masked_fill_(self.may_jump(transitions, next_states), 0.0)
         missed = missed / self.target_scale
         return self.validation_error(transitions) < huber_loss(th.zeros_like(missed), missed).item()
 

@@ -66,7 +66,7 @@ class RecordedSteps:
         """
         :return: all rewards, float32, ``(n_rows, n_envs)``
         """
-        return th.as_tensor(self.replay_buffer.rewards[: self.replay_buffer.size()], dtype=th.float32, device=self.device)
+        return to_tensor(self.replay_buffer.rewards[: self.replay_buffer.size()], self.device)
 
     def sample_observations(self, n_samples: int) -> th.Tensor:
         """

@@ -13,6 +13,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_mpg.common.checks import check_keywords, check_number, is_whole
 from sb3_mpg.common.models.double_precision import InDoublePrecision
+from sb3_mpg.common.models.windows import to_tensor
 from sb3_mpg.common.rollouts.model_rollout import start_rollout
 from sb3_mpg.common.rollouts.steps import QFunction, RolloutContext
 from sb3_mpg.common.type_aliases import Policy, Simulator
@@ -233,9 +234,6 @@ class SimulatorTarget(ValueTarget):
         observations = replay_data.observations
         n_agents, device = observations.shape[0], observations.device
 
-        def to_tensor(array: np.ndarray) -> th.Tensor:
-            return th.as_tensor(array, dtype=th.float32, device=device)
-
         policy = context.steps.policy(context.actor, n_agents)
         # NumPy, as in the simulator: a small operation in torch takes several times as long
         last_obs = observations.cpu().numpy().copy()
@@ -247,7 +245,7 @@ class SimulatorTarget(ValueTarget):
         running: slice | np.ndarray = slice(None)
         for step in range(self.n_steps):
             if step > 0:
-                actions = policy(units.normalize_observations(to_tensor(last_obs[running])))
+                actions = policy(units.normalize_observations(to_tensor(last_obs[running], device)))
             env_actions = units.unscale_actions(actions).cpu().numpy()
             indices = None if isinstance(running, slice) else running
             last_obs[running], all_rewards[step, running, 0], is_terminated[running], _ = simulator.step(env_actions, indices)
@@ -255,10 +253,10 @@ class SimulatorTarget(ValueTarget):
                 running = np.flatnonzero(~is_terminated)
                 if len(running) == 0:
                     break
-        step_discounts = to_tensor(context.gamma ** np.arange(self.n_steps)).reshape(-1, 1, 1)
-        returns = (step_discounts * units.scale_rewards(to_tensor(all_rewards))).sum(dim=0)
+        step_discounts = to_tensor(context.gamma ** np.arange(self.n_steps), device).reshape(-1, 1, 1)
+        returns = (step_discounts * units.scale_rewards(to_tensor(all_rewards, device))).sum(dim=0)
         goes_on = th.as_tensor(~is_terminated[:, np.newaxis], device=device)
-        return returns, units.normalize_observations(to_tensor(last_obs)), goes_on
+        return returns, units.normalize_observations(to_tensor(last_obs, device)), goes_on
 
 
 def check_n_steps(n_steps: int) -> int:

@@ -174,9 +174,10 @@ def to_tensor(array: np.ndarray, device: th.device | str) -> th.Tensor:
     """
     :param array: any shape
     :param device: device of the tensor
-    :return: the same numbers in single precision
+    :return: a copy in single precision
     """
-    return th.as_tensor(array, dtype=th.float32, device=device)
+    # Never a view: memory of torch has one alignment, that of numpy varies, and results of LAPACK differ with the alignment
+    return th.tensor(array, dtype=th.float32, device=device)
 
 
 def to_numpy(tensor: th.Tensor) -> np.ndarray:

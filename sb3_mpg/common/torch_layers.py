@@ -77,6 +77,20 @@ def first_layer(network: nn.Module) -> nn.Module:
     return network[0] if isinstance(network, nn.Sequential) and len(network) > 0 else network
 
 
+def with_layer_norm(network: nn.Module) -> nn.Sequential:
+    """
+    :param network: linear layers, each but the last followed by an activation function
+    :return: the same layers, with a layer normalisation behind each linear layer but the last
+    """
+    layers = list(network.children())
+    normalised: list[nn.Module] = []
+    for layer in layers:
+        normalised.append(layer)
+        if isinstance(layer, nn.Linear) and layer is not layers[-1]:
+            normalised.append(nn.LayerNorm(layer.out_features))
+    return nn.Sequential(*normalised)
+
+
 @th.no_grad()
 def convert_inputs(
     layer: nn.Linear, factors: th.Tensor, offsets: th.Tensor, optimizer: th.optim.Optimizer | None = None

@@ -25,9 +25,11 @@ from sb3_mpg.common.value_targets import ValueTarget, make_value_target
 from sb3_mpg.mpg.policies import MlpPolicy, MPGPolicy, MultiInputPolicy
 from sb3_mpg.mpg.update import MPGUpdate, MPGUpdateSettings
 
-# Table VI of the first version
+# Of the papers' methods: Table VI of the first version
 ACTOR_LEARNING_RATE = LinearSchedule(3e-4, 3e-6, 1.0)
 CRITIC_LEARNING_RATE = LinearSchedule(8e-4, 8e-6, 1.0)
+# That of TD3 at first, and low enough in the end that the last policy is as good as the best
+LEARNING_RATE = LinearSchedule(1e-3, 1e-5, 1.0)
 
 
 def check_differentiate(differentiate: Differentiate) -> None:
@@ -64,10 +66,14 @@ class MPG(OffPolicyModelAlgorithm):
     - The networks take scaled observations, and their Fourier features while a model is trusted (see ``ObservationScaler``);
       ``policy_kwargs=dict(features_extractor_kwargs=dict(frequencies=[]))`` removes them.
 
-    MPG-v2 of the papers is ``residual=False, weighting="rule_based", learning_starts=3000, gamma=0.98`` without Fourier
-    features and with ``value_target_kwargs={"noise_std": 0.0}``: the papers do not smooth the target policy. MPG-v1 is the
-    same with ``value_target="n_step_simulator", batch_reuse=10`` in place of that argument. The other defaults are those of
-    Table VI of the first version.
+    - The hidden layers of the critics are normalised, and the target networks follow ten times as fast (``tau``). A critic
+      that regresses on targets of one step learns values in about ``policy_delay / tau`` updates for each step that counts.
+
+    MPG-v2 of the papers is ``residual=False, weighting="rule_based", learning_starts=3000, gamma=0.98, tau=0.005`` with
+    learning rates that fall from 3e-4 (actor) and 8e-4 (critic) to a hundredth, without Fourier features and normalised
+    layers, and with ``value_target_kwargs={"noise_std": 0.0}``: the papers do not smooth the target policy. MPG-v1 is the
+    same with ``value_target="n_step_simulator", batch_reuse=10`` in place of that argument. RL Zoo has both in
+    ``mpg_v2.yml`` and ``mpg_v1.yml``. The other defaults are those of Table VI of the first version.
 
     Differences from the papers:
 
@@ -159,11 +165,11 @@ class MPG(OffPolicyModelAlgorithm):
         self,
         policy: str | type[MPGPolicy],
         env: GymEnv | str,
-        learning_rate: float | Schedule = ACTOR_LEARNING_RATE,
+        learning_rate: float | Schedule = LEARNING_RATE,
         buffer_size: int = 500_000,
         learning_starts: int = 250,
         batch_size: int = 256,
-        tau: float = 0.005,
+        tau: float = 0.05,
         gamma: float = 0.99,
         train_freq: int | tuple[int, str] = 1,
         gradient_steps: int = 1,
@@ -172,7 +178,7 @@ class MPG(OffPolicyModelAlgorithm):
         replay_buffer_kwargs: dict[str, Any] | None = None,
         optimize_memory_usage: bool = False,
         n_steps: int = 1,
-        critic_learning_rate: float | Schedule = CRITIC_LEARNING_RATE,
+        critic_learning_rate: float | Schedule = LEARNING_RATE,
         prior_model: PriorModelLike = "auto",
         prior_model_kwargs: dict[str, Any] | None = None,
         horizons: Sequence[int] = (0, 25),

@@ -10,7 +10,7 @@ from torch import nn
 
 from sb3_mpg.common.checks import check_count
 from sb3_mpg.common.policies import FlatInputs, ModelBasePolicy
-from sb3_mpg.common.torch_layers import ELU, ObservationScaler, first_layer
+from sb3_mpg.common.torch_layers import ELU, ObservationScaler, first_layer, with_layer_norm
 
 
 class MPGActor(FlatInputs, Actor):
@@ -21,7 +21,18 @@ class MPGActor(FlatInputs, Actor):
 
 
 class MPGCritic(FlatInputs, ContinuousCritic):
-    """The critics of TD3, which take flat observations, too. See ``ContinuousCritic`` for the parameters."""
+    """
+    The critics of TD3, which take flat observations, too. See ``ContinuousCritic`` for the other parameters.
+
+    :param layer_norm: whether each hidden layer is normalised before its activation function
+    """
+
+    def __init__(self, *args: Any, layer_norm: bool = True, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if layer_norm:
+            for index, q_network in enumerate(self.q_networks):
+                self.q_networks[index] = with_layer_norm(q_network)
+                self.add_module(f"qf{index}", self.q_networks[index])
 
     def input_layers(self) -> list[nn.Module]:
         return [first_layer(q_network) for q_network in self.q_networks]
@@ -31,6 +42,9 @@ class MPGPolicy(ModelBasePolicy, TD3Policy):
     """
     Policy class (with both actor and critic) for MPG: that of TD3 with the papers' networks, two hidden layers of
     256 ELU units. The rollout needs dQ/ds and dπ/ds, which are continuous with ELU and not with ReLU.
+
+    The hidden layers of the critics are normalised, which the papers' are not. Their values then do not grow without bound
+    where nothing is recorded, so that the target networks can follow the critics ten times as fast as in TD3.
 
     :param observation_space: Observation space
     :param action_space: Action space
@@ -44,6 +58,7 @@ class MPGPolicy(ModelBasePolicy, TD3Policy):
     :param optimizer_kwargs: Additional keyword arguments, excluding the learning rate, to pass to the optimizer;
         by default Adam is ``fused``
     :param n_critics: Number of critic networks to create.
+    :param layer_norm: Whether the hidden layers of the critics are normalised
     :param share_features_extractor: Must be False: a shared extractor hides dQ/ds from the rollout
     """
 
@@ -60,6 +75,7 @@ class MPGPolicy(ModelBasePolicy, TD3Policy):
         optimizer_class: type[th.optim.Optimizer] = th.optim.Adam,
         optimizer_kwargs: dict[str, Any] | None = None,
         n_critics: int = 2,
+        layer_norm: bool = True,
         share_features_extractor: bool = False,
     ):
         if share_features_extractor:
@@ -71,6 +87,8 @@ class MPGPolicy(ModelBasePolicy, TD3Policy):
         if optimizer_kwargs is None and optimizer_class is th.optim.Adam:
             # The same arithmetic in one call for all parameters
             optimizer_kwargs = {"fused": True}
+        # The critics are made in the constructor of the base class
+        self.layer_norm = layer_norm
         super().__init__(
             observation_space,
             action_space,
@@ -86,11 +104,15 @@ class MPGPolicy(ModelBasePolicy, TD3Policy):
             share_features_extractor,
         )
 
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        return {**super()._get_constructor_parameters(), "layer_norm": self.layer_norm}
+
     def make_actor(self, features_extractor: BaseFeaturesExtractor | None = None) -> MPGActor:
         return MPGActor(**self._update_features_extractor(self.actor_kwargs, features_extractor)).to(self.device)
 
     def make_critic(self, features_extractor: BaseFeaturesExtractor | None = None) -> MPGCritic:
-        return MPGCritic(**self._update_features_extractor(self.critic_kwargs, features_extractor)).to(self.device)
+        kwargs = self._update_features_extractor(self.critic_kwargs, features_extractor)
+        return MPGCritic(**kwargs, layer_norm=self.layer_norm).to(self.device)
 
 
 MlpPolicy = MPGPolicy

@@ -14,8 +14,11 @@ from sb3_mpg.common.utils import parameters_of_modules
 SMALLEST_NOISE, LARGEST_NOISE = 0.2, 2.0
 # The mean of the elites is taken unless it loses more than this share of the advantage of the best
 TOLERANCE = 0.05
-# Half of the children of a candidate are the candidate with this share of new offsets added
+# A third of the children of a candidate are the candidate with this share of new offsets added
 SHARE_ADDED = 0.3
+# What offsets with a root mean square of 1 cost, in standard deviations of the returns of random sequences. Of two plans that
+# promise the same, the one that changes less is better, and a policy can learn it
+PRICE_OF_OFFSETS = 0.1
 
 
 class Plan(NamedTuple):
@@ -67,7 +70,8 @@ class Planner(NamedTuple):
     def varied(self, parents: np.ndarray) -> np.ndarray:
         """
         :param parents: sequences of offsets, ``(C, H, A)``
-        :return: the same with new offsets in one segment of random place and length, added or instead, ``(C, H, A)``
+        :return: the same with other offsets in one segment of random place and length: new ones, added or instead, or none,
+            ``(C, H, A)``
         """
         n_sequences, horizon, n_actions = parents.shape
         starts = np.random.randint(0, horizon, (n_sequences, 1))
@@ -75,8 +79,9 @@ class Planner(NamedTuple):
         times = np.arange(horizon)
         is_inside = (times >= starts) & (times < starts + np.ceil(lengths))
         drawn = self.random_offsets(n_sequences, n_actions)
-        is_added = np.random.uniform(size=(n_sequences, 1, 1)) < 0.5
-        return np.where(is_inside[..., np.newaxis], np.where(is_added, parents + SHARE_ADDED * drawn, drawn), parents)
+        kinds = np.random.randint(3, size=(n_sequences, 1, 1))
+        changed = np.select([kinds == 0, kinds == 1], [parents + SHARE_ADDED * drawn, drawn], 0.0)
+        return np.where(is_inside[..., np.newaxis], changed, parents)
 
     @th.no_grad()
     def plan(
@@ -105,14 +110,18 @@ class Planner(NamedTuple):
         returns = self._returns(candidates, observation, context, q_functions, n_members)
         of_policy, means = returns[:, 0], returns.mean(axis=0)
         spread = float(means[np.isfinite(means)].std()) if np.isfinite(means).any() else 0.0
+
+        def scores(returns: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+            return returns.mean(axis=0) - PRICE_OF_OFFSETS * spread * (offsets**2).mean(axis=(1, 2))
+
         for _ in range(self.n_rounds - 1 if start is None else 1):
-            elites = np.argsort(-returns.mean(axis=0))[: self.n_elites]
+            elites = np.argsort(-scores(returns, candidates))[: self.n_elites]
             children = self.varied(candidates[np.random.choice(elites, self.n_candidates)])
             children[0] = candidates[elites].mean(axis=0)
             candidates = np.concatenate([candidates[elites], children])
             of_children = self._returns(children, observation, context, q_functions, n_members)
             returns = np.concatenate([returns[:, elites], of_children], axis=1)
-        means = returns.mean(axis=0)
+        means = scores(returns, candidates)
         chosen, of_elites = int(np.argmax(means)), self.n_elites
         # The mean of the elites has less of the noise of the search, which a policy that imitates plans cannot learn
         with np.errstate(invalid="ignore"):  # there is no advantage where nothing is finite

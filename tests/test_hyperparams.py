@@ -67,8 +67,8 @@ def test_every_task_has_an_entry(name):
 @pytest.mark.parametrize(("name", "key"), FILES_AND_ENTRIES)
 def test_values_are_accepted(name, key):
     entry = dict(ENTRIES[name][key], policy_kwargs=policy_kwargs_of(ENTRIES[name][key]), buffer_size=100)
-    if "learning_rate" in entry:
-        entry["learning_rate"] = float(entry["learning_rate"].removeprefix("lin_"))
+    for rate in {"learning_rate", "critic_learning_rate"} & entry.keys():
+        entry[rate] = float(entry[rate].removeprefix("lin_"))
     arguments = {argument: value for argument, value in entry.items() if argument not in ZOO_KEYS}
     env = make_vec_env("PathTracking-v0" if key == "default" else key, n_envs=1)
     model = CLASSES[name](env=env, device="cpu", **arguments)
@@ -101,6 +101,19 @@ def test_settings_are_those_of_the_benchmarks(env_id, monkeypatch):
         else:
             wrappers = entry["env_wrapper"] or [{"sb3_mpg.zoo.ScaleReward": {"factor": 1.0}}]
             assert wrappers == [{"sb3_mpg.zoo.ScaleReward": {"factor": task.reward_scale}}], name
+
+
+def test_the_papers_methods_learn_as_in_the_papers():
+    """Table VI of the first version."""
+    for name in ("mpg_v1", "mpg_v2", "nadp", "ndpg"):
+        defaults = {argument: parameter.default for argument, parameter in inspect.signature(CLASSES[name]).parameters.items()}
+        for entry in ENTRIES[name].values():
+            settings = {**defaults, **entry}
+            assert (settings["tau"], settings["gamma"], settings["learning_starts"]) == (0.005, 0.98, 3000)
+            for key, initial in (("learning_rate", 3e-4), ("critic_learning_rate", 8e-4)):
+                is_named = isinstance(settings[key], str)
+                assert settings[key] == f"lin_{initial:.0e}".replace("e-0", "e-") if is_named else settings[key](1.0) == initial
+            assert policy_kwargs_of(entry)["layer_norm"] is False
 
 
 def test_the_papers_networks_see_no_fourier_features():

@@ -58,3 +58,30 @@ def test_networks_are_those_of_the_papers():
     assert len(policy.critic.q_networks) == 2
     assert isinstance(policy.actor.features_extractor, ObservationScaler)
     assert policy.actor.optimizer.defaults["fused"]
+
+
+def test_hidden_layers_of_critics_are_normalised():
+    policy = MPG("MlpPolicy", LinearEnv(), buffer_size=10).policy
+    for critic in (policy.critic, policy.critic_target):
+        for q_network in critic.q_networks:
+            kinds = [type(module) for module in q_network]
+            assert kinds == [th.nn.Linear, th.nn.LayerNorm, ELU, th.nn.Linear, th.nn.LayerNorm, ELU, th.nn.Linear]
+            assert [module.normalized_shape for module in q_network if isinstance(module, th.nn.LayerNorm)] == [(256,)] * 2
+        # SB3 finds them by these names
+        assert all(getattr(critic, f"qf{index}") is q_network for index, q_network in enumerate(critic.q_networks))
+    assert not any(isinstance(module, th.nn.LayerNorm) for module in policy.actor.modules())
+
+
+def test_without_normalisation_the_critics_are_those_of_td3(tmp_path):
+    settings = {"buffer_size": 10, "seed": 0, "device": "cpu", "policy_kwargs": {"layer_norm": False}}
+    policy = MPG("MlpPolicy", LinearEnv(), **settings).policy
+    normalised = MPG("MlpPolicy", LinearEnv(), **{**settings, "policy_kwargs": {}}).policy
+    for q_network, other in zip(policy.critic.q_networks, normalised.critic.q_networks, strict=True):
+        assert [type(module) for module in q_network] == [th.nn.Linear, ELU, th.nn.Linear, ELU, th.nn.Linear]
+        # Both start from the same weights
+        pairs = zip(q_network[::2], other[::3], strict=True)
+        assert all(th.equal(layer.weight, other_layer.weight) for layer, other_layer in pairs)
+    # A policy that is saved on its own knows it
+    policy.save(tmp_path / "policy.zip")
+    loaded = MPGPolicy.load(tmp_path / "policy.zip")
+    assert not any(isinstance(module, th.nn.LayerNorm) for module in loaded.modules())

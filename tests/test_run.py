@@ -63,13 +63,13 @@ def test_log_values():
 
 def test_linear_decay_of_both_learning_rates():
     model = MPG("MlpPolicy", LinearEnv(), horizons=(0, 1), **SMALL)
-    assert model.actor.optimizer.param_groups[0]["lr"] == 3e-4
+    assert model.actor.optimizer.param_groups[0]["lr"] == 1e-3
     model.learn(100)
     for progress, fraction in ((1.0, 0.0), (0.5, 0.5), (0.0, 1.0)):
-        assert model.lr_schedule(progress) == pytest.approx(3e-4 + fraction * (3e-6 - 3e-4))
-        assert model.critic_learning_rate(progress) == pytest.approx(8e-4 + fraction * (8e-6 - 8e-4))
-    assert model.actor.optimizer.param_groups[0]["lr"] == pytest.approx(3e-6)
-    assert model.critic.optimizer.param_groups[0]["lr"] == pytest.approx(8e-6)
+        for schedule in (model.lr_schedule, model.critic_learning_rate):
+            assert schedule(progress) == pytest.approx(1e-3 + fraction * (1e-5 - 1e-3))
+    for network in (model.actor, model.critic):
+        assert network.optimizer.param_groups[0]["lr"] == pytest.approx(1e-5)
 
 
 def test_many_environments_and_callbacks(tmp_path):

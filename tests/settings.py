@@ -2,7 +2,15 @@
 
 from sb3_mpg import MPG, NStepADP, NStepDPG
 
-SMALL = {"policy_kwargs": {"net_arch": [16]}, "learning_starts": 40, "batch_size": 32, "seed": 0, "buffer_size": 2000}
+# A smaller discount factor makes plans shorter
+SMALL = {
+    "gamma": 0.9,
+    "policy_kwargs": {"net_arch": [16]},
+    "learning_starts": 40,
+    "batch_size": 32,
+    "seed": 0,
+    "buffer_size": 2000,
+}
 PAPERS = {"weighting": "rule_based", "residual": False}
 ALGORITHMS = {
     "v1": (

@@ -112,7 +112,9 @@ def test_the_papers_methods_learn_as_in_the_papers():
             assert (settings["tau"], settings["gamma"], settings["learning_starts"]) == (0.005, 0.98, 3000)
             for key, initial in (("learning_rate", 3e-4), ("critic_learning_rate", 8e-4)):
                 is_named = isinstance(settings[key], str)
-                assert settings[key] == f"lin_{initial:.0e}".replace("e-0", "e-") if is_named else settings[key](1.0) == initial
+                assert (
+                    settings[key] == f"lin_{initial:.0e}".replace("e-0", "e-") if is_named else settings[key](1.0) == initial
+                )
             assert policy_kwargs_of(entry)["layer_norm"] is False
 
 

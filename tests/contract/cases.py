@@ -10,7 +10,14 @@ from contract.envs import GoalEnv, LinearSystem
 from sb3_mpg import MPG, NStepADP, NStepDPG
 
 #: Settings with which every algorithm learns within a tenth of a second
-SMALL = {"policy_kwargs": {"net_arch": [8]}, "learning_starts": 10, "batch_size": 16, "buffer_size": 200, "seed": 0}
+SMALL = {
+    "gamma": 0.9,
+    "policy_kwargs": {"net_arch": [8]},
+    "learning_starts": 10,
+    "batch_size": 16,
+    "buffer_size": 200,
+    "seed": 0,
+}
 
 
 @dataclass(frozen=True)

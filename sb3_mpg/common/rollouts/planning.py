@@ -14,11 +14,22 @@ from sb3_mpg.common.utils import parameters_of_modules
 SMALLEST_NOISE, LARGEST_NOISE = 0.2, 2.0
 # The mean of the elites is taken unless it loses more than this share of the advantage of the best
 TOLERANCE = 0.05
-# A third of the children of a candidate are the candidate with this share of new offsets added
+# A quarter of the children of a candidate are the candidate with this share of new offsets added
 SHARE_ADDED = 0.3
-# What offsets with a root mean square of 1 cost, in standard deviations of the returns of random sequences. Of two plans that
-# promise the same, the one that changes less is better, and a policy can learn it
+# What offsets cost whose mean square is 1, and changes between steps whose mean square is 1, in standard deviations of the
+# returns of random sequences. Of two plans that promise the same, the smaller and smoother one is better: a policy can learn
+# it, while the noise of a search is beyond it
 PRICE_OF_OFFSETS = 0.1
+PRICE_OF_CHANGES = 0.3
+
+
+def price(offsets: np.ndarray) -> np.ndarray:
+    """
+    :param offsets: sequences of offsets, ``(C, H, A)``
+    :return: what they cost, in standard deviations of the returns of random sequences, ``(C,)``
+    """
+    changes = np.diff(offsets, axis=1, append=offsets[:, -1:])
+    return PRICE_OF_OFFSETS * (offsets**2).mean(axis=(1, 2)) + PRICE_OF_CHANGES * (changes**2).mean(axis=(1, 2))
 
 
 class Plan(NamedTuple):
@@ -70,18 +81,19 @@ class Planner(NamedTuple):
     def varied(self, parents: np.ndarray) -> np.ndarray:
         """
         :param parents: sequences of offsets, ``(C, H, A)``
-        :return: the same with other offsets in one segment of random place and length: new ones, added or instead, or none,
-            ``(C, H, A)``
+        :return: the same with other offsets in one segment of random place and length: new ones, added or instead, their mean,
+            or none, ``(C, H, A)``
         """
         n_sequences, horizon, n_actions = parents.shape
         starts = np.random.randint(0, horizon, (n_sequences, 1))
         lengths = np.exp(np.random.uniform(0.0, np.log(horizon), (n_sequences, 1)))
         times = np.arange(horizon)
-        is_inside = (times >= starts) & (times < starts + np.ceil(lengths))
+        is_inside = ((times >= starts) & (times < starts + np.ceil(lengths)))[..., np.newaxis]
         drawn = self.random_offsets(n_sequences, n_actions)
-        kinds = np.random.randint(3, size=(n_sequences, 1, 1))
-        changed = np.select([kinds == 0, kinds == 1], [parents + SHARE_ADDED * drawn, drawn], 0.0)
-        return np.where(is_inside[..., np.newaxis], changed, parents)
+        means = (parents * is_inside).sum(axis=1, keepdims=True) / is_inside.sum(axis=1, keepdims=True)
+        kinds = np.random.randint(4, size=(n_sequences, 1, 1))
+        choices = [parents + SHARE_ADDED * drawn, drawn, np.broadcast_to(means, parents.shape)]
+        return np.where(is_inside, np.select([kinds == kind for kind in range(3)], choices, 0.0), parents)
 
     @th.no_grad()
     def plan(
@@ -112,7 +124,7 @@ class Planner(NamedTuple):
         spread = float(means[np.isfinite(means)].std()) if np.isfinite(means).any() else 0.0
 
         def scores(returns: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-            return returns.mean(axis=0) - PRICE_OF_OFFSETS * spread * (offsets**2).mean(axis=(1, 2))
+            return returns.mean(axis=0) - spread * price(offsets)
 
         for _ in range(self.n_rounds - 1 if start is None else 1):
             elites = np.argsort(-scores(returns, candidates))[: self.n_elites]

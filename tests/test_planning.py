@@ -247,21 +247,25 @@ def test_offsets_are_held_for_times_of_all_orders():
 
 
 def test_children_differ_in_one_segment():
-    parents = np.full((500, 50, 1), 7.0)
-    changed = (Planner(horizon=50).varied(parents) != parents)[..., 0]
-    borders = np.diff(np.pad(changed.astype(int), ((0, 0), (1, 1))), axis=1)
-    assert ((borders == 1).sum(axis=1) == 1).all()
-    lengths = changed.sum(axis=1)
-    assert lengths.min() == 1 and lengths.max() > 25
-    # In a quarter of the children each, the segment has no offsets, one for all its steps, or new ones near the old ones
-    parents += np.random.default_rng(0).normal(scale=0.01, size=parents.shape)
+    parents = 7.0 + np.random.default_rng(0).normal(scale=0.01, size=(1000, 50, 1))
     children = Planner(horizon=50).varied(parents)
-    is_long = (children != parents).sum(axis=(1, 2)) > 2
+    changed = (children != parents)[..., 0]
+    borders = np.diff(np.pad(changed.astype(int), ((0, 0), (1, 1))), axis=1)
+    # The mean of a single step is what it was
+    n_segments = (borders == 1).sum(axis=1)
+    assert n_segments.max() == 1 and n_segments.mean() > 0.9
+    lengths = changed.sum(axis=1)
+    assert lengths.max() > 25
+    # In a quarter of the children each, the segment has no offsets, one for all its steps, or new ones near the old ones
+    children = children[lengths > 2]
+    deviations = np.abs(children - 7.0).max(axis=(1, 2))
     is_erased = (children == 0).any(axis=(1, 2))
-    is_mean = (np.diff(children, axis=1) == 0).any(axis=(1, 2)) & (np.abs(children - 7.0).max(axis=(1, 2)) < 0.05)
-    is_near = (np.abs(children - 7.0).max(axis=(1, 2)) < 2.5) & ~is_mean
+    is_mean = deviations < 0.05
+    is_near = (deviations < 2.5) & ~is_mean
     for kind in (is_erased, is_mean, is_near):
-        assert kind[is_long].mean() == pytest.approx(1 / 4, abs=0.08)
+        assert kind.mean() == pytest.approx(1 / 4, abs=0.08)
+    # But for a few small additions
+    assert ((np.diff(children[is_mean], axis=1) == 0).sum(axis=(1, 2)) >= 2).mean() > 0.9
 
 
 def test_the_price_of_offsets_and_of_their_changes():

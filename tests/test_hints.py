@@ -16,7 +16,7 @@ from sb3_mpg.common.models.checking.report import MAX_HINTS
 def costs_of(hints):
     """What the hints cost, by words that each kind says and no other."""
     words = {
-        "With measured weights, training leaves the model out": Cost.LEFT_OUT,
+        "With measured weights, the model weighs less": Cost.SPOILT_ROLLOUTS,
         "piecewise constant": Cost.SILENT,
         "opposite": Cost.WRONG_SIGN,
         "times": Cost.WRONG_SCALE,
@@ -40,7 +40,7 @@ class TestOrder:
         assert verdict_of([]) == "good"
 
     def test_missed_terminations_come_first(self):
-        """Training leaves such a model out, whatever else is wrong."""
+        """They spoil rollouts, whatever else is wrong."""
 
         class Forgets(ChangedCart):
             def terminal(self, states):
@@ -50,7 +50,7 @@ class TestOrder:
         assert costs_of(hints) == sorted(costs_of(hints))
         assert (
             hints[0].startswith("`terminal` misses")
-            and "With measured weights, training leaves the model out until then" in hints[0]
+            and "the model weighs less. A corrected model learns terminations once 10 of them are recorded." in hints[0]
         )
 
     @pytest.mark.parametrize("horizon", [25, 1])
@@ -61,10 +61,8 @@ class TestOrder:
         assert 0.1 / 25 < rate < 0.1
         is_first = report.hints[0].startswith("`terminal` misses")
         (hint,) = (hint for hint in report.hints if hint.startswith("`terminal`"))
-        assert ("training leaves the model out" in hint, "Training does not correct this" in hint) == (
-            horizon == 25,
-            horizon == 1,
-        )
+        assert ("the model weighs less" in hint) == (horizon == 25)
+        assert hint.endswith("A corrected model learns terminations once 10 of them are recorded.")
         assert is_first and "time limit" not in hint
 
     def test_false_terminations(self):
@@ -73,10 +71,7 @@ class TestOrder:
                 return states[:, :1] < 10
 
         report = check_prior_model(Early(), Cart(), n_samples=400, verbose=False)
-        assert (
-            "With measured weights, training leaves the model out until then." in report.hints[0]
-            and "time limits" not in report.hints[0]
-        )
+        assert "With measured weights, the model weighs less." in report.hints[0] and "time limits" not in report.hints[0]
 
     def test_the_first_hint_is_always_printed(self):
         """Dimensions with many different mistakes: more than are printed."""

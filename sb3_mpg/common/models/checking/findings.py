@@ -13,13 +13,13 @@ MAX_NAMES = 4
 class Cost(IntEnum):
     """What a finding costs the user. Hints come in this order, the most costly first."""
 
-    #: With measured weights, training leaves the model out, because it does not know where episodes terminate
-    LEFT_OUT = 0
+    #: Wrong terminations spoil many rollouts: with measured weights, the model weighs less
+    SPOILT_ROLLOUTS = 0
     #: The gradient of the reward, or with respect to an action, vanishes: there is nothing to learn from
     SILENT = 1
     #: Predictions or gradients are not finite in some states, which training masks
     NOT_FINITE = 2
-    #: Some terminations are wrong, and training does not correct them
+    #: Some terminations are wrong
     TERMINATIONS = 3
     #: An action, a dimension or the reward goes in the opposite direction
     WRONG_SIGN = 4

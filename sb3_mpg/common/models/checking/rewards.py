@@ -10,6 +10,7 @@ from sb3_mpg.common.models.checking.findings import Cost, Finding
 from sb3_mpg.common.models.checking.gradients import judge_reward_gradient
 from sb3_mpg.common.models.checking.recording import Recording
 from sb3_mpg.common.models.checking.verdicts import GOOD_RELATIVE_ERROR, is_wrong_scale, scale_factor
+from sb3_mpg.common.models.learned_ends import MIN_ENDS
 from sb3_mpg.common.models.terminations import MAX_MISJUDGED_ENDS, ends_matter, looks_like_time_limit
 from sb3_mpg.common.models.windows import Windows, rms, rounding_errors, to_numpy
 from sb3_mpg.common.tables import format_share
@@ -103,11 +104,8 @@ def judge_terminal(model: PriorModel, recording: Recording, horizon: int) -> tup
     if n_missed == n_false == 0:
         return (0, 0), []
     misses = n_missed > MAX_MISJUDGED_ENDS * n_ends and ends_matter(n_ends / n_steps, horizon)
-    is_left_out = misses or n_false > MAX_MISJUDGED_ENDS * (n_steps - n_ends)
-    consequence = "Training does not correct this"
-    if is_left_out:
-        consequence = "With measured weights, training leaves the model out until then"
-    cost = Cost.LEFT_OUT if is_left_out else Cost.TERMINATIONS
+    spoils = misses or n_false > MAX_MISJUDGED_ENDS * (n_steps - n_ends)
+    cost = Cost.SPOILT_ROLLOUTS if spoils else Cost.TERMINATIONS
     time_limit = looks_like_time_limit(recording.steps[is_missed].tolist())
     if time_limit is not None:
         n_limits = int((recording.steps[is_missed] == time_limit).sum())
@@ -115,10 +113,12 @@ def judge_terminal(model: PriorModel, recording: Recording, horizon: int) -> tup
             f"{n_limits} of {n_ends} recorded terminations come after {time_limit} steps of an episode, and `terminal` misses "
             "them: this looks like a time limit, which states do not show. Behind a time limit the episode would go on: the "
             "environment must return terminated=False and truncated=True there, as gymnasium.wrappers.TimeLimit does. A "
-            f"wrapper can mend an environment that counts by itself. {consequence}."
+            "wrapper can mend an environment that counts by itself. Training does not learn time limits."
         )
         return (n_missed, n_false), [Finding(cost, "", hint)]
     are_equal = len(set(recording.steps[is_missed].tolist())) == 1
+    consequence = "With measured weights, the model weighs less. " if spoils else ""
+    consequence += f"A corrected model learns terminations once {MIN_ENDS} of them are recorded"
     advice = "If this is a time limit, the environment must return truncated=True instead." if are_equal else ""
     hint = (
         f"`terminal` misses {n_missed} of {n_ends} recorded terminations and reports {n_false} that were none: it must be "

@@ -34,7 +34,7 @@ def gradients(model, batch, n_updates):
 
 def test_horizon_zero_is_the_actor_loss_of_td3():
     env = LinearEnv()
-    policy_kwargs = {"net_arch": [16], "features_extractor_kwargs": {"frequencies": []}}
+    policy_kwargs = {"net_arch": [16], "layer_norm": False, "features_extractor_kwargs": {"frequencies": []}}
     model = MPG("MlpPolicy", env, horizons=(0,), weighting="constant", **{**SMALL, "policy_kwargs": policy_kwargs})
     td3 = TD3("MlpPolicy", env, policy_kwargs={"net_arch": [16], "activation_fn": th.nn.ELU}, seed=3)
     model.actor.load_state_dict(td3.actor.state_dict(), strict=False)

@@ -116,8 +116,8 @@ def test_numbers_become_double():
     assert to_numpy(th.ones(2, requires_grad=False)).dtype == np.float64
 
 
-def test_tensors_have_one_alignment_whatever_the_arrays_have():
-    """Least squares of unaligned numbers differ in the last bits: a training would not be reproducible."""
+def test_tensors_are_copies_of_one_alignment():
+    """The replay buffer is written to later, and libraries may choose their arithmetic by the alignment."""
     memory = np.arange(40, dtype=np.float32)
     tensors = [to_tensor(memory[first : first + 20], "cpu") for first in range(16)]
     assert all(tensor.data_ptr() % 64 == 0 for tensor in tensors)

@@ -110,7 +110,7 @@ def convert_inputs(
     """
     n_converted = len(factors)
     weights = layer.weight[:, :n_converted]
-    old_weights = weights.double()
+    old_weights = weights.to(th.float64, copy=True)
     weights.copy_(old_weights * factors)
     layer.bias.add_(old_weights @ offsets)
 

@@ -15,6 +15,7 @@ import sb3_mpg
 from contract.cases import OWN_CASES, SMALL
 from sb3_mpg import MPG, NStepADP, NStepDPG
 from sb3_mpg.common.off_policy_model_algorithm import OffPolicyModelAlgorithm
+from sb3_mpg.mpg.mpg import ACTOR_LEARNING_RATE, CRITIC_LEARNING_RATE
 from sb3_mpg.zoo import ALGORITHMS, SAMPLERS, check_hyperparameters
 
 ROOT = Path(__file__).parent.parent.parent
@@ -128,7 +129,9 @@ class TestOfEachClass:
     ],
 )
 def test_variants_are_mpg_with_pinned_values(cls, differences):
-    variant = cls("MlpPolicy", LinearEnv(), n_steps=3, batch_reuse=2, **SMALL).learn(30)
-    kwargs = {"gamma": 0.98, "value_target_kwargs": {"n_steps": 3}, "policy_delay": 1, "batch_reuse": 2, **differences}
-    mpg = MPG("MlpPolicy", LinearEnv(), **kwargs, **SMALL).learn(30)
+    settings = {name: value for name, value in SMALL.items() if name != "gamma"}
+    variant = cls("MlpPolicy", LinearEnv(), n_steps=3, batch_reuse=2, **settings).learn(30)
+    papers = {"gamma": 0.98, "tau": 0.005, "learning_rate": ACTOR_LEARNING_RATE, "critic_learning_rate": CRITIC_LEARNING_RATE}
+    kwargs = {"value_target_kwargs": {"n_steps": 3}, "policy_delay": 1, "batch_reuse": 2, **papers, **differences}
+    mpg = MPG("MlpPolicy", LinearEnv(), **kwargs, **settings).learn(30)
     assert_same_parameters(variant, mpg)

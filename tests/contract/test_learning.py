@@ -32,5 +32,5 @@ def test_it_learns_to_brake(case):
         return evaluate_policy(model, env, 20)[0]
 
     assert mean_return() < -20
-    model.learn(300)
+    model.learn(900)
     assert mean_return() > -9

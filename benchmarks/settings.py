@@ -8,6 +8,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 import sb3_mpg_envs  # noqa: F401
 from sb3_mpg import MPG, NStepADP, NStepDPG
+from sb3_mpg.mpg.mpg import ACTOR_LEARNING_RATE, CRITIC_LEARNING_RATE
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,8 @@ def make_model(algorithm: str, task: Task, env: VecEnv, seed: int, **kwargs: Any
     :return: the algorithm with the papers' settings
     """
     cls, settings = ALGORITHMS[algorithm]
-    settings = {"learning_starts": 3000, "gamma": 0.98, **settings}
+    rates = {"learning_rate": ACTOR_LEARNING_RATE, "critic_learning_rate": CRITIC_LEARNING_RATE}
+    settings = {"learning_starts": 3000, "gamma": 0.98, "tau": 0.005, **rates, **settings}
     if cls is MPG and "weighting" not in settings:
         settings["weighting"], settings["residual"] = "rule_based", False
         settings["weighting_kwargs"] = {"eta": 0.1, "total_updates": task.weighting_updates}
@@ -103,7 +105,7 @@ def make_model(algorithm: str, task: Task, env: VecEnv, seed: int, **kwargs: Any
         "MlpPolicy",
         env,
         reward_scale=task.reward_scale,
-        policy_kwargs={"features_extractor_kwargs": {"scale": list(task.observation_scale)}},
+        policy_kwargs={"layer_norm": False, "features_extractor_kwargs": {"scale": list(task.observation_scale)}},
         seed=seed,
         device="cpu",
         **{**settings, **kwargs},

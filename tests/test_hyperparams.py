@@ -110,11 +110,11 @@ def test_the_papers_methods_learn_as_in_the_papers():
         for entry in ENTRIES[name].values():
             settings = {**defaults, **entry}
             assert (settings["tau"], settings["gamma"], settings["learning_starts"]) == (0.005, 0.98, 3000)
-            for key, initial in (("learning_rate", 3e-4), ("critic_learning_rate", 8e-4)):
-                is_named = isinstance(settings[key], str)
-                assert (
-                    settings[key] == f"lin_{initial:.0e}".replace("e-0", "e-") if is_named else settings[key](1.0) == initial
-                )
+            for key, initial, named in (
+                ("learning_rate", 3e-4, "lin_3e-4"),
+                ("critic_learning_rate", 8e-4, "lin_8e-4"),
+            ):
+                assert settings[key] == named or settings[key](1.0) == initial
             assert policy_kwargs_of(entry)["layer_norm"] is False
 
 

@@ -117,7 +117,7 @@ def test_numbers_become_double():
 
 
 def test_tensors_are_copies_of_one_alignment():
-    """The replay buffer is written to later, and libraries may choose their arithmetic by the alignment."""
+    """BLAS and LAPACK may choose their arithmetic by the alignment, and trainings must be reproducible to the last bit."""
     memory = np.arange(40, dtype=np.float32)
     tensors = [to_tensor(memory[first : first + 20], "cpu") for first in range(16)]
     assert all(tensor.data_ptr() % 64 == 0 for tensor in tensors)

@@ -51,7 +51,8 @@ class FlatInputs(BaseModel):
                     module.fit(observations)
                     module.keep_fit()
             return
-        was_fitted, shift, scale = scaler.is_fitted, *(part.to(th.float64, copy=True) for part in (scaler.shift, scaler.scale))
+        was_fitted = scaler.is_fitted
+        shift, scale = (part.to(th.float64, copy=True) for part in (scaler.shift, scaler.scale))
         scaler.fit(observations)
         if was_fitted:
             factors, offsets = scale / scaler.scale, scale * (scaler.shift - shift)

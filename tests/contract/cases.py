@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import settings
 from stable_baselines3 import TD3
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
@@ -10,14 +11,7 @@ from contract.envs import GoalEnv, LinearSystem
 from sb3_mpg import MPG, NStepADP, NStepDPG
 
 #: Settings with which every algorithm learns within a tenth of a second
-SMALL = {
-    "gamma": 0.9,
-    "policy_kwargs": {"net_arch": [8]},
-    "learning_starts": 10,
-    "batch_size": 16,
-    "buffer_size": 200,
-    "seed": 0,
-}
+SMALL = {**settings.SMALL, "policy_kwargs": {"net_arch": [8]}, "learning_starts": 10, "batch_size": 16, "buffer_size": 200}
 
 
 @dataclass(frozen=True)

@@ -176,7 +176,7 @@ def to_tensor(array: np.ndarray, device: th.device | str) -> th.Tensor:
     :param device: device of the tensor
     :return: a copy in single precision
     """
-    # Never a view: the replay buffer is written to while tensors of it are in use, and memory of torch has one alignment
+    # Never a view: BLAS and LAPACK may round otherwise where memory is aligned otherwise, as that of NumPy is by chance
     return th.tensor(array, dtype=th.float32, device=device)
 
 

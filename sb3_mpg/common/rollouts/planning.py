@@ -133,11 +133,11 @@ class Planner(NamedTuple):
             candidates = np.concatenate([candidates[elites], children])
             of_children = self._returns(children, observation, context, q_functions, n_members)
             returns = np.concatenate([returns[:, elites], of_children], axis=1)
-        means = scores(returns, candidates)
-        chosen, of_elites = int(np.argmax(means)), self.n_elites
+        final = scores(returns, candidates)
+        chosen, of_elites = int(np.argmax(final)), self.n_elites
         # The mean of the elites has less of the noise of the search, which a policy that imitates plans cannot learn
         with np.errstate(invalid="ignore"):  # there is no advantage where nothing is finite
-            if means[of_elites] >= means[chosen] - TOLERANCE * (means[chosen] - of_policy.mean()):
+            if final[of_elites] >= final[chosen] - TOLERANCE * (final[chosen] - of_policy.mean()):
                 chosen = of_elites
             return Plan(candidates[chosen], returns[:, chosen] - of_policy, spread)
 

@@ -26,6 +26,8 @@ from sb3_mpg.common.rollouts.steps import EagerSteps
 from sb3_mpg.mpg.policies import MPGPolicy
 from sb3_mpg_envs.path_tracking import PathTrackingModel, PathTrackingSimulator
 
+pytestmark = pytest.mark.usefixtures("models_are_fitted_once")
+
 
 def compile_nothing(graph, example_inputs, record):
     def taken_apart(is_backward):

@@ -27,6 +27,8 @@ from sb3_mpg.common.compilation.step_compiler import StepCompiler
 from sb3_mpg.common.env_pickles import take_env_apart
 from sb3_mpg.common.learners import InProcessLearner, MultiprocessLearners
 
+pytestmark = pytest.mark.usefixtures("models_are_fitted_once")
+
 SMALL = {**settings.SMALL, "policy_kwargs": {"net_arch": [8]}, "batch_size": 16, "horizons": (0, 2)}
 V1 = {"value_target": "n_step_simulator", "value_target_kwargs": {"n_steps": 3}, "batch_reuse": 2}
 OBSERVATIONS = np.array([[0.5, -0.2], [0.1, 0.3]], dtype=np.float32)

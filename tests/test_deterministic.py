@@ -1,5 +1,7 @@
 """An interrupted training gives the same as one without interruption, and the seed is that of the model, too."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch as th
@@ -10,8 +12,17 @@ from stable_baselines3.common.env_util import make_vec_env
 
 import sb3_mpg_envs  # noqa: F401
 from sb3_mpg import MPG, PriorModel
+from sb3_mpg.common import off_policy_model_algorithm
+from sb3_mpg.common.model_fitting import ModelFitting
 
 
+@pytest.fixture
+def models_are_fitted_briefly(monkeypatch):
+    """Long enough for a right model to be trusted, not until it has converged."""
+    monkeypatch.setattr(off_policy_model_algorithm, "ModelFitting", partial(ModelFitting, max_fits=100))
+
+
+@pytest.mark.usefixtures("models_are_fitted_briefly")
 @pytest.mark.parametrize("name", ["v1", "v2", "ndpg", "measured", "compared"])
 @pytest.mark.parametrize("env_id", ["PathTracking-v0", "InvertedPendulumConti-v0"])
 def test_continuing_equals_not_stopping(name, env_id, tmp_path):

@@ -5,7 +5,9 @@ Python blocks run as they are, one after the other, those of a page in one names
 the fixture ``small_budget`` makes these settings smaller, and nothing else:
 
 - a training takes ``MAX_STEPS`` environment steps, of which ``LEARNING_STARTS`` are random;
-- batches have ``BATCH_SIZE`` rows, and networks one hidden layer of ``N_UNITS`` units.
+- batches have ``BATCH_SIZE`` rows, and networks one hidden layer of ``N_UNITS`` units;
+- models are fitted once where they would be fitted until they have converged;
+- plans have at most ``PLANNING_HORIZON`` steps.
 
 A block below a comment ``<!-- not run: REASON -->`` is only compiled. Commands are not run, but the programs, options,
 algorithms, environments, hyperparameters and files that they name must exist.
@@ -30,6 +32,7 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
 import sb3_mpg_envs  # noqa: F401
 from sb3_mpg import MPG, __version__
+from sb3_mpg.common import planned_exploration
 from sb3_mpg.zoo import ALGORITHMS, COMMANDS, hyperparameter_folder
 
 ROOT = Path(__file__).parent.parent
@@ -40,6 +43,7 @@ MAX_STEPS = 60
 LEARNING_STARTS = 30
 BATCH_SIZE = 16
 N_UNITS = 8
+PLANNING_HORIZON = 10
 
 MAX_README_LINES = 150
 BASELINES = ("td3", "sac", "tqc", "crossq")
@@ -100,7 +104,7 @@ def pages_with(language):
 
 
 @pytest.fixture
-def small_budget(monkeypatch, tmp_path):
+def small_budget(monkeypatch, tmp_path, models_are_fitted_once):
     """See the docstring of this file."""
     learn, init = OffPolicyAlgorithm.learn, MPG.__init__
 
@@ -120,6 +124,7 @@ def small_budget(monkeypatch, tmp_path):
         init(**settings)
 
     monkeypatch.setattr(OffPolicyAlgorithm, "learn", learn_shortly)
+    monkeypatch.setattr(planned_exploration, "LONGEST_HORIZON", PLANNING_HORIZON)
     # NStepDPG and NStepADP call the constructor of MPG
     monkeypatch.setattr(MPG, "__init__", init_small)
     monkeypatch.chdir(tmp_path)

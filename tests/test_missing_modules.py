@@ -17,6 +17,8 @@ from sb3_mpg import MPG
 from sb3_mpg.common.saved_object import SavedObject
 from sb3_mpg.common.trust.weighting import make_weighting_rule
 
+pytestmark = pytest.mark.usefixtures("models_are_fitted_once")
+
 MODULE = """
 import numpy as np
 from lq import LinearEnv, LinearModel

@@ -22,6 +22,8 @@ from sb3_mpg.common.precision import (
 )
 from sb3_mpg.common.value_targets import ReplayTarget
 
+pytestmark = pytest.mark.usefixtures("models_are_fitted_once")
+
 
 def current() -> str:
     return th.backends.mkldnn.matmul.fp32_precision

@@ -18,6 +18,8 @@ from sb3_mpg import MPG, PriorModel
 from sb3_mpg.common.torch_layers import ObservationScaler
 from sb3_mpg_envs.path_tracking.dynamics import VehicleParameters
 
+pytestmark = pytest.mark.usefixtures("models_are_fitted_once")
+
 
 @pytest.mark.parametrize("env_id", ["PathTracking-v0", "InvertedPendulumConti-v0"])
 @pytest.mark.parametrize("name", ALGORITHMS)

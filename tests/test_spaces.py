@@ -21,6 +21,8 @@ from sb3_mpg.common.spaces import FlatObservations, TupleAsDict, check_spaces, f
 from sb3_mpg.common.trust.weighting import make_weighting_rule
 from sb3_mpg.common.units import Units
 
+pytestmark = pytest.mark.usefixtures("models_are_fitted_once")
+
 FLOATS = spaces.Box(-1, 1, (2,), np.float32)
 DICT = spaces.Dict({"b": spaces.Box(-2, 2, (2, 2), np.float64), "a": spaces.Box(0, 5, (3,), np.int64)})
 HER = {"replay_buffer_class": HerReplayBuffer}

@@ -20,6 +20,8 @@ from sb3_mpg.common.rollouts.exploration import ModelExploration, explore_in_mod
 from sb3_mpg.common.rollouts.steps import EagerSteps
 from sb3_mpg.common.value_targets import SimulatorTarget
 
+pytestmark = pytest.mark.usefixtures("models_are_fitted_once")
+
 
 @pytest.fixture
 def compiled(monkeypatch):

@@ -15,7 +15,7 @@ from sb3_mpg import MPG
 from sb3_mpg.common.trust.weighting import make_weighting_rule
 from sb3_mpg.common.value_targets import ReplayTarget
 
-pytestmark = pytest.mark.usefixtures("nothing_is_left")
+pytestmark = pytest.mark.usefixtures("nothing_is_left", "models_are_fitted_once")
 
 LEARNING_STARTS = 20
 N_STEPS = 70

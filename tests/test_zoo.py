@@ -19,7 +19,8 @@ from sb3_mpg.zoo import COMMANDS as OFFERED
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ("sb3_mpg", "sb3_mpg_envs", "hyperparams", "setup.py", "pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE")
-SMALL = ("n_envs:1", "learning_starts:50", "buffer_size:1000", "batch_size:16")
+# A smaller discount factor makes plans shorter
+SMALL = ("n_envs:1", "learning_starts:50", "buffer_size:1000", "batch_size:16", "gamma:0.9")
 
 # Runs commands one after the other in one interpreter, as `python -m` does: importing RL Zoo is what takes the time
 RUN_COMMANDS = """

@@ -350,12 +350,13 @@ class RecordKeys(BaseCallback):
         return True
 
 
-def test_keys_of_the_log_are_documented():
+def test_keys_of_the_log_are_documented(models_are_fitted_once):
     text = (ROOT / "docs" / "reference" / "logging.md").read_text(encoding="utf-8")
     families = ("train", "horizons", "model", "learners")
     documented = {key for key in re.findall(r"`(\w+/\w+)`", text) if key.startswith(families)}
     record = RecordKeys()
-    small = {"batch_size": BATCH_SIZE, "policy_kwargs": {"net_arch": [N_UNITS]}, "residual_kwargs": {"net_arch": (N_UNITS,)}}
+    small = {"gamma": 0.9, "batch_size": BATCH_SIZE, "policy_kwargs": {"net_arch": [N_UNITS]}}
+    small["residual_kwargs"] = {"net_arch": (N_UNITS,)}
     # Enough steps for some to be held out
     model = MPG("MlpPolicy", "PathTracking-v0", learning_starts=220, n_learners=1, seed=0, **small)
     model.learn(260, callback=record)

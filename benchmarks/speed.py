@@ -37,7 +37,6 @@ from sb3_mpg.common.precision import (
     is_as_exact,
     matmul_precision,
 )
-from sb3_mpg.common.rollouts.exploration import ModelExploration
 from sb3_mpg.common.rollouts.policy_gradient import mixed_policy_gradient
 from sb3_mpg.common.rollouts.steps import EagerSteps, Steps
 from sb3_mpg.common.torch_layers import ObservationScaler
@@ -346,7 +345,7 @@ def measure_default(table: Table, device: str) -> None:
     units, update, fitting, trust = model.units(), model.update, model.model_fitting, model.trust
     assert fitting is not None and isinstance(trust, MeasuredTrust)
     recorded = RecordedSteps(model.replay_buffer, units.unscale_actions, model.device)
-    context, exploration = update.context(units, model.gamma), ModelExploration(model.model_exploration)
+    context, exploration = update.context(units, model.gamma), model.update_settings(1).exploration
     q_functions = update.q_functions(fitting.model.n_members)
     observations = model.replay_buffer.sample(BATCH).observations  # type: ignore[union-attr]
 

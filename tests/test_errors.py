@@ -179,6 +179,7 @@ def test_models_that_break_the_rules(prior_model, message):
         ({"batch_reuse": 1.5}, "`batch_reuse` must be a whole number, 1 or more"),
         ({"batch_reuse": 0}, "`batch_reuse` must be a whole number, 1 or more"),
         ({"policy_delay": 0}, "`policy_delay` must be a whole number, 1 or more"),
+        ({"rollout_batch_size": 0}, "`rollout_batch_size` must be a whole number, 1 or more"),
         ({"differentiate": "some_actions"}, "'first_action' or 'all_actions'"),
         ({"policy_kwargs": {"share_features_extractor": True}}, "share_features_extractor"),
         ({"value_target": "n_step_replay", "replay_buffer_class": ReplayBuffer}, "needs an NStepReplayBuffer"),

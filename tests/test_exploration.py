@@ -3,10 +3,11 @@
 import pytest
 import torch as th
 from helpers import rollout_context
-from lq import LinearActor
+from lq import LinearActor, LinearEnv
 from models import Counter
+from settings import SMALL
 
-from sb3_mpg import PriorModel
+from sb3_mpg import MPG, PriorModel
 from sb3_mpg.common.rollouts.exploration import ModelExploration, explore_in_model
 from sb3_mpg.common.units import Units
 
@@ -107,7 +108,13 @@ def test_noise_is_clipped_with_the_action():
 def test_the_region_is_that_of_the_batch_and_a_margin(margin):
     context = rollout_context(LinearActor(th.zeros(1, 1)), Counter())
     observations = th.linspace(-0.5, 0.5, 64).reshape(-1, 1)
-    explored = ModelExploration(1.0, margin=margin).perturb(observations, context, trust=1.0)
+    explored = ModelExploration(1.0, max_steps=10, margin=margin).perturb(observations, context, trust=1.0)
     assert (explored != observations).sum() > 16
     assert explored.abs().max() <= 0.5 + margin
     assert (explored.abs() > 0.5).any() == (margin > 0)
+
+
+@pytest.mark.parametrize(("horizons", "max_steps"), [((0, 3, 7), 7), ((0,), 1)])
+def test_states_are_perturbed_by_as_many_steps_as_rollouts_have(horizons, max_steps):
+    model = MPG("MlpPolicy", LinearEnv(), horizons=horizons, weighting="constant", **SMALL)
+    assert model.update_settings(1).exploration.max_steps == max_steps

@@ -174,7 +174,7 @@ def test_compiled_exploration_equals_the_eager_one(compiled):
         context = model.update.context(model.units(), model.gamma)._replace(steps=steps)
         th.manual_seed(0)
         with members_of(model.rollout_model, "dealt"):
-            explored.append(ModelExploration(0.5).perturb(observations, context, 0.9))
+            explored.append(ModelExploration(0.5, 10).perturb(observations, context, 0.9))
     (loop,), _ = compiled
     assert not steps.has_failed and all(graph.loops for graph in loop.graphs)
     th.testing.assert_close(*explored, rtol=1e-5, atol=1e-5)

@@ -159,7 +159,7 @@ def test_half_of_the_states_are_explored_in_a_model_that_is_trusted():
 
     def explored(trust, observations=batch.observations, **kwargs):
         th.manual_seed(0)
-        return ModelExploration(0.5, **kwargs).perturb(observations, context, trust)
+        return ModelExploration(0.5, **{"max_steps": 10, **kwargs}).perturb(observations, context, trust)
 
     def moved(observations):
         return (observations != batch.observations).any(dim=1)
@@ -179,7 +179,7 @@ def test_half_of_the_states_are_explored_in_a_model_that_is_trusted():
 
     # There the policy is improved, and the critics learn from its rollouts
     model.weighting_rule._errors = [np.array([1e30, 1e-30])]
-    observations = explored(1.0)
+    observations = explored(1.0, max_steps=4)
     gradient = mixed_policy_gradient(observations, context, {4: 1.0}, balance=1.0)
     values = model.critic(observations, gradient.actions)
     loss = rollout_value_loss(values, gradient.returns, {4: 1.0}, 1.0) + sum(
@@ -206,6 +206,26 @@ def test_without_trust_in_the_model_an_update_is_the_data_driven_one():
     for name in ("critic", "actor"):
         for ours, expected in zip(results[0][name], results[1][name], strict=True):
             assert th.equal(ours, expected)
+
+
+@pytest.mark.parametrize(("errors", "n_states"), [([1.0, 0.9], 8), ([0.9, 1.0], 32)])
+def test_rollouts_start_from_fewer_states_where_the_model_leads(errors, n_states):
+    settings = {"horizons": (0, 2), "rollout_batch_size": 8, "model_exploration": 0, "policy_delay": 1}
+    model = MPG("MlpPolicy", LinearEnv(), **settings, **SMALL).learn(50)
+    model.weighting_rule._errors = [np.array(errors)]
+    batch, weights = draw_batch(model, 2), model.trust.weights(2)
+    context = model.update.context(model.units(), model.gamma)
+    with members_of(model.rollout_model, "dealt"):
+        states = batch.observations[:n_states]
+        expected = mixed_policy_gradient(states, context, weights, balance=model.trust.in_model(2)).gradients
+    for ours, other in zip(gradients(model, batch, 2).gradients["actor"], expected, strict=True):
+        th.testing.assert_close(ours, other)
+
+
+@pytest.mark.parametrize("kwargs", [{"weighting": "rule_based"}, {"residual": False}])
+def test_rollouts_start_from_the_whole_batch_where_the_model_does_not_learn(kwargs):
+    model = MPG("MlpPolicy", LinearEnv(), horizons=(0, 2), **{"residual": False, **kwargs}, **SMALL)
+    assert not model.update_settings(1).model_leads
 
 
 def test_batches_are_raw_whatever_normalises_the_environment():

@@ -82,6 +82,7 @@ CHANGES = {
     "reward_scale": (set_to(reward_scale=3.0), {}),
     "differentiate": (set_to(differentiate="all_actions"), GEOMETRIC),
     "policy_delay": (set_to(policy_delay=3), {}),
+    "rollout_batch_size": (set_to(rollout_batch_size=5), {**MEASURED, "rollout_batch_size": 32}),
     "batch_reuse": (set_to(batch_reuse=3), {}),
     "batch_reuse_less": (set_to(batch_reuse=1), {"batch_reuse": 3}),
     "model_exploration": (set_to(model_exploration=1.0), MEASURED),

@@ -297,7 +297,7 @@ class OffPolicyModelAlgorithm(PlansExploration, PickledWithEnv, OffPolicyAlgorit
             blind_trust=self.trust.in_blind_returns(n_updates),
             value_target=self.value_target,
             batch_reuse=self.batch_reuse,
-            exploration=ModelExploration(self.model_exploration),
+            exploration=ModelExploration(self.model_exploration, max_steps=max(self.trust.longest_horizon, 1)),
             imitation=imitation_of(self.update.plans, self.training_state.plans, self.trust.in_model(n_updates)),
         )
 

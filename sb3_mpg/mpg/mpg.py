@@ -122,13 +122,15 @@ class MPG(OffPolicyModelAlgorithm):
         share of the noise that smooths the target policy (see ``ReplayTarget``)
     :param value_target_kwargs: arguments of the named value target
     :param batch_reuse: in how many updates a batch and its targets are used; as many batches take turns
+    :param rollout_batch_size: number of states of a batch that the policy's rollouts start from where a corrected or learned
+        model has most of the weight; elsewhere they start from all of them
     :param policy_delay: Policy and target networks will only be updated once every policy_delay updates
     :param max_grad_norm: largest norm of the gradient of each network, ``None`` for no limit
     :param reward_scale: factor of all rewards, both recorded and predicted
     :param exploration_noise: standard deviation of the Gaussian noise on actions in [-1, 1] when ``action_noise`` is None
     :param model_exploration: share of the start states of rollouts that may be perturbed in the corrected model, 0 for none.
-        Each of them is perturbed with a probability that equals the trust in the model: up to 10 model steps with one noisy
-        action, which is repeated (see ``ModelExploration``)
+        Each of them is perturbed with a probability that equals the trust in the model: as many model steps as the
+        longest horizon at most, with one noisy action, which is repeated (see ``ModelExploration``)
     :param model_planning: share of the exploring time in which actions are planned in the corrected model, 0 for none. It is
         multiplied with the trust in the model, and falls when plans are no better than the policy (see ``PlansExploration``)
     :param max_skipped_updates: how many updates in a row may be skipped for a non-finite gradient before training stops
@@ -190,6 +192,7 @@ class MPG(OffPolicyModelAlgorithm):
         value_target: str | ValueTarget = "clipped_double_q",
         value_target_kwargs: dict[str, Any] | None = None,
         batch_reuse: int = 1,
+        rollout_batch_size: int = 64,
         policy_delay: int = 2,
         max_grad_norm: float | None = 3.0,
         reward_scale: float = 1.0,
@@ -243,6 +246,7 @@ class MPG(OffPolicyModelAlgorithm):
             seed=seed,
             device=device,
         )
+        self.rollout_batch_size = rollout_batch_size
         self.policy_delay = policy_delay
         self.differentiate = differentiate
 
@@ -256,7 +260,8 @@ class MPG(OffPolicyModelAlgorithm):
                 f"{type(self).__name__} needs an MPGPolicy, got {self.policy_class.__name__}, which belongs to another "
                 f"algorithm. Pass one of {list(self.policy_aliases)}, or load the file with the algorithm that saved it."
             )
-        check_count("policy_delay", self.policy_delay, 1)
+        for name in ("policy_delay", "rollout_batch_size"):
+            check_count(name, getattr(self, name), 1)
         check_differentiate(self.differentiate)
 
     @property
@@ -281,7 +286,12 @@ class MPG(OffPolicyModelAlgorithm):
 
     def update_settings(self, n_updates: int) -> MPGUpdateSettings:
         common = vars(super().update_settings(n_updates))
-        return MPGUpdateSettings(**common, policy_delay=self.policy_delay, differentiate=self.differentiate)
+        return MPGUpdateSettings(
+            **common,
+            policy_delay=self.policy_delay,
+            differentiate=self.differentiate,
+            rollout_batch_size=self.rollout_batch_size,
+        )
 
     @th.inference_mode(mode=False)
     def policy_gradient(self, observations: Any, horizon: int, differentiate: Differentiate = "first_action") -> th.Tensor:

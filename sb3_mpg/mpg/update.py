@@ -30,10 +30,17 @@ class MPGUpdateSettings(UpdateSettings):
 
     :param policy_delay: the policy is updated once in this number of updates
     :param differentiate: which actions of the model rollout carry the gradient
+    :param rollout_batch_size: number of states that rollouts start from where the model leads
     """
 
     policy_delay: int
     differentiate: Differentiate
+    rollout_batch_size: int
+
+    @property
+    def model_leads(self) -> bool:
+        """Whether a model that learns from the data has most of the weight."""
+        return min(self.trust, 1 - self.weights.get(0, 0.0)) >= 0.5
 
 
 class MPGUpdate(Update[MPGUpdateSettings]):
@@ -82,6 +89,13 @@ class MPGUpdate(Update[MPGUpdateSettings]):
 
     def n_model_steps(self, settings: MPGUpdateSettings) -> float:
         return max(settings.weights) / settings.policy_delay
+
+    def start_observations(self, batch: TrainingBatch, context: RolloutContext, settings: MPGUpdateSettings) -> th.Tensor:
+        # A rollout has little noise, so that a few of them say what many say. Critics are noisy: without the model, the policy
+        # needs the whole batch
+        if settings.model_leads:
+            batch = batch._replace(observations=batch.observations[: settings.rollout_batch_size])
+        return super().start_observations(batch, context, settings)
 
     def compute_gradients(
         self, batch: TrainingBatch, n_updates: int, units: Units, settings: MPGUpdateSettings

@@ -44,13 +44,13 @@ class ModelExploration(NamedTuple):
     trajectories; a model that is trusted can be explored as well.
 
     :param share: share of the states of a batch, from 0 to 1
-    :param max_steps: largest number of model steps
+    :param max_steps: largest number of model steps, at least 1: in as many steps as a rollout has, the system changes as much
     :param noise: standard deviation of the noise on the action, in [-1, 1] units
     :param margin: how far outside the batch a state may lie in any dimension, in widths of the batch
     """
 
     share: float
-    max_steps: int = 10
+    max_steps: int
     noise: float = 1.0
     margin: float = 1.0
 

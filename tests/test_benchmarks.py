@@ -66,7 +66,7 @@ PACKAGES = {
     "dc_motor": "gym_electric_motor",
     "parking": "highway_env",
 }
-OWN_TASKS = ("inverted_pendulum", "inverted_double_pendulum", "reacher", "mountain_car", "pendulum")
+OWN_TASKS = ("inverted_pendulum", "inverted_double_pendulum", "reacher", "mountain_car", "pendulum", "pendulum_fast")
 # The rewards of four steps are not four times the last
 REWARD_TOLERANCE = {"cartpole_swingup_repeat": 0.02}
 # A new set point counts one step before it is shown

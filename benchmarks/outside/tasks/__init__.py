@@ -11,6 +11,7 @@ from outside.tasks import (
     mountain_car,
     parking,
     pendulum,
+    pendulum_fast,
     reacher,
 )
 from prior_models import KnowsNothing
@@ -23,6 +24,7 @@ TASKS = {
         reacher,
         mountain_car,
         pendulum,
+        pendulum_fast,
         cartpole_swingup,
         cartpole_swingup_repeat,
         cstr,

@@ -40,11 +40,12 @@ class Rough(KnowsTheCost):
     """A pendulum that is 30 % too heavy (the motor turns it too little), and whose gravity is 30 % too weak."""
 
     gravity, motor_gain = 10.5, 2.3  # rad/s^2
+    step_time = 0.05  # s
 
     def transition(self, states: th.Tensor, actions: th.Tensor) -> th.Tensor:
         cos, sin, speed = states.split(1, dim=1)
-        speed = speed + 0.05 * (self.gravity * sin + self.motor_gain * actions)
-        angle = th.atan2(sin, cos) + 0.05 * speed
+        speed = speed + self.step_time * (self.gravity * sin + self.motor_gain * actions)
+        angle = th.atan2(sin, cos) + self.step_time * speed
         return th.cat([angle.cos(), angle.sin(), speed], dim=1)
 
 

@@ -64,7 +64,12 @@ class RandomLinearEnv(LinearEnv):
 
 
 @pytest.mark.parametrize(
-    "env", [RandomLinearEnv(), "PathTracking-v0", "InvertedPendulumConti-v0"], ids=["lq", "path", "pendulum"]
+    "env",
+    [
+        pytest.param(RandomLinearEnv(), id="lq"),
+        pytest.param("PathTracking-v0", id="path"),
+        pytest.param("InvertedPendulumConti-v0", id="pendulum", marks=pytest.mark.expensive),
+    ],
 )
 def test_compiled_gradient_equals_the_eager_one(env, monkeypatch, compiled):
     model = MPG("MlpPolicy", env, compile=False, horizons=(0, 3), **SMALL).learn(44)
@@ -94,7 +99,7 @@ def test_compiled_gradient_equals_the_eager_one(env, monkeypatch, compiled):
     th.testing.assert_close(result / scale, expected / scale, rtol=0, atol=5e-6)
 
 
-@pytest.mark.parametrize(("n_rows", "n_members"), [(31, 2), (32, 3)])
+@pytest.mark.parametrize(("n_rows", "n_members"), [(31, 2), pytest.param(32, 3, marks=pytest.mark.expensive)])
 def test_batches_that_cannot_be_dealt_in_equal_parts(n_rows, n_members):
     settings = {**SMALL, "residual_kwargs": {"n_members": n_members, "net_arch": (16,)}, "learning_starts": 80}
     model = MPG("MlpPolicy", LinearEnv(), compile=False, horizons=(0, 3), **settings).learn(82)

@@ -8,7 +8,7 @@ from lq import LinearEnv
 from settings import PAPERS, SMALL
 
 from sb3_mpg import MPG
-from sb3_mpg.common.torch_layers import ELU, ObservationScaler
+from sb3_mpg.common.torch_layers import ELU, FadingLayerNorm, ObservationScaler
 from sb3_mpg.mpg.policies import MPGPolicy
 
 
@@ -65,11 +65,22 @@ def test_hidden_layers_of_critics_are_normalised():
     for critic in (policy.critic, policy.critic_target):
         for q_network in critic.q_networks:
             kinds = [type(module) for module in q_network]
-            assert kinds == [th.nn.Linear, th.nn.LayerNorm, ELU, th.nn.Linear, th.nn.LayerNorm, ELU, th.nn.Linear]
+            assert kinds == [th.nn.Linear, FadingLayerNorm, ELU, th.nn.Linear, FadingLayerNorm, ELU, th.nn.Linear]
             assert [module.normalized_shape for module in q_network if isinstance(module, th.nn.LayerNorm)] == [(256,)] * 2
         # SB3 finds them by these names
         assert all(getattr(critic, f"qf{index}") is q_network for index, q_network in enumerate(critic.q_networks))
     assert not any(isinstance(module, th.nn.LayerNorm) for module in policy.actor.modules())
+
+
+def test_without_a_model_nothing_is_normalised():
+    """The critics are bit for bit those without layers of normalisation."""
+    settings = {"horizons": (0,), "weighting": "constant", **SMALL}
+    normalised = MPG("MlpPolicy", LinearEnv(), **settings).learn(60)
+    policy_kwargs = {**SMALL["policy_kwargs"], "layer_norm": False}
+    plain = MPG("MlpPolicy", LinearEnv(), **{**settings, "policy_kwargs": policy_kwargs}).learn(60)
+    inputs = th.randn(5, 2), th.randn(5, 1)
+    for ours, expected in zip(normalised.critic(*inputs), plain.critic(*inputs), strict=True):
+        assert th.equal(ours, expected)
 
 
 def test_without_normalisation_the_critics_are_those_of_td3(tmp_path):

@@ -15,7 +15,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 import sb3_mpg_envs  # noqa: F401
 from sb3_mpg import MPG
 from sb3_mpg.common import torch_layers
-from sb3_mpg.common.torch_layers import ELU, ObservationScaler, convert_inputs, first_layer
+from sb3_mpg.common.torch_layers import ELU, FadingLayerNorm, ObservationScaler, convert_inputs, first_layer
 from sb3_mpg.common.trust.weighting import MeasuredWeighting
 
 
@@ -133,31 +133,34 @@ class TestObservationScaler:
             scaler.fade(is_trusted, at_once=True)
             assert scaler.fourier_scale == is_trusted
 
-    def test_fourier_features_fade_while_no_model_is_trusted(self, monkeypatch, tmp_path):
+    def test_fourier_features_and_normalisation_fade_while_no_model_is_trusted(self, monkeypatch, tmp_path):
         monkeypatch.setattr(torch_layers, "N_FADING_UPDATES", 10)
 
-        def fourier_scales(model):
-            scalers = [module for module in model.policy.modules() if isinstance(module, ObservationScaler)]
-            assert len(scalers) == 4
-            return [scaler.fourier_scale.item() for scaler in scalers]
+        def shares(model):
+            """Of the extractors of policies and critics, and of the hidden layers of the critics."""
+            modules = [*model.policy.modules()]
+            scales = [module.fourier_scale.item() for module in modules if isinstance(module, ObservationScaler)]
+            of_norms = [module.share.item() for module in modules if isinstance(module, FadingLayerNorm)]
+            assert (len(scales), len(of_norms)) == (4, 4)
+            return scales + of_norms
 
         def trained(n_updates, **kwargs):
             return MPG("MlpPolicy", LinearEnv(), **SMALL, **kwargs).learn(40 + n_updates)
 
         # There are none without a model
         model = trained(1, horizons=(0,), weighting="constant")
-        assert fourier_scales(model) == [0.0] * 4
+        assert shares(model) == [0.0] * 8
         model.save(tmp_path / "model.zip")
-        assert fourier_scales(MPG.load(tmp_path / "model.zip")) == [0.0] * 4
+        assert shares(MPG.load(tmp_path / "model.zip")) == [0.0] * 8
         # Without measured errors, a model that is used is trusted
-        assert fourier_scales(trained(20, horizons=(0, 2), weighting="rule_based", residual=False)) == [1.0] * 4
+        assert shares(trained(20, horizons=(0, 2), weighting="rule_based", residual=False)) == [1.0] * 8
 
         # With them, a model is trusted that has half of the weight
         for weight, expected in ((0.6, 1.0), (0.4, 0.5)):
             rule = MeasuredWeighting((0, 2))
             weights = np.array([1 - weight, weight])
             monkeypatch.setattr(rule, "weights", lambda n_updates, weights=weights: weights)
-            assert fourier_scales(trained(5, horizons=(0, 2), weighting=rule)) == pytest.approx([expected] * 4)
+            assert shares(trained(5, horizons=(0, 2), weighting=rule)) == pytest.approx([expected] * 8)
 
     def test_every_network_gets_the_same_fit_and_keeps_it_until_the_data_have_doubled(self, tmp_path):
         model = MPG("MlpPolicy", "PathTracking-v0", **SMALL).learn(50)

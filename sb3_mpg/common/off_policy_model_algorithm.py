@@ -344,8 +344,8 @@ class OffPolicyModelAlgorithm(PlansExploration, PickledWithEnv, OffPolicyAlgorit
             # Fit the model, and measure the errors of its gradients
             model_logs = self._improve_model(inputs, recorded)
             is_model_trusted = self.trust.prefers_model(self._n_updates)
-            for scaler in self.update.observation_scalers:
-                scaler.fade(is_model_trusted, at_once=not self.trust.uses_model)
+            for module in self.update.fading:
+                module.fade(is_model_trusted, at_once=not self.trust.uses_model)
             # Compute gradients, in this process or in learner processes
             result = self.learners.next_result(self._n_updates, inputs)
             # Optimize the networks, update the target networks

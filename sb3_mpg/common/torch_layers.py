@@ -25,7 +25,7 @@ SECOND_MOMENTS = {"exp_avg_sq", "max_exp_avg_sq", "square_avg"}
 COUNTERS = {"step"}
 # Frequencies of the Fourier features, for inputs that are scaled to about one unit
 FREQUENCIES = (1.0, 2.0, 3.0)
-# Number of updates in which the scale of the Fourier features rises from 0 to 1
+# Number of updates in which what only a trusted model bears rises from 0 to 1
 N_FADING_UPDATES = 500
 
 
@@ -77,17 +77,54 @@ def first_layer(network: nn.Module) -> nn.Module:
     return network[0] if isinstance(network, nn.Sequential) and len(network) > 0 else network
 
 
+@th.no_grad()
+def fade(share: th.Tensor, is_model_trusted: bool, at_once: bool = False) -> None:
+    """
+    Fade something that helps where a model is trusted and harms elsewhere, once in each update.
+
+    :param share: its present share, from 0 to 1, which is changed in place
+    :param is_model_trusted: whether the share rises towards 1 or falls towards 0
+    :param at_once: whether it gets there in this update
+    """
+    step = 1.0 if at_once else 1 / N_FADING_UPDATES
+    share.add_(step if is_model_trusted else -step).clamp_(0.0, 1.0)
+
+
+class FadingLayerNorm(nn.LayerNorm):
+    r"""
+    A share of layer normalisation, :math:`x + \beta (\mathrm{LN}(x) - x)`.
+
+    Normalised critics stay bounded where nothing is recorded, so that targets that follow fast stay steady. But they learn
+    less from recorded steps alone. Without a trusted model, the algorithm takes the normalisation out.
+
+    :param n_features: number of features
+    """
+
+    share: th.Tensor
+
+    def __init__(self, n_features: int):
+        super().__init__(n_features)
+        self.register_buffer("share", th.ones(()))
+
+    def forward(self, input: th.Tensor) -> th.Tensor:
+        return th.lerp(input, super().forward(input), self.share)
+
+    def fade(self, is_model_trusted: bool, at_once: bool = False) -> None:
+        """See :func:`fade`."""
+        fade(self.share, is_model_trusted, at_once)
+
+
 def with_layer_norm(network: nn.Module) -> nn.Sequential:
     """
     :param network: linear layers, each but the last followed by an activation function
-    :return: the same layers, with a layer normalisation behind each linear layer but the last
+    :return: the same layers, with a :class:`FadingLayerNorm` behind each linear layer but the last
     """
     layers = list(network.children())
     normalised: list[nn.Module] = []
     for layer in layers:
         normalised.append(layer)
         if isinstance(layer, nn.Linear) and layer is not layers[-1]:
-            normalised.append(nn.LayerNorm(layer.out_features))
+            normalised.append(FadingLayerNorm(layer.out_features))
     return nn.Sequential(*normalised)
 
 
@@ -257,13 +294,9 @@ class ObservationScaler(BaseFeaturesExtractor):
 
     def fade(self, is_model_trusted: bool, at_once: bool = False) -> None:
         """
-        Adapt the scale of the Fourier features, once in each update. With these features, critics extrapolate freely at the
-        border of the visited region. If critics learn from recorded steps only, a policy exploits that. Rollouts of a trusted
-        model prevent it, and without such a model the features vanish.
-
-        :param is_model_trusted: whether the scale rises towards 1 or falls towards 0
-        :param at_once: whether it gets there in this update
+        Fade the scale of the Fourier features, see :func:`fade`. With these features, critics extrapolate freely at the border
+        of the visited region. If critics learn from recorded steps only, a policy exploits that. Rollouts of a trusted model
+        prevent it.
         """
         if self.frequencies:
-            step = 1.0 if at_once else 1 / N_FADING_UPDATES
-            self.fourier_scale.add_(step if is_model_trusted else -step).clamp_(0.0, 1.0)
+            fade(self.fourier_scale, is_model_trusted, at_once)

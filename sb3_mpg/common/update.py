@@ -21,7 +21,7 @@ from sb3_mpg.common.rollouts.planned_actions import PlannedActions
 from sb3_mpg.common.rollouts.policy_gradient import NEGLIGIBLE_WEIGHT
 from sb3_mpg.common.rollouts.steps import EagerSteps, QFunction, RolloutContext, Steps
 from sb3_mpg.common.spaces import FlatObservations
-from sb3_mpg.common.torch_layers import ObservationScaler
+from sb3_mpg.common.torch_layers import FadingLayerNorm, ObservationScaler
 from sb3_mpg.common.type_aliases import GradientResult, ReplaySampler, Simulator, TrainingBatch
 from sb3_mpg.common.units import Units
 from sb3_mpg.common.utils import trainable_parameters
@@ -88,6 +88,8 @@ class Update(ABC, Generic[Settings]):
         self.plans = PlannedActions(self.flat.n_elements, get_action_dim(policy.action_space))
         # Collected once, because searching the modules at each update is slow
         self.observation_scalers = [module for module in policy.modules() if isinstance(module, ObservationScaler)]
+        #: What fades where no model is trusted
+        self.fading = [module for module in policy.modules() if isinstance(module, (ObservationScaler, FadingLayerNorm))]
 
     def for_learner(self) -> "Update[Settings]":
         """

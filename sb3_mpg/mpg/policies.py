@@ -24,7 +24,7 @@ class MPGCritic(FlatInputs, ContinuousCritic):
     """
     The critics of TD3, which take flat observations, too. See ``ContinuousCritic`` for the other parameters.
 
-    :param layer_norm: whether each hidden layer is normalised before its activation function
+    :param layer_norm: whether each hidden layer is normalised before its activation function, see ``FadingLayerNorm``
     """
 
     def __init__(self, *args: Any, layer_norm: bool = True, **kwargs: Any):
@@ -43,8 +43,8 @@ class MPGPolicy(ModelBasePolicy, TD3Policy):
     Policy class (with both actor and critic) for MPG: that of TD3 with the papers' networks, two hidden layers of
     256 ELU units. The rollout needs dQ/ds and dπ/ds, which are continuous with ELU and not with ReLU.
 
-    The hidden layers of the critics are normalised, which the papers' are not. Their values then do not grow without bound
-    where nothing is recorded, so that the target networks can follow the critics ten times as fast as in TD3.
+    While a model is trusted, the hidden layers of the critics are normalised, which the papers' are not. Their values then do
+    not grow without bound where nothing is recorded, so that target networks that follow fast stay steady.
 
     :param observation_space: Observation space
     :param action_space: Action space
@@ -58,7 +58,7 @@ class MPGPolicy(ModelBasePolicy, TD3Policy):
     :param optimizer_kwargs: Additional keyword arguments, excluding the learning rate, to pass to the optimizer;
         by default Adam is ``fused``
     :param n_critics: Number of critic networks to create.
-    :param layer_norm: Whether the hidden layers of the critics are normalised
+    :param layer_norm: Whether the hidden layers of the critics are normalised while a model is trusted
     :param share_features_extractor: Must be False: a shared extractor hides dQ/ds from the rollout
     """
 

@@ -44,7 +44,6 @@ METHODS: dict[str, dict[str, Any]] = {
 ABLATIONS: dict[str, dict[str, Any]] = {
     "learning_rates_of_td3": {"learning_rate": 1e-3, "critic_learning_rate": 1e-3},
     "targets_of_td3": {"tau": 0.005},
-    "no_layer_norm": {"policy_kwargs": {"layer_norm": False}},
     "no_target_noise": {"value_target_kwargs": {"noise_std": 0.0}},
 }
 # Half of the 95 % interval of a mean of so many seeds, in standard errors

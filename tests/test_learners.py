@@ -177,7 +177,7 @@ class FailsOnDemand(PriorModel):
 
 
 IDENTICAL = {
-    "default": (MPG, LEARNS_A_MODEL, 250),
+    "default": (MPG, LEARNS_A_MODEL, 500),
     "mpg_v1": (MPG, SIMULATED, 40),
     "nadp": (NStepADP, {"n_steps": 3, "batch_reuse": 2}, 20),
     # Layers with more outputs than inputs, whose norms are clipped: their gradients come from transposed parameters

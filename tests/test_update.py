@@ -222,9 +222,9 @@ def test_rollouts_start_from_fewer_states_where_the_model_leads(errors, n_states
         th.testing.assert_close(ours, other)
 
 
-@pytest.mark.parametrize("kwargs", [{"weighting": "rule_based"}, {"residual": False}])
-def test_rollouts_start_from_the_whole_batch_where_the_model_does_not_learn(kwargs):
-    model = MPG("MlpPolicy", LinearEnv(), horizons=(0, 2), **{"residual": False, **kwargs}, **SMALL)
+@pytest.mark.parametrize("weighting", ["rule_based", "measured"])
+def test_rollouts_start_from_the_whole_batch_where_the_model_does_not_learn(weighting):
+    model = MPG("MlpPolicy", LinearEnv(), horizons=(0, 2), residual=False, weighting=weighting, **SMALL)
     assert not model.update_settings(1).model_leads
 
 

@@ -1,5 +1,7 @@
 """Prior models of the path tracking task."""
 
+import math
+
 import torch as th
 
 from sb3_mpg_envs.model import EarlyResetModel
@@ -15,7 +17,6 @@ from sb3_mpg_envs.path_tracking.dynamics import (
     path_reference,
     tracking_reward,
     tracking_step,
-    wrap_angle,
 )
 
 
@@ -122,10 +123,17 @@ class PathTrackingModel(EarlyResetModel):
 
     @staticmethod
     def _wrapped(states: th.Tensor, lowest_x: float) -> th.Tensor:
-        # Positions in [lowest_x, lowest_x + PATH_PERIOD), heading errors in (-pi, pi]
-        state = TrackingState(*states.unbind(-1))
-        x = state.x - lowest_x - PATH_PERIOD * th.floor((state.x - lowest_x) / PATH_PERIOD) + lowest_x
-        return th.stack(state._replace(heading_error=wrap_angle(state.heading_error, th), x=x), -1)
+        # Positions in [lowest_x, lowest_x + PATH_PERIOD), heading errors in (-pi, pi], all columns at once. A negative period
+        # closes the interval at its upper end; other columns have an infinite one and make no turns
+        inf, full_turn = float("inf"), 2 * math.pi
+        periods, offsets, turns = states.new_tensor(
+            [
+                TrackingState(inf, inf, inf, inf, -full_turn, PATH_PERIOD),
+                TrackingState(0.0, 0.0, 0.0, 0.0, 0.5, -lowest_x / PATH_PERIOD),
+                TrackingState(0.0, 0.0, 0.0, 0.0, -full_turn, PATH_PERIOD),
+            ]
+        )
+        return states - turns * th.floor(states / periods + offsets)
 
     def state_difference(self, states: th.Tensor, others: th.Tensor) -> th.Tensor:
         return self._wrapped(states - others, -PATH_PERIOD / 2)

@@ -82,7 +82,7 @@ class StateRange(nn.Module):
             middle = self.middle.expand_as(states)
             wrapped = prior.state_add(middle, prior.state_difference(states, middle))
             states = th.where((states < self.low) | (states > self.high), wrapped, states)
-        return self.clip_prior(states) if is_wide else th.minimum(th.maximum(states, self.low), self.high)
+        return self.clip_prior(states) if is_wide else states.clamp(self.low, self.high)
 
     def clip_prior(self, states: th.Tensor) -> th.Tensor:
         """
@@ -90,4 +90,4 @@ class StateRange(nn.Module):
         :return: the states within a much wider range, ``(B, S)``, so that a few extreme predictions do not dominate the fit
         """
         more = (PRIOR_MARGIN - MARGIN) / (1 + 2 * MARGIN) * (self.high - self.low)
-        return th.minimum(th.maximum(states, self.low - more), self.high + more)
+        return states.clamp(self.low - more, self.high + more)

@@ -21,7 +21,8 @@ import sb3_mpg_envs  # noqa: F401
 from sb3_mpg import MPG, PriorModel
 from sb3_mpg.common.compilation import step_compiler
 from sb3_mpg.common.compilation.compiled_loop import CompiledLoop, Direction, StepGraph, copy_of
-from sb3_mpg.common.compilation.step_compiler import StepCompiler, rewritten
+from sb3_mpg.common.compilation.step_compiler import StepCompiler
+from sb3_mpg.common.compilation.torch_compile import rewritten
 from sb3_mpg.common.rollouts.steps import EagerSteps
 from sb3_mpg.mpg.policies import MPGPolicy
 from sb3_mpg_envs.path_tracking import PathTrackingModel, PathTrackingSimulator

@@ -139,14 +139,14 @@ def test_copies_keep_wrappers(how, kind):
 
 def test_copies_of_what_was_compiled(monkeypatch):
     """Graphs alone are compiled, and no code, which is what takes the time; a copy has none of them."""
-    monkeypatch.setattr(off_policy_model_algorithm, "StepCompiler", lambda: StepCompiler("aot_eager"))
+    monkeypatch.setattr(off_policy_model_algorithm, "make_steps", lambda *args: StepCompiler("aot_eager"))
     model = MPG("MlpPolicy", WithExactModel(), compile=True, **V1, **{**SMALL, "learning_starts": 30}).learn(36)
     assert model.update.steps.is_compiled
     for how in HOW.values():
         copied = how(model)
         assert_is_copy(copied, model)
         assert copied.update.steps.is_compiled
-        assert copied.update.steps._steps == {} and copied.update.steps._act is None
+        assert copied.update.steps._step_loop is None and copied.update.steps._act is None
     assert continued(copied, 3)._n_updates == 9
     assert not copied.update.steps.has_failed
 

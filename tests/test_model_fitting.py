@@ -78,6 +78,9 @@ def test_every_update_takes_one_step():
     run = Schedule(EveryUpdate())
     assert run.losses(7) == [1.0] * 7
     assert run.calls == ["once"] * 7
+    later = Schedule(EveryUpdate(later_every=3, n_first=5))
+    assert later.losses(10) == [1.0] * 5 + [None, 1.0, None, None, 1.0]
+    assert later.calls == ["once"] * 7
 
 
 @pytest.mark.parametrize("every", [1, 3, 250])
@@ -88,9 +91,10 @@ def test_until_converged_once_in_so_many_updates(every):
     assert run.calls == ["converged"] * 3
 
 
-def test_a_schedule_that_never_comes_is_refused():
+@pytest.mark.parametrize("schedule", [EveryUpdate, UntilConverged])
+def test_a_schedule_that_never_comes_is_refused(schedule):
     with pytest.raises(ValueError, match="`every` counts updates and must be at least 1, got 0"):
-        UntilConverged(0)
+        schedule(0)
 
 
 class TestConvergence:

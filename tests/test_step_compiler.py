@@ -14,9 +14,14 @@ import sb3_mpg_envs  # noqa: F401
 from sb3_mpg import MPG, PriorModel
 from sb3_mpg.common.compilation import step_compiler
 from sb3_mpg.common.compilation.compiled_loop import StepGraph
-from sb3_mpg.common.compilation.step_compiler import BiasBehindProduct, PartsOneByOne, StepCompiler, act, compiling
+from sb3_mpg.common.compilation.blocks import Blocks
+from sb3_mpg.common.compilation.step_compiler import StepCompiler, act
+from sb3_mpg.common.compilation.torch_compile import BiasBehindProduct, PartsOneByOne, compiling
+from sb3_mpg.common.models.ensemble import values_of_rows
 from sb3_mpg.common.models.trainable import members_of
 from sb3_mpg.common.rollouts.exploration import ModelExploration, explore_in_model
+from sb3_mpg.common.rollouts.model_rollout import model_rollout
+from sb3_mpg.common.rollouts.policy_gradient import mixed_policy_gradient
 from sb3_mpg.common.rollouts.steps import EagerSteps
 from sb3_mpg.common.value_targets import SimulatorTarget
 
@@ -121,6 +126,52 @@ def test_batches_that_cannot_be_dealt_in_equal_parts(n_rows, n_members):
     th.testing.assert_close(compiled / scale, expected / scale, rtol=0, atol=5e-6)
     th.testing.assert_close(explored(), explored_eagerly)
     assert not model.update.steps.has_failed
+
+
+@pytest.mark.parametrize("n_rows", [4, 5, 6, 13, 24])
+@pytest.mark.parametrize("n_members", [1, 2, 3])
+def test_members_have_the_same_rows_in_blocks(n_rows, n_members):
+    blocks = Blocks(n_rows, n_members, 2)
+    batch = th.arange(2.0 * n_rows).reshape(n_rows, 2).requires_grad_()
+    parts = blocks.split(batch)
+    assert all(part.shape == (2 * n_members, 2) and part.is_contiguous() for part in parts)
+    assert len(parts) == -(-n_rows // (2 * n_members))
+    members = values_of_rows(th.arange(float(n_members)).reshape(-1, 1, 1), 2 * n_members, "dealt")
+    joined = blocks.join([part + 1000 * members for part in parts])
+    expected = batch + 1000 * values_of_rows(th.arange(float(n_members)).reshape(-1, 1, 1), n_rows, "dealt")
+    assert th.equal(joined, expected)
+    # The rows that were added have no gradient
+    (gradients,) = th.autograd.grad(joined.sum(), batch)
+    assert th.equal(gradients, th.ones_like(batch))
+    # In the second dimension, as the rewards of steps
+    assert th.equal(blocks.join([th.stack([part, -part]) for part in parts], dim=1), th.stack([batch, -batch]))
+
+
+def test_batches_of_all_sizes_share_a_graph(compiled):
+    """With and without gradient, and whatever was done in between."""
+    model = MPG("MlpPolicy", RandomLinearEnv(), compile=False, horizons=(0, 3), **SMALL).learn(44)
+    observations = th.as_tensor(model.replay_buffer.observations[:32, 0])
+
+    def results(steps):
+        context = model.update.context(model.units(), model.gamma)._replace(steps=steps)
+        with members_of(model.rollout_model, "dealt"):
+            for n_rows in (8, 32, 3):
+                yield mixed_policy_gradient(observations[:n_rows], context, {0: 0.2, 3: 0.8}).gradients
+                with th.no_grad():
+                    yield [model_rollout(observations[:n_rows], context, [2])[2]]
+                with model.rollout_model.extrapolating():
+                    pass
+
+    expected, compiler = list(results(EagerSteps())), StepCompiler(n_rows=8)
+    found = list(results(compiler))
+    (loop,), _ = compiled
+    (graph,) = loop.graphs
+    assert graph.loops and not compiler.has_failed
+    for one, other in zip(found, expected, strict=True):
+        for tensor, wanted in zip(one, other, strict=True):
+            assert not tensor.requires_grad
+            scale = wanted.abs().max()
+            th.testing.assert_close(tensor / scale, wanted / scale, rtol=0, atol=5e-6)
 
 
 class RandomGains(PriorModel):
@@ -341,24 +392,29 @@ def test_an_error_of_the_model_is_not_hidden():
 
 
 def test_auto_compiles_long_runs_only():
-    def is_compiled(total_timesteps, **kwargs):
+    def compiled_from(total_timesteps, **kwargs):
         model._setup_learn(total_timesteps, **kwargs)
-        assert model.update.steps.is_compiled == model.training_state.is_compiled
-        return model.training_state.is_compiled
+        steps = model.update.steps
+        assert isinstance(steps, EagerSteps if model.training_state.compiled_from is None else StepCompiler)
+        assert not isinstance(steps, StepCompiler) or steps.from_update == model.training_state.compiled_from
+        return model.training_state.compiled_from
 
     model = MPG("MlpPolicy", LinearEnv(), learning_starts=1000)
     assert model.compile == "auto"
-    assert not is_compiled(2000)
-    assert is_compiled(100_000)
+    assert compiled_from(1500) is None
+    assert compiled_from(100_000) == 201
     # A continued training does as it did before, though few steps are left
-    model.num_timesteps = 99_000
-    assert is_compiled(1000, reset_num_timesteps=False)
-    model.training_state.is_compiled = None
-    assert not is_compiled(1000, reset_num_timesteps=False)
+    model.num_timesteps, model._n_updates = 99_000, 98_000
+    assert compiled_from(1000, reset_num_timesteps=False) == 201
+    assert model.update.steps.from_update < model._n_updates
+    model.training_state.has_chosen_to_compile = False
+    assert compiled_from(500, reset_num_timesteps=False) is None
     model.gradient_steps = -1
-    assert is_compiled(100_000)
+    assert compiled_from(100_000) == 98_201
     model = MPG("MlpPolicy", LinearEnv(), learning_starts=1000, horizons=(0,), weighting="constant")
-    assert not is_compiled(100_000)
+    assert compiled_from(100_000) is None
+    model = MPG("MlpPolicy", LinearEnv(), learning_starts=1000, compile=True)
+    assert compiled_from(1) == 0
     with pytest.raises(ValueError, match="`compile` must be"):
         MPG("MlpPolicy", LinearEnv(), compile="yes")
 

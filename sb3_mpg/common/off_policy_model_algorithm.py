@@ -19,7 +19,7 @@ from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
 from sb3_mpg.common import buffers, checks, goals, saved_settings
 from sb3_mpg.common.buffers import RecordedSteps
 from sb3_mpg.common.callbacks import close_evaluators
-from sb3_mpg.common.compilation.step_compiler import StepCompiler, check_compile, chooses_to_compile
+from sb3_mpg.common.compilation.step_compiler import check_compile, first_compiled_update, make_steps
 from sb3_mpg.common.env_pickles import PickledWithEnv
 from sb3_mpg.common.export import Exported, write_onnx
 from sb3_mpg.common.files import saved_whole
@@ -35,7 +35,6 @@ from sb3_mpg.common.planned_exploration import PlansExploration, imitation_of
 from sb3_mpg.common.policies import ModelBasePolicy
 from sb3_mpg.common.precision import choose_matmul_precision, matmul_precision
 from sb3_mpg.common.rollouts.exploration import ModelExploration
-from sb3_mpg.common.rollouts.steps import EagerSteps
 from sb3_mpg.common.settings import SettingOf
 from sb3_mpg.common.spaces import make_env, wrap_env
 from sb3_mpg.common.training_state import TrainingState
@@ -341,6 +340,7 @@ class OffPolicyModelAlgorithm(PlansExploration, PickledWithEnv, OffPolicyAlgorit
         state = self.training_state
         for _ in range(gradient_steps):
             self._n_updates += 1
+            self.update.steps.begin_update(self._n_updates)
             # Fit the model, and measure the errors of its gradients
             model_logs = self._improve_model(inputs, recorded)
             is_model_trusted = self.trust.prefers_model(self._n_updates)
@@ -406,10 +406,12 @@ class OffPolicyModelAlgorithm(PlansExploration, PickledWithEnv, OffPolicyAlgorit
         setup = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
         goals.prepare_goals(self)
         state.restore_rng(self.device, is_continued=not reset_num_timesteps)
-        if reset_num_timesteps or state.is_compiled is None or self.compile != "auto":
-            n_model_steps = expected_updates(self, setup[0]) * self.update.n_model_steps(self.update_settings(1))
-            state.is_compiled = chooses_to_compile(self.compile, n_model_steps)
-        self.update.steps = StepCompiler() if state.is_compiled else EagerSteps()
+        settings = self.update_settings(1)
+        if reset_num_timesteps or not state.has_chosen_to_compile or self.compile != "auto":
+            n_model_steps = expected_updates(self, setup[0]) * self.update.n_model_steps(settings)
+            state.compiled_from = first_compiled_update(self.compile, n_model_steps, self._n_updates, self.device)
+            state.has_chosen_to_compile = True
+        self.update.steps = make_steps(state.compiled_from, self.update.n_rollout_rows(settings, self.batch_size))
         if self.n_learners > 0:
             self.learners = MultiprocessLearners(self.update, self.training_inputs(self.batch_size), self.learner_settings)
         return setup
@@ -431,6 +433,7 @@ class OffPolicyModelAlgorithm(PlansExploration, PickledWithEnv, OffPolicyAlgorit
                 return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
         finally:
             # End all processes, also after an exception
+            self.update.steps.close()
             learners, self.learners = self.learners, InProcessLearner(self.update)
             try:
                 learners.close()

@@ -153,6 +153,14 @@ class Update(ABC, Generic[Settings]):
         :return: mean number of model steps of the policy's rollout in an update
         """
 
+    def n_rollout_rows(self, settings: Settings, batch_size: int) -> int:
+        """
+        :param settings: settings of an update
+        :param batch_size: number of transitions of an update
+        :return: usual number of states that the policy's rollouts start from
+        """
+        return batch_size
+
     def q_functions(self, n_functions: int) -> Sequence[QFunction]:
         """
         :param n_functions: requested number of critics
@@ -182,6 +190,7 @@ class Update(ABC, Generic[Settings]):
         :param settings: settings of the update
         :return: the gradients
         """
+        self.steps.begin_update(n_updates)
         with randomness_of_update(self.seed, n_updates, self.device), members_of(self.model, "dealt"):
             batch = self.batches.next(
                 settings.batch_reuse, lambda: self.draw_batch(batch_size, replay_buffer, units, settings)

@@ -1,4 +1,3 @@
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -8,6 +7,8 @@ from stable_baselines3.td3.policies import Actor
 
 from sb3_mpg.common.balance import balanced_mse_loss, rollout_value_loss
 from sb3_mpg.common.models.base import PriorModel
+from sb3_mpg.common.models.trainable import TrainableModel
+from sb3_mpg.common.rollouts.exploration import perturbed_actions
 from sb3_mpg.common.rollouts.model_rollout import model_rollout
 from sb3_mpg.common.rollouts.planned_actions import with_imitation
 from sb3_mpg.common.rollouts.policy_gradient import mixed_policy_gradient
@@ -18,9 +19,6 @@ from sb3_mpg.common.update import Update, UpdateSettings
 from sb3_mpg.common.utils import gradient_of
 from sb3_mpg.common.value_targets import TargetNetworks, target_values_of
 from sb3_mpg.mpg.policies import MPGPolicy
-
-# The smallest standard deviation of perturbed first actions, in [-1, 1] units; the largest is 1
-SMALLEST_TRIAL = 0.02
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +88,10 @@ class MPGUpdate(Update[MPGUpdateSettings]):
     def n_model_steps(self, settings: MPGUpdateSettings) -> float:
         return max(settings.weights) / settings.policy_delay
 
+    def n_rollout_rows(self, settings: MPGUpdateSettings, batch_size: int) -> int:
+        # Only a model that learns may come to lead
+        return min(settings.rollout_batch_size, batch_size) if isinstance(self.model, TrainableModel) else batch_size
+
     def start_observations(self, batch: TrainingBatch, context: RolloutContext, settings: MPGUpdateSettings) -> th.Tensor:
         # A rollout has little noise, so that a few of them say what many say. Critics are noisy: without the model, the policy
         # needs the whole batch
@@ -138,8 +140,8 @@ class MPGUpdate(Update[MPGUpdateSettings]):
         # While plans are better than the policy, it imitates them
         actor_gradients = policy_gradient.gradients
         if settings.imitation > 0:
-            planned_observations, planned_actions = self.plans.sample(len(observations))
-            network_inputs = units.normalize_observations(planned_observations)
+            planned, planned_actions = self.plans.sample(len(observations))
+            network_inputs = units.normalize_observations(planned)
             actor_gradients = with_imitation(actor_gradients, self.actor, network_inputs, planned_actions, settings.imitation)
         logs["train/imitation"] = settings.imitation
 
@@ -161,9 +163,7 @@ class MPGUpdate(Update[MPGUpdateSettings]):
         """
         longest = max(settings.weights)
         with th.no_grad():
-            # Sizes of all orders, from corrections to other ways
-            sizes = th.exp(math.log(SMALLEST_TRIAL) * th.rand_like(actions[:, :1]))
-            tried = (actions + sizes * th.randn_like(actions)).clamp(-1, 1)
+            tried = perturbed_actions(actions)
             returns = model_rollout(observations, context, [longest], first_actions=tried)
         values = self.critic(context.units.normalize_observations(observations), tried)
         return rollout_value_loss(values, returns, {longest: settings.blind_trust}, settings.trust)

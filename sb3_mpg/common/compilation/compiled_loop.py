@@ -373,9 +373,10 @@ class CompiledLoop:
     def __init__(self, step: Callable[..., tuple[Any, th.Tensor]], compile_graph: CompileGraph):
         #: All graphs so far
         self.graphs: list[StepGraph] = []
-        # Arguments and results of `_run`, which torch calls: steps to take, steps taken, and (graph, inputs, outputs) of a
-        # step whose graph was not analysed yet
+        # Arguments and results of `_run`, which torch calls: steps to take, whether activations are kept, steps taken, and
+        # (graph, inputs, outputs) of a step whose graph was not analysed yet
         self._n_steps = 0
+        self._is_backward_needed = True
         self._n_taken = 0
         self._new: tuple[StepGraph, Sequence[Any], Sequence[Any]] | None = None
         # A weak reference, because torch keeps the backend and its results in memory
@@ -404,8 +405,10 @@ class CompiledLoop:
         :return: outputs of the last step, if the step can be repeated; otherwise outputs of the first step
         """
         if graph.loops:
-            *last, collected = Loop.apply(graph, self._n_steps, *inputs)
             self._n_taken = self._n_steps
+            if not self._is_backward_needed:
+                return self._run_forward(graph, inputs)
+            *last, collected = Loop.apply(graph, self._n_steps, *inputs)
             last.insert(graph.collected, collected)
             return last
         if not graph.was_tried:
@@ -416,17 +419,36 @@ class CompiledLoop:
             self._new = graph, inputs, outputs
         return outputs
 
-    def __call__(self, carried: Carried, n_steps: int, *args: Any) -> tuple[Carried, th.Tensor]:
+    @th.no_grad()
+    def _run_forward(self, graph: StepGraph, inputs: Sequence[Any]) -> Sequence[Any]:
+        """
+        Repeat a step that needs no backward pass. The parameters and the result are those of :meth:`_run`.
+        """
+        now, collected = list(inputs), []
+        results: list[Any] = []
+        for _ in range(self._n_steps):
+            outputs, _ = graph.forward(now)
+            results = list(outputs)
+            collected.append(results[graph.collected])
+            for place, source in graph.carried:
+                now[place] = results[source]
+        results[graph.collected] = th.cat(collected)
+        return results
+
+    def __call__(
+        self, carried: Carried, n_steps: int, *args: Any, is_backward_needed: bool = True
+    ) -> tuple[Carried, th.Tensor]:
         """
         :param carried: tensors that the first step starts from
         :param n_steps: number of steps, at least 1
         :param args: other arguments of all steps
+        :param is_backward_needed: whether the results are differentiated; activations are kept for it
         :return: tensors that the next step would start from, and the outputs of the steps, ``(n_steps, ...)``
         """
         parts: list[th.Tensor] = []
         earlier: tuple[StepGraph, Sequence[Any]] | None = None
         while n_steps > 0:
-            self._n_steps, self._new = n_steps, None
+            self._n_steps, self._is_backward_needed, self._new = n_steps, is_backward_needed, None
             # Skip the guards after they have passed in the middle of a rollout: they hold for the other steps too
             is_checked = len(parts) > 1
             with th.compiler.set_stance(skip_guard_eval_unsafe=True) if is_checked else nullcontext():

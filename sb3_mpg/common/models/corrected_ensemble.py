@@ -8,6 +8,7 @@ import torch as th
 
 from sb3_mpg.common.models.base import PriorModel
 from sb3_mpg.common.models.ensemble import values_of_rows
+from sb3_mpg.common.models.fitting_schedule import EveryUpdate
 from sb3_mpg.common.models.learned_ends import LearnedEnds, blurred
 from sb3_mpg.common.models.least_squares import EndRewards
 from sb3_mpg.common.models.trainable import CorrectedModel
@@ -25,6 +26,8 @@ class CorrectedEnsemble(CorrectedModel):
     """
 
     gains: th.Tensor
+    # What a model lacks is soon known, and a step takes as long as a third of an update of the critics
+    fitting_schedule = EveryUpdate(later_every=2)
 
     def __init__(self, prior: PriorModel, n_states: int, n_members: int, learning_rate: float):
         super().__init__(prior)

@@ -7,6 +7,17 @@ from collections.abc import Callable
 Fit = Callable[[], float | None]
 
 
+def check_every(every: int) -> int:
+    """
+    :param every: number of updates between two fits
+    :return: the same
+    :raises ValueError: when it is less than 1
+    """
+    if every < 1:
+        raise ValueError(f"`every` counts updates and must be at least 1, got {every}.")
+    return every
+
+
 class FittingSchedule(ABC):
     """Decides whether the model is fitted before an update, and how."""
 
@@ -21,10 +32,19 @@ class FittingSchedule(ABC):
 
 
 class EveryUpdate(FittingSchedule):
-    """One step of the model's optimizer for each update of the policy, as a correction needs it."""
+    """
+    One step of the model's optimizer for each update of the policy, as a correction needs it; later for each few updates.
+
+    :param later_every: number of updates between two steps after the first ``n_first`` updates
+    :param n_first: number of updates
+    """
+
+    def __init__(self, later_every: int = 1, n_first: int = 500):
+        self.later_every, self.n_first = check_every(later_every), n_first
 
     def fit(self, n_updates: int, fit_once: Fit, fit_until_converged: Fit) -> float | None:
-        return fit_once()
+        is_due = n_updates <= self.n_first or (n_updates - 1) % self.later_every == 0
+        return fit_once() if is_due else None
 
 
 class UntilConverged(FittingSchedule):
@@ -35,9 +55,7 @@ class UntilConverged(FittingSchedule):
     """
 
     def __init__(self, every: int = 250):
-        if every < 1:
-            raise ValueError(f"`every` counts updates and must be at least 1, got {every}.")
-        self.every = every
+        self.every = check_every(every)
 
     def fit(self, n_updates: int, fit_once: Fit, fit_until_converged: Fit) -> float | None:
         return fit_until_converged() if (n_updates - 1) % self.every == 0 else None

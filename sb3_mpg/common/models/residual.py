@@ -157,10 +157,15 @@ class ResidualModel(CorrectedEnsemble):
             correction = correction + th.where(self.prior.terminal(next_states), self.end_rewards.found, 0.0)
         return rewards + gains * correction
 
-    def step(self, states: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-        scaled = self._scaled(states, actions)
+    def _next_states(self, states: th.Tensor, actions: th.Tensor, scaled: th.Tensor, learned: th.Tensor) -> th.Tensor:
+        """
+        :param states: ``(B, S)``
+        :param actions: ``(B, A)``
+        :param scaled: scaled states and actions, ``(B, S + A)``
+        :param learned: of :meth:`_network_outputs`, ``(B, S + 1)``
+        :return: ``(B, S)``
+        """
         gains = self.gains_of_rows(states)
-        learned = self._network_outputs(scaled)
         correction = gains * (learned[:, : self.n_states] + self.linear(scaled))
         predicted = self.prior.transition(states, actions)
         # Clip the prediction as for the targets of the fit
@@ -168,11 +173,17 @@ class ResidualModel(CorrectedEnsemble):
         corrected = self.range.clip(self.prior, corrected, self.is_extrapolating)
         corrected = self.hidden.re_encode(self.prior, corrected)
         # Without correction, the prior model is neither clipped nor re-encoded
-        next_states = th.where(gains > 0, corrected, predicted)
+        return th.where(gains > 0, corrected, predicted)
+
+    def step(self, states: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        scaled = self._scaled(states, actions)
+        learned = self._network_outputs(scaled)
+        next_states = self._next_states(states, actions, scaled, learned)
         return next_states, self._corrected_reward(states, actions, next_states, scaled, learned)
 
     def transition(self, states: th.Tensor, actions: th.Tensor) -> th.Tensor:
-        return self.step(states, actions)[0]
+        scaled = self._scaled(states, actions)
+        return self._next_states(states, actions, scaled, self._network_outputs(scaled))
 
     def reward(self, states: th.Tensor, actions: th.Tensor, next_states: th.Tensor) -> th.Tensor:
         scaled = self._scaled(states, actions)

@@ -61,7 +61,8 @@ class TrainableModel(PriorModel):
         try:
             yield
         finally:
-            self.is_extrapolating = False
+            # As before, so that nothing is compiled again
+            del self.is_extrapolating
 
     def even_rows(self, tensor: th.Tensor) -> th.Tensor:
         """

@@ -1,10 +1,23 @@
-"""Perturbed start states of rollouts."""
+"""Perturbed start states and first actions of rollouts."""
 
+import math
 from typing import NamedTuple
 
 import torch as th
 
 from sb3_mpg.common.rollouts.steps import HeldState, RolloutContext
+
+# The smallest standard deviation of perturbed first actions, in [-1, 1] units; the largest is 1
+SMALLEST_TRIAL = 0.02
+
+
+def perturbed_actions(actions: th.Tensor) -> th.Tensor:
+    """
+    :param actions: actions in [-1, 1], ``(B, A)``
+    :return: the same with noise of all orders of size, from corrections to other ways, ``(B, A)``
+    """
+    sizes = th.exp(math.log(SMALLEST_TRIAL) * th.rand_like(actions[:, :1]))
+    return (actions + sizes * th.randn_like(actions)).clamp(-1, 1)
 
 
 @th.no_grad()

@@ -188,7 +188,7 @@ def hold(
     states, n_left = held
     is_taken = []
     for _ in range(n_steps):
-        next_states, _ = model.step(states, env_actions)
+        next_states = model.transition(states, env_actions)
         observations = model.observation(next_states)
         # NaN fails both comparisons
         goes_on = ((observations >= low) & (observations <= high)).all(dim=1, keepdim=True) & (n_left > 0)
@@ -204,6 +204,14 @@ class Steps(ABC):
 
     #: Whether steps are compiled. A compiled model is faster than a simulator written in NumPy
     is_compiled: bool = False
+
+    def begin_update(self, n_updates: int) -> None:  # noqa: B027  # only compilers wait for an update
+        """
+        :param n_updates: number of the update that the next steps are for
+        """
+
+    def close(self) -> None:  # noqa: B027  # only compilers have a process
+        """End what runs beside the training."""
 
     @abstractmethod
     def advance(

@@ -24,6 +24,8 @@ from sb3_mpg.common.trust.weighting import WeightingRule
 
 # Number of latest measurements that the trust in blind returns is averaged over
 N_AVERAGED = 3
+# Measurements are rarer by this factor after so many updates
+RARER, N_FAST_UPDATES = 3, 500
 # Number of latest steps that a report compares the model with
 N_REPORTED_STEPS = 5000
 
@@ -168,7 +170,7 @@ class MeasuredTrust(Trust):
     :param is_corrected: whether the user's model is corrected; otherwise it is compared with a correction that is not used
     :param is_learned: whether the user's model is itself learned from data
     :param n_states: number of replayed states at which errors are measured
-    :param every: number of updates between two measurements
+    :param every: number of updates between two measurements at first; later they are rarer
     """
 
     def __init__(
@@ -216,8 +218,10 @@ class MeasuredTrust(Trust):
         fitting: ModelFitting,
         recorded: RecordedSteps,
     ) -> dict[str, float]:
-        # Measure at once if there are no measurements, as for the model of a new environment
-        if self.measurements and (n_updates - 1) % self.every != 0:
+        # What a model is worth changes fast at first. Measure at once if there are no measurements, as for the model of a new
+        # environment
+        every = self.every if n_updates <= N_FAST_UPDATES else RARER * self.every
+        if self.measurements and (n_updates - 1) % every != 0:
             return {}
         model = fitting.model
         validation_error = fitting.validation_error(recorded)

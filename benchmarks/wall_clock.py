@@ -1,0 +1,223 @@
+"""
+Wall-clock: how long it takes from the call of ``learn`` to a goal, with all that is compiled on the way.
+
+    python benchmarks/wall_clock.py                                   # all missing runs, one after the other: hours
+    python benchmarks/wall_clock.py --task pendulum --method mpg td3 --seed 0
+    python benchmarks/wall_clock.py --report                          # tables of the runs that are complete
+
+Each run is a process of its own with one thread and an empty cache of compiled code; nothing else may run. The policy is
+copied every 50 steps, and the copies are evaluated after the training, so that evaluations cost no time and give none to a
+compiler that works beside. ``--earlier FOLDER`` is a checkout of the commit that the method ``earlier`` runs.
+"""
+
+import argparse
+import copy
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch as th
+from evaluation import cpu_seconds, evaluate
+from tables import RESULTS, print_table, read_runs, write_csv
+
+FOLDER = RESULTS / "wall_clock"
+TASKS = {
+    "path_tracking": SimpleNamespace(env_id="PathTracking-v0", steps=200, goals=(-10.0, -5.0)),
+    "pendulum": SimpleNamespace(env_id="InvertedPendulumConti-v0", steps=100, goals=(-0.1, -0.01)),
+}
+# Methods and their numbers of steps: twice as many as they need
+METHODS = {
+    "mpg": 2500,
+    "earlier": 2500,
+    "td3": 15_000,
+    "sac": 15_000,
+    "sbx_td3": 15_000,
+    "sbx_sac": 15_000,
+    "sbx_crossq": 15_000,
+}
+# That learning rates fall to their ends after so many steps is the same for all
+TOTAL_STEPS = 20_000
+EVERY = 50
+N_STARTS = 50
+
+
+def make(method: str, env_id: str, seed: int) -> Any:
+    """
+    :param method: a key of ``METHODS``
+    :param env_id: id of the environment
+    :param seed: seed
+    :return: the algorithm with the defaults of its library, but for the discount factor of MPG's networks and the papers' 0.98
+    """
+    if method in ("mpg", "earlier"):
+        from sb3_mpg import MPG
+
+        return MPG("MlpPolicy", env_id, seed=seed, device="cpu")
+    if method.startswith("sbx"):
+        import sbx
+
+        return getattr(sbx, {"td3": "TD3", "sac": "SAC", "crossq": "CrossQ"}[method[4:]])("MlpPolicy", env_id, seed=seed)
+    import stable_baselines3
+
+    return getattr(stable_baselines3, method.upper())("MlpPolicy", env_id, seed=seed, device="cpu")
+
+
+def parameters(model: Any) -> Any:
+    """
+    :param model: an algorithm
+    :return: a copy of what its policy acts by; SBX replaces its states and does not change them
+    """
+    if hasattr(model.policy, "state_dict"):
+        return copy.deepcopy(model.policy.state_dict())
+    return model.policy.actor_state
+
+
+def run_here(task_name: str, method: str, seed: int, steps: int, path: Path) -> None:
+    """
+    Train, evaluate all copies of the policy, and write the csv.
+
+    :param task_name: a key of ``TASKS``
+    :param method: a key of ``METHODS``
+    :param seed: seed of the run
+    :param steps: number of environment steps
+    :param path: path of the csv
+    """
+    th.set_num_threads(1)
+    start = time.perf_counter()
+    import sb3_mpg_envs  # noqa: F401
+
+    library = {"mpg": "sb3_mpg", "earlier": "sb3_mpg"}.get(method, "sbx" if method.startswith("sbx") else "stable_baselines3")
+    __import__(library)
+    imported = time.perf_counter()
+    task = TASKS[task_name]
+    model = make(method, task.env_id, seed)
+    constructed = time.perf_counter()
+
+    from stable_baselines3.common.callbacks import BaseCallback
+
+    class Copies(BaseCallback):
+        """Copies the policy, and notes the times."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.rows: list[dict[str, Any]] = []
+            self.copies: list[Any] = []
+            self.first_update = float("nan")
+            self.paused = self.paused_cpu = 0.0
+
+        def _on_training_start(self) -> None:
+            self.start, self.start_cpu = time.perf_counter(), cpu_seconds()
+
+        def _on_step(self) -> bool:
+            now, cpu = time.perf_counter(), cpu_seconds()
+            seconds, used = now - self.start - self.paused, cpu - self.start_cpu - self.paused_cpu
+            if not self.first_update == self.first_update and self.model._n_updates > 0:
+                self.first_update = seconds
+            if self.num_timesteps % EVERY == 0:
+                self.copies.append(parameters(self.model))
+                counts = {"steps": self.num_timesteps, "updates": self.model._n_updates}
+                self.rows.append({**counts, "seconds": f"{seconds:.2f}", "cpu_seconds": f"{used:.2f}"})
+                self.paused += time.perf_counter() - now
+                self.paused_cpu += cpu_seconds() - cpu
+            return self.num_timesteps < steps
+
+    callback = Copies()
+    model.learn(TOTAL_STEPS, callback=callback)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    for row, state in zip(callback.rows, callback.copies, strict=True):
+        if hasattr(model.policy, "state_dict"):
+            model.policy.load_state_dict(state)
+        else:
+            model.policy.actor_state = state
+        row |= {"return_mean": f"{evaluate(model, task, N_STARTS)[0].mean():.5g}"}
+        row |= {
+            "import_seconds": f"{imported - start:.2f}",
+            "construct_seconds": f"{constructed - imported:.3f}",
+            "first_update_seconds": f"{callback.first_update:.2f}",
+            "peak_mib": f"{peak:.0f}",
+        }
+    write_csv(path, callback.rows)
+
+
+def run(task: str, method: str, seed: int, earlier: Path | None) -> None:
+    """
+    Run a process that trains once and writes the csv.
+
+    :param task: a key of ``TASKS``
+    :param method: a key of ``METHODS``
+    :param seed: seed of the run
+    :param earlier: checkout of an earlier commit
+    """
+    path = FOLDER / f"{task}-{method}-{METHODS[method]}-{seed}.csv"
+    if path.exists():
+        print(f"{path.name} exists, skipped")
+        return
+    if method == "earlier" and earlier is None:
+        print(f"{path.name} needs --earlier, skipped")
+        return
+    root = Path(__file__).parent.parent if method != "earlier" else earlier
+    with tempfile.TemporaryDirectory() as cache:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": cache, "PYTHONPATH": str(root)}
+        command = [sys.executable, __file__, "--here", task, method, str(seed), str(path)]
+        subprocess.run(command, env=environment, check=True)
+    print(f"{path.name} is complete", flush=True)
+
+
+def report() -> None:
+    """Print tables of all complete runs: medians over seeds."""
+    for task, settings in TASKS.items():
+        rows = []
+        for (name, method, _), by_seed in sorted(read_runs(FOLDER, "steps", 3).items()):
+            if name != task:
+                continue
+            row: dict[str, Any] = {"method": method, "seeds": len(by_seed)}
+            for goal in settings.goals:
+                reached = [first_above(FOLDER / f"{task}-{method}-{METHODS[method]}-{seed}.csv", goal) for seed in by_seed]
+                for index, what in enumerate(("steps", "seconds")):
+                    row[f"{what} to {goal:g}"] = f"{np.median([values[index] for values in reached]):g}"
+            rows.append(row)
+        if rows:
+            print(f"\n{task}\n")
+            print_table(rows)
+
+
+def first_above(path: Path, goal: float) -> tuple[float, float]:
+    """
+    :param path: csv of a run
+    :param goal: a return
+    :return: environment steps and seconds of the first copy above the goal, infinity if there is none
+    """
+    table = np.genfromtxt(path, delimiter=",", names=True, dtype=None, encoding="utf-8")
+    above = table[table["return_mean"] > goal]
+    return (float(above["steps"][0]), float(above["seconds"][0])) if len(above) else (float("inf"), float("inf"))
+
+
+def main() -> None:
+    if "--here" in sys.argv:
+        task, method, seed, path = sys.argv[2:]
+        run_here(task, method, int(seed), METHODS[method], Path(path))
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", nargs="*", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--method", nargs="*", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--seed", type=int, nargs="*", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--earlier", type=Path, help="checkout of an earlier commit")
+    parser.add_argument("--report", action="store_true", help="print the tables of the runs that are complete")
+    args = parser.parse_args()
+    if args.report:
+        report()
+        return
+    for seed in args.seed:
+        for task in args.task:
+            for method in args.method:
+                run(task, method, seed, args.earlier)
+
+
+if __name__ == "__main__":
+    main()

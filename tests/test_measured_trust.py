@@ -14,6 +14,7 @@ from stable_baselines3.common.logger import configure
 from sb3_mpg import MPG, PriorModel
 from sb3_mpg.common import off_policy_model_algorithm
 from sb3_mpg.common.compilation.step_compiler import StepCompiler
+from sb3_mpg.common.trust import measured
 from sb3_mpg.common.trust.gradient_errors import GradientErrors
 from sb3_mpg.common.trust.measured import FixedTrust, MeasuredTrust, make_trust, renew_trust
 from sb3_mpg.common.trust.report import Measurement
@@ -320,3 +321,10 @@ def test_a_record_that_is_not_finite_is_reported_and_does_no_harm():
     report = model.trust_report()
     assert np.isfinite(report.prior.relative).all() and np.isfinite(report.prior.returns).all()
     assert report.corrected.relative.max() < 0.2
+
+
+@pytest.mark.usefixtures("models_are_fitted_once")
+def test_measurements_become_rarer(monkeypatch):
+    monkeypatch.setattr(measured, "N_FAST_UPDATES", 41)
+    model = MPG("MlpPolicy", LinearEnv(), horizons=(0, 2), **SMALL).learn(230)
+    assert [measurement.n_updates for measurement in model.trust.measurements] == [1, 21, 41, 61, 121]

@@ -94,13 +94,13 @@ def test_a_warm_start_takes_two_rounds_and_loses_nothing(monkeypatch):
     cold = plan_in_valley()
     assert [len(offsets) for offsets in rounds] == [64] * 4
     warm = plan_in_valley(start=cold.offsets)
-    assert [len(offsets) for offsets in rounds[4:]] == [32, 32]
+    assert [len(offsets) for offsets in rounds[4:]] == [64, 64]
     # But for what the mean of the elites may lose
     assert warm.advantages[0] >= 0.95 * cold.advantages[0] > 0
     # Half of the candidates vary the start, and the start and the policy are among them
     assert not rounds[4][0].any() and (rounds[4][1] == cold.offsets).all()
-    assert all((offsets == cold.offsets).any() for offsets in rounds[4][2:16])
-    assert not any((offsets == cold.offsets).any() for offsets in rounds[4][16:])
+    assert all((offsets == cold.offsets).any() for offsets in rounds[4][2:32])
+    assert not any((offsets == cold.offsets).any() for offsets in rounds[4][32:])
 
 
 def test_the_mean_of_the_elites_is_taken_if_it_is_nearly_as_good(monkeypatch):

@@ -34,7 +34,10 @@ def portable(value: Any) -> Any:
     if isinstance(value, th.nn.Module):
         return value
     if isinstance(value, th.Tensor):
-        return value.detach().clone(memory_format=th.preserve_format).requires_grad_(value.requires_grad)
+        copied = value.detach().clone(memory_format=th.preserve_format)
+        # The compiler treats parameters otherwise than tensors
+        is_parameter = isinstance(value, th.nn.Parameter)
+        return th.nn.Parameter(copied, value.requires_grad) if is_parameter else copied.requires_grad_(value.requires_grad)
     if isinstance(value, dict):
         return {name: portable(item) for name, item in value.items()}
     if isinstance(value, tuple):

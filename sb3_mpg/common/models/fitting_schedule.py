@@ -39,7 +39,7 @@ class EveryUpdate(FittingSchedule):
     :param n_first: number of updates
     """
 
-    def __init__(self, later_every: int = 1, n_first: int = 500):
+    def __init__(self, later_every: int = 1, n_first: int = 2000):
         self.later_every, self.n_first = check_every(later_every), n_first
 
     def fit(self, n_updates: int, fit_once: Fit, fit_until_converged: Fit) -> float | None:

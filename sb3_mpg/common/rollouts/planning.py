@@ -109,15 +109,14 @@ class Planner(NamedTuple):
         :param context: policy, model with dealt members, units and discount factor
         :param q_functions: critics, whose minimum values the last state
         :param n_members: number of members of the model :math:`E`; a sequence is judged by the mean over all of them
-        :param start: offsets that the search starts from, ``(H, A)``. With them, it takes two rounds of half the candidates
+        :param start: offsets that the search starts from, ``(H, A)``. With them, it takes two rounds
         :return: the best sequence; the policy's, with offsets of zero, is one of those compared
         """
         n_actions = context.actor(context.units.normalize_observations(observation)).shape[1]
-        n_candidates = self.n_candidates if start is None else self.n_candidates // 2
-        candidates = self.random_offsets(n_candidates, n_actions)
+        candidates = self.random_offsets(self.n_candidates, n_actions)
         candidates[0] = 0.0
         if start is not None:
-            half = n_candidates // 2
+            half = self.n_candidates // 2
             candidates[1:half] = self.varied(np.repeat(start[np.newaxis], half - 1, axis=0))
             candidates[1] = start
         returns = self._returns(candidates, observation, context, q_functions, n_members)
@@ -129,7 +128,7 @@ class Planner(NamedTuple):
 
         for _ in range(self.n_rounds - 1 if start is None else 1):
             elites = np.argsort(-scores(returns, candidates))[: self.n_elites]
-            children = self.varied(candidates[np.random.choice(elites, n_candidates)])
+            children = self.varied(candidates[np.random.choice(elites, self.n_candidates)])
             children[0] = candidates[elites].mean(axis=0)
             candidates = np.concatenate([candidates[elites], children])
             of_children = self._returns(children, observation, context, q_functions, n_members)

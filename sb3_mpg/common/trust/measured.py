@@ -24,8 +24,8 @@ from sb3_mpg.common.trust.weighting import WeightingRule
 
 # Number of latest measurements that the trust in blind returns is averaged over
 N_AVERAGED = 3
-# Measurements are rarer by this factor after so many updates
-RARER, N_FAST_UPDATES = 3, 500
+# Measurements are rarer by this factor after so many updates. Before, they would cost more steps than they save time
+RARER, N_FAST_UPDATES = 3, 2000
 # Number of latest steps that a report compares the model with
 N_REPORTED_STEPS = 5000
 

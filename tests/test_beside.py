@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import ClassVar
 
+import cloudpickle
 import pytest
 import torch as th
 from helpers import assert_same_parameters
@@ -17,7 +18,7 @@ from torch._dynamo.utils import counters
 from sb3_mpg import MPG
 from sb3_mpg.common.compilation import step_compiler
 from sb3_mpg.common.compilation.beside import CompilerProcess, portable, serve
-from sb3_mpg.common.compilation.step_compiler import StepCompiler
+from sb3_mpg.common.compilation.step_compiler import AT_ONCE, StepCompiler
 from sb3_mpg.common.models.trainable import members_of
 from sb3_mpg.common.rollouts.model_rollout import model_rollout
 from sb3_mpg.common.rollouts.steps import EagerSteps, HeldState, RolloutContext
@@ -34,8 +35,8 @@ class Recorder:
         self.requests, self.waits, self.is_closed = [], [], False
         self.made.append(self)
 
-    def request(self, steps, method, args):
-        assert isinstance(steps, StepCompiler) and steps.from_update == 0
+    def request(self, steps, method, args, rank):
+        assert isinstance(steps, StepCompiler) and steps.after_update == AT_ONCE
         self.requests.append(method)
         return Path(method)
 
@@ -44,6 +45,19 @@ class Recorder:
 
     def close(self):
         self.is_closed = True
+
+
+TAKEN = []
+
+
+class Named:
+    """In place of steps; this process is served by itself."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def call(self):
+        TAKEN.append(self.name)
 
 
 @pytest.fixture
@@ -57,12 +71,12 @@ def recorder(monkeypatch):
 def early(monkeypatch):
     """Every training is long enough to compile, by a backend that takes no time, after ten updates."""
     monkeypatch.setattr(step_compiler, "COMPILE_FROM_MODEL_STEPS", 0)
-    monkeypatch.setattr(step_compiler, "N_EAGER_UPDATES", 10)
+    monkeypatch.setattr(step_compiler, "N_EAGER_UPDATES", {"follow": 5, "advance": 10, "hold": 12})
     made = []
 
     class Quick(StepCompiler):
-        def __init__(self, backend="eager", n_rows=None, from_update=0, asks=True):
-            super().__init__("eager", n_rows, from_update, asks)
+        def __init__(self, backend="eager", n_rows=None, after_update=AT_ONCE, asks=True):
+            super().__init__("eager", n_rows, after_update, asks)
             made.append(self)
 
     monkeypatch.setattr(step_compiler, "StepCompiler", Quick)
@@ -84,14 +98,14 @@ def test_what_another_process_compiled_is_found_in_the_cache(monkeypatch, tmp_pa
     model = lq_model()
     observations = th.as_tensor(model.replay_buffer.observations[:8, 0])
     expected = returns(model, EagerSteps(), observations)
-    compiler = StepCompiler(n_rows=8, from_update=5)
+    compiler = StepCompiler(n_rows=8, after_update=0)
     # Eager until then, whatever the other process has done
     assert not compiler.is_compiled
-    for n_updates in (1, 4):
+    for n_updates in (1, 250):
         compiler.begin_update(n_updates)
         assert th.equal(returns(model, compiler, observations), expected)
     counters.clear()
-    compiler.begin_update(5)
+    compiler.begin_update(251)
     compiled = returns(model, compiler, observations)
     th.testing.assert_close(compiled, expected, rtol=1e-5, atol=1e-5)
     assert compiler.is_compiled and compiler._step_loop.graphs[0].loops
@@ -108,13 +122,30 @@ def test_what_another_process_compiled_is_found_in_the_cache(monkeypatch, tmp_pa
 def test_requests_that_fail_are_done(tmp_path):
     helper = CompilerProcess()
     start = time.monotonic()
-    done = helper.request(StepCompiler(), "no_such_method", ())
+    done = helper.request(StepCompiler(), "no_such_method", (), 0)
     helper.wait(done)
     assert done.exists() and time.monotonic() - start < 60
     # Nobody waits for a process that has ended
     helper._process.kill()
     helper.wait(tmp_path / "never")
     helper.close()
+
+
+def test_requests_are_taken_by_their_rank(tmp_path):
+    TAKEN.clear()
+    for rank in (2, 0, 1):
+        request = Named(rank), "call", (), (True, th.get_num_threads(), "none")
+        (tmp_path / f"{rank}.request").write_bytes(cloudpickle.dumps(request))
+    thread = threading.Thread(target=serve, args=(tmp_path, os.getppid()), daemon=True)
+    thread.start()
+    deadline = time.monotonic() + 10
+    while len(list(tmp_path.glob("*.done"))) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    for path in tmp_path.iterdir():
+        path.unlink()
+    tmp_path.rmdir()
+    thread.join(10)
+    assert TAKEN == [0, 1, 2] and not thread.is_alive()
 
 
 def test_the_process_ends_with_its_owner():
@@ -157,7 +188,7 @@ def test_arguments_become_leaves_without_the_critic():
 def test_each_kind_of_steps_is_asked_for_once(recorder):
     model = lq_model()
     observations = th.as_tensor(model.replay_buffer.observations[:8, 0])
-    compiler = StepCompiler("eager", from_update=3)
+    compiler = StepCompiler("eager", after_update=-248)
     for n_updates in range(1, 6):
         compiler.begin_update(n_updates)
         returns(model, compiler, observations)
@@ -172,7 +203,7 @@ def test_what_cannot_be_sent_is_compiled_here():
     model = lq_model()
     model.rollout_model.lock = threading.Lock()
     observations = th.as_tensor(model.replay_buffer.observations[:8, 0])
-    compiler = StepCompiler("eager", from_update=2)
+    compiler = StepCompiler("eager", after_update=-249)
     returns(model, compiler, observations)
     compiler.begin_update(2)
     returns(model, compiler, observations)
@@ -184,7 +215,7 @@ def test_a_process_that_cannot_start_is_not_needed(monkeypatch):
     monkeypatch.setattr("sys.executable", "/nonexistent")
     model = lq_model()
     observations = th.as_tensor(model.replay_buffer.observations[:8, 0])
-    compiler = StepCompiler("eager", from_update=2)
+    compiler = StepCompiler("eager", after_update=-249)
     returns(model, compiler, observations)
     compiler.begin_update(2)
     returns(model, compiler, observations)
@@ -196,11 +227,11 @@ def test_training_changes_over_at_a_fixed_update(recorder, early):
         return MPG("MlpPolicy", LinearEnv(), horizons=(0, 3), **SMALL).learn(60)
 
     model = train()
-    (compiler,) = (steps for steps in early if steps.from_update > 0)
-    assert compiler.from_update == 11 and compiler.is_compiled and compiler._step_loop is not None
+    (compiler,) = (steps for steps in early if steps.after_update == 0)
+    assert compiler.is_compiled and compiler._step_loop is not None and compiler._plan_loop is not None
     (helper,) = recorder.made
     # Plans may come first
-    assert sorted(helper.requests) == ["advance", "follow", "hold"] and "advance" in helper.waits
+    assert sorted(helper.requests) == ["advance", "follow", "hold"] == sorted(helper.waits)
     assert helper.is_closed
     assert_same_parameters(train(), model)
 
@@ -212,15 +243,15 @@ def test_a_continued_training_stays_compiled(recorder, early, tmp_path):
     loaded = MPG.load(tmp_path / "model.zip", env=LinearEnv())
     loaded.replay_buffer = model.replay_buffer
     loaded.learn(5, reset_num_timesteps=False)
-    assert loaded.update.steps.from_update == 11 and loaded.update.steps.is_compiled and not recorder.made
+    assert loaded.update.steps.after_update == 0 and loaded.update.steps.is_compiled and not recorder.made
     loaded.learn(60)
-    assert loaded.update.steps.from_update == 25 + 11
+    assert loaded.update.steps.after_update == 25
 
 
 def test_copies_change_over_at_the_same_update_and_ask_nobody(recorder):
     """Those of learners, and of an update that is renewed."""
-    compiler = copy.copy(StepCompiler("eager", n_rows=8, from_update=2))
-    assert (compiler.backend, compiler.n_rows, compiler.from_update) == ("eager", 8, 2)
+    compiler = copy.copy(StepCompiler("eager", n_rows=8, after_update=-249))
+    assert (compiler.backend, compiler.n_rows, compiler.after_update) == ("eager", 8, -249)
     model = lq_model()
     observations = th.as_tensor(model.replay_buffer.observations[:8, 0])
     for n_updates in (1, 2):

@@ -15,7 +15,7 @@ from sb3_mpg import MPG, PriorModel
 from sb3_mpg.common.compilation import step_compiler
 from sb3_mpg.common.compilation.compiled_loop import StepGraph
 from sb3_mpg.common.compilation.blocks import Blocks
-from sb3_mpg.common.compilation.step_compiler import StepCompiler, act
+from sb3_mpg.common.compilation.step_compiler import AT_ONCE, NEVER, StepCompiler, act
 from sb3_mpg.common.compilation.torch_compile import BiasBehindProduct, PartsOneByOne, compiling
 from sb3_mpg.common.models.ensemble import values_of_rows
 from sb3_mpg.common.models.trainable import members_of
@@ -392,29 +392,31 @@ def test_an_error_of_the_model_is_not_hidden():
 
 
 def test_auto_compiles_long_runs_only():
-    def compiled_from(total_timesteps, **kwargs):
+    def compiled_after(total_timesteps, **kwargs):
         model._setup_learn(total_timesteps, **kwargs)
-        steps = model.update.steps
-        assert isinstance(steps, EagerSteps if model.training_state.compiled_from is None else StepCompiler)
-        assert not isinstance(steps, StepCompiler) or steps.from_update == model.training_state.compiled_from
-        return model.training_state.compiled_from
+        steps, after = model.update.steps, model.training_state.compiled_after
+        assert isinstance(steps, EagerSteps if after == NEVER else StepCompiler)
+        assert after == NEVER or steps.after_update == after
+        return after
 
     model = MPG("MlpPolicy", LinearEnv(), learning_starts=1000)
     assert model.compile == "auto"
-    assert compiled_from(1500) is None
-    assert compiled_from(100_000) == 201
+    assert compiled_after(1500) == NEVER
+    assert compiled_after(100_000) == 0
     # A continued training does as it did before, though few steps are left
     model.num_timesteps, model._n_updates = 99_000, 98_000
-    assert compiled_from(1000, reset_num_timesteps=False) == 201
-    assert model.update.steps.from_update < model._n_updates
+    assert compiled_after(1000, reset_num_timesteps=False) == 0
+    model.update.steps.begin_update(98_001)
+    assert model.update.steps.is_compiled
     model.training_state.has_chosen_to_compile = False
-    assert compiled_from(500, reset_num_timesteps=False) is None
+    assert compiled_after(500, reset_num_timesteps=False) == NEVER
     model.gradient_steps = -1
-    assert compiled_from(100_000) == 98_201
+    assert compiled_after(100_000) == 98_000
+    assert not model.update.steps.is_compiled
     model = MPG("MlpPolicy", LinearEnv(), learning_starts=1000, horizons=(0,), weighting="constant")
-    assert compiled_from(100_000) is None
+    assert compiled_after(100_000) == NEVER
     model = MPG("MlpPolicy", LinearEnv(), learning_starts=1000, compile=True)
-    assert compiled_from(1) == 0
+    assert compiled_after(1) == AT_ONCE and model.update.steps.is_compiled
     with pytest.raises(ValueError, match="`compile` must be"):
         MPG("MlpPolicy", LinearEnv(), compile="yes")
 

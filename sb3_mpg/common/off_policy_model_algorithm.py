@@ -19,7 +19,7 @@ from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
 from sb3_mpg.common import buffers, checks, goals, saved_settings
 from sb3_mpg.common.buffers import RecordedSteps
 from sb3_mpg.common.callbacks import close_evaluators
-from sb3_mpg.common.compilation.step_compiler import check_compile, first_compiled_update, make_steps
+from sb3_mpg.common.compilation.step_compiler import check_compile, choose_to_compile, make_steps
 from sb3_mpg.common.env_pickles import PickledWithEnv
 from sb3_mpg.common.export import Exported, write_onnx
 from sb3_mpg.common.files import saved_whole
@@ -409,9 +409,9 @@ class OffPolicyModelAlgorithm(PlansExploration, PickledWithEnv, OffPolicyAlgorit
         settings = self.update_settings(1)
         if reset_num_timesteps or not state.has_chosen_to_compile or self.compile != "auto":
             n_model_steps = expected_updates(self, setup[0]) * self.update.n_model_steps(settings)
-            state.compiled_from = first_compiled_update(self.compile, n_model_steps, self._n_updates, self.device)
+            state.compiled_after = choose_to_compile(self.compile, n_model_steps, self._n_updates, self.device)
             state.has_chosen_to_compile = True
-        self.update.steps = make_steps(state.compiled_from, self.update.n_rollout_rows(settings, self.batch_size))
+        self.update.steps = make_steps(state.compiled_after, self.update.n_rollout_rows(settings, self.batch_size))
         if self.n_learners > 0:
             self.learners = MultiprocessLearners(self.update, self.training_inputs(self.batch_size), self.learner_settings)
         return setup

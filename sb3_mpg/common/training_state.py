@@ -68,7 +68,8 @@ class TrainingState:
     :param n_updates_at_start: number of updates when ``num_timesteps`` was last reset
     :param has_chosen_to_compile: whether ``learn`` has decided about it. A continued training keeps the choice, because
         compiled gradients differ in the last bits
-    :param compiled_from: number of the update from which rollouts are compiled, ``None`` if none are
+    :param compiled_after: number of updates after which rollouts are compiled beside the training, or infinity, see
+        ``choose_to_compile``
     :param own_noise: standard deviation of the action noise if the algorithm created it; ``None`` for the user's noise
     :param has_warned_of_records: whether a non-finite observation or reward was reported
     :param has_warned_of_masks: whether masked states were reported
@@ -83,7 +84,7 @@ class TrainingState:
     update_seed: int | None = None
     n_updates_at_start: int = 0
     has_chosen_to_compile: bool = False
-    compiled_from: int | None = None
+    compiled_after: float = float("inf")
     own_noise: float | None = None
     has_warned_of_records: bool = False
     has_warned_of_masks: bool = False

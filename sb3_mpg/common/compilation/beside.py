@@ -65,7 +65,8 @@ def end(process: subprocess.Popen[bytes], folder: Path) -> None:
 
 class CompilerProcess:
     """
-    Another process that compiles steps, one request after the other. It ends with this process, or with the object.
+    Another process that compiles steps, one request after the other in the order of their ranks. It ends with this process, or
+    with the object.
 
     :raises OSError: when it cannot be started
     """
@@ -87,23 +88,22 @@ class CompilerProcess:
             self._folder.rmdir()
             raise
         self._end = weakref.finalize(self, end, self._process, self._folder)
-        self._n_requests = 0
 
-    def request(self, steps: Steps, method: str, args: tuple[Any, ...]) -> Path:
+    def request(self, steps: Steps, method: str, args: tuple[Any, ...], rank: int) -> Path:
         """
         :param steps: strategy that compiles in a call of its method; it is pickled
         :param method: name of the method
         :param args: its arguments
+        :param rank: of the request, of several the lowest comes first; each has its own
         :return: file that appears when it has been called
         :raises Exception: when something cannot be pickled, or the disk is full
         """
         settings = th.is_grad_enabled(), th.get_num_threads(), get_matmul_precision()
         packed = cloudpickle.dumps((steps, method, tuple(map(portable, args)), settings))
-        path = self._folder / f"{self._n_requests}.request"
+        path = self._folder / f"{rank}.request"
         unfinished = path.with_suffix(".part")
         unfinished.write_bytes(packed)
         unfinished.replace(path)
-        self._n_requests += 1
         return path.with_suffix(".done")
 
     def wait(self, done: Path) -> None:
@@ -127,10 +127,9 @@ def serve(folder: Path, parent: int) -> None:
     :param folder: folder of the requests
     :param parent: id of the parent process
     """
-    n_done = 0
     while os.getppid() == parent and folder.exists():
-        path = folder / f"{n_done}.request"
-        if not path.exists():
+        path = min(folder.glob("*.request"), default=None)
+        if path is None:
             time.sleep(POLL_SECONDS)
             continue
         # What fails here fails in the other process, too, which tells the user
@@ -139,8 +138,7 @@ def serve(folder: Path, parent: int) -> None:
             th.set_num_threads(n_threads)
             with th.set_grad_enabled(has_gradient), matmul_precision(precision):
                 getattr(steps, method)(*args)
-        path.with_suffix(".done").touch()
-        n_done += 1
+        path.replace(path.with_suffix(".done"))
 
 
 if __name__ == "__main__":

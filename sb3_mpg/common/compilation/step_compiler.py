@@ -33,10 +33,13 @@ Result = TypeVar("Result")
 
 logger = logging.getLogger(__name__)
 
-# Compiled steps save 2 to 3 milliseconds for each model step of a batch (benchmarks/speed.py). Compiling takes about 20
-# seconds, on a GPU in this process, and otherwise beside so many eager updates
+# Compiled steps save 2 to 3 milliseconds for each model step of a batch (benchmarks/speed.py). Compiling takes 30 seconds, in
+# this process on a GPU, and otherwise beside eager updates
 COMPILE_FROM_MODEL_STEPS = 7500
-N_EAGER_UPDATES = 200
+# Number of eager updates before each kind of steps is compiled. They are compiled in this order, and ready at about this time.
+# Plans come first, because they take most of the time of eager updates
+N_EAGER_UPDATES = {"follow": 75, "advance": 250, "hold": 300}
+AT_ONCE, NEVER = -float("inf"), float("inf")
 
 
 def check_compile(choice: Any) -> None:
@@ -48,20 +51,18 @@ def check_compile(choice: Any) -> None:
         raise ValueError(f"`compile` must be True, False or 'auto', got {choice!r}.")
 
 
-def first_compiled_update(
-    choice: bool | Literal["auto"], n_model_steps: float, n_updates: int, device: th.device
-) -> int | None:
+def choose_to_compile(choice: bool | Literal["auto"], n_model_steps: float, n_updates: int, device: th.device) -> float:
     """
     :param choice: whether rollouts are compiled; ``"auto"`` compiles if that repays the compile time
     :param n_model_steps: number of model steps that are to be taken
     :param n_updates: number of updates so far
     :param device: device of the rollouts
-    :return: number of the update from which rollouts are compiled, ``None`` if none are
+    :return: number of updates after which steps are compiled beside the training, ``AT_ONCE`` or ``NEVER``
     """
     if choice == "auto":
-        beside = 0 if device.type == "cuda" else n_updates + N_EAGER_UPDATES + 1
-        return beside if n_model_steps >= COMPILE_FROM_MODEL_STEPS else None
-    return 0 if choice else None
+        beside = AT_ONCE if device.type == "cuda" else n_updates
+        return beside if n_model_steps >= COMPILE_FROM_MODEL_STEPS else NEVER
+    return AT_ONCE if choice else NEVER
 
 
 def with_gradient(tensor: th.Tensor) -> th.Tensor:
@@ -149,15 +150,15 @@ class StepCompiler(Steps):
     :param backend: backend of ``torch.compile``
     :param n_rows: number of rows that steps are compiled for; other batches are taken in blocks of so many rows. A model that
         draws noise draws it block by block then, other than without compilation. ``None`` compiles again for each size
-    :param from_update: number of the update from which compiled steps are taken. Before it they are eager, while another
-        process compiles. It is fixed, so that two runs with the same seed are the same
+    :param after_update: number of updates after which another process compiles. After ``N_EAGER_UPDATES`` more, steps are
+        compiled. The numbers are fixed, so that two runs with the same seed are the same. ``AT_ONCE`` compiles in this process
     :param asks: whether to ask another process to compile
     """
 
-    def __init__(self, backend: str = "inductor", n_rows: int | None = None, from_update: int = 0, asks: bool = True):
+    def __init__(self, backend: str = "inductor", n_rows: int | None = None, after_update: float = AT_ONCE, asks: bool = True):
         self.backend = backend
         self.n_rows = n_rows
-        self.from_update = from_update
+        self.after_update = after_update
         self.asks = asks
         self.n_updates = 0
         #: Whether something could not be compiled; all steps are eager from then on
@@ -173,13 +174,16 @@ class StepCompiler(Steps):
         self._beside: CompilerProcess | None = None
         self._requests: dict[str, Path | None] = {}
 
-    def __reduce__(self) -> tuple[type["StepCompiler"], tuple[str, int | None, int, bool]]:
+    def __reduce__(self) -> tuple[type["StepCompiler"], tuple[str, int | None, float, bool]]:
         # Compiled functions cannot be pickled or shared. A copy, as that of a learner, finds what the original asked for
-        return StepCompiler, (self.backend, self.n_rows, self.from_update, False)
+        return StepCompiler, (self.backend, self.n_rows, self.after_update, False)
 
     @property
     def is_compiled(self) -> bool:  # type: ignore[override]
-        return not self.has_failed and self.n_updates >= self.from_update
+        return not self.has_failed and self._is_due("advance")
+
+    def _is_due(self, method: str) -> bool:
+        return self.n_updates > self.after_update + N_EAGER_UPDATES[method]
 
     def begin_update(self, n_updates: int) -> None:
         self.n_updates = n_updates
@@ -200,7 +204,8 @@ class StepCompiler(Steps):
             return
         try:
             self._beside = self._beside or CompilerProcess()
-            self._requests[method] = self._beside.request(StepCompiler(self.backend, self.n_rows), method, args)
+            rank = list(N_EAGER_UPDATES).index(method)
+            self._requests[method] = self._beside.request(StepCompiler(self.backend, self.n_rows), method, args, rank)
         except Exception as error:
             logger.debug("Steps are not compiled in another process: %s: %s", type(error).__name__, error)
             self._requests[method] = None
@@ -230,7 +235,7 @@ class StepCompiler(Steps):
         """
         if self.has_failed:
             return eager(*args)
-        if self.n_updates < self.from_update:
+        if not self._is_due(method):
             self._compile_beside(method, args)
             return eager(*args)
         self._wait_for(method)
@@ -350,15 +355,15 @@ class StepCompiler(Steps):
                 with th.compiler.set_stance(skip_guard_eval_unsafe=True):
                     return self._act(network_inputs, actor)  # type: ignore[misc]
             is_checked = True
-            return self._attempt("policy", "Policies", act_compiled, act, (network_inputs, actor))
+            return self._attempt("advance", "Policies", act_compiled, act, (network_inputs, actor))
 
         return compiled
 
 
-def make_steps(compiled_from: int | None, n_rows: int) -> Steps:
+def make_steps(after_update: float, n_rows: int) -> Steps:
     """
-    :param compiled_from: number of the update from which steps are compiled, ``None`` if none are
+    :param after_update: see :class:`StepCompiler`; ``NEVER`` if steps are not compiled
     :param n_rows: see :class:`StepCompiler`
     :return: strategy that steps the model
     """
-    return EagerSteps() if compiled_from is None else StepCompiler(n_rows=n_rows, from_update=compiled_from)
+    return EagerSteps() if after_update == NEVER else StepCompiler(n_rows=n_rows, after_update=after_update)

@@ -25,7 +25,10 @@ from typing import Any
 import numpy as np
 import torch as th
 from evaluation import cpu_seconds, evaluate
+from stable_baselines3.common.callbacks import BaseCallback
 from tables import RESULTS, print_table, read_runs, write_csv
+
+import sb3_mpg_envs  # noqa: F401
 
 FOLDER = RESULTS / "wall_clock"
 TASKS = {
@@ -78,6 +81,38 @@ def parameters(model: Any) -> Any:
     return model.policy.actor_state
 
 
+class Copies(BaseCallback):
+    """
+    Copies the policy, and notes the times.
+
+    :param steps: number of environment steps after which training stops
+    """
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.steps = steps
+        self.rows: list[dict[str, Any]] = []
+        self.copies: list[Any] = []
+        self.first_update = float("nan")
+        self.paused = self.paused_cpu = 0.0
+
+    def _on_training_start(self) -> None:
+        self.start, self.start_cpu = time.perf_counter(), cpu_seconds()
+
+    def _on_step(self) -> bool:
+        now, cpu = time.perf_counter(), cpu_seconds()
+        seconds, used = now - self.start - self.paused, cpu - self.start_cpu - self.paused_cpu
+        if np.isnan(self.first_update) and self.model._n_updates > 0:
+            self.first_update = seconds
+        if self.num_timesteps % EVERY == 0:
+            self.copies.append(parameters(self.model))
+            counts = {"steps": self.num_timesteps, "updates": self.model._n_updates}
+            self.rows.append({**counts, "seconds": f"{seconds:.2f}", "cpu_seconds": f"{used:.2f}"})
+            self.paused += time.perf_counter() - now
+            self.paused_cpu += cpu_seconds() - cpu
+        return self.num_timesteps < self.steps
+
+
 def run_here(task_name: str, method: str, seed: int, steps: int, path: Path) -> None:
     """
     Train, evaluate all copies of the policy, and write the csv.
@@ -89,45 +124,12 @@ def run_here(task_name: str, method: str, seed: int, steps: int, path: Path) -> 
     :param path: path of the csv
     """
     th.set_num_threads(1)
-    start = time.perf_counter()
-    import sb3_mpg_envs  # noqa: F401
-
-    library = {"mpg": "sb3_mpg", "earlier": "sb3_mpg"}.get(method, "sbx" if method.startswith("sbx") else "stable_baselines3")
-    __import__(library)
-    imported = time.perf_counter()
     task = TASKS[task_name]
+    start = time.perf_counter()
     model = make(method, task.env_id, seed)
-    constructed = time.perf_counter()
+    constructed = time.perf_counter() - start
 
-    from stable_baselines3.common.callbacks import BaseCallback
-
-    class Copies(BaseCallback):
-        """Copies the policy, and notes the times."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.rows: list[dict[str, Any]] = []
-            self.copies: list[Any] = []
-            self.first_update = float("nan")
-            self.paused = self.paused_cpu = 0.0
-
-        def _on_training_start(self) -> None:
-            self.start, self.start_cpu = time.perf_counter(), cpu_seconds()
-
-        def _on_step(self) -> bool:
-            now, cpu = time.perf_counter(), cpu_seconds()
-            seconds, used = now - self.start - self.paused, cpu - self.start_cpu - self.paused_cpu
-            if not self.first_update == self.first_update and self.model._n_updates > 0:
-                self.first_update = seconds
-            if self.num_timesteps % EVERY == 0:
-                self.copies.append(parameters(self.model))
-                counts = {"steps": self.num_timesteps, "updates": self.model._n_updates}
-                self.rows.append({**counts, "seconds": f"{seconds:.2f}", "cpu_seconds": f"{used:.2f}"})
-                self.paused += time.perf_counter() - now
-                self.paused_cpu += cpu_seconds() - cpu
-            return self.num_timesteps < steps
-
-    callback = Copies()
+    callback = Copies(steps)
     model.learn(TOTAL_STEPS, callback=callback)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     for row, state in zip(callback.rows, callback.copies, strict=True):
@@ -137,8 +139,7 @@ def run_here(task_name: str, method: str, seed: int, steps: int, path: Path) -> 
             model.policy.actor_state = state
         row |= {"return_mean": f"{evaluate(model, task, N_STARTS)[0].mean():.5g}"}
         row |= {
-            "import_seconds": f"{imported - start:.2f}",
-            "construct_seconds": f"{constructed - imported:.3f}",
+            "construct_seconds": f"{constructed:.3f}",
             "first_update_seconds": f"{callback.first_update:.2f}",
             "peak_mib": f"{peak:.0f}",
         }

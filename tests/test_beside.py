@@ -101,11 +101,11 @@ def test_what_another_process_compiled_is_found_in_the_cache(monkeypatch, tmp_pa
     compiler = StepCompiler(n_rows=8, after_update=0)
     # Eager until then, whatever the other process has done
     assert not compiler.is_compiled
-    for n_updates in (1, 250):
+    for n_updates in (1, 200):
         compiler.begin_update(n_updates)
         assert th.equal(returns(model, compiler, observations), expected)
     counters.clear()
-    compiler.begin_update(251)
+    compiler.begin_update(201)
     compiled = returns(model, compiler, observations)
     th.testing.assert_close(compiled, expected, rtol=1e-5, atol=1e-5)
     assert compiler.is_compiled and compiler._step_loop.graphs[0].loops
@@ -188,7 +188,7 @@ def test_arguments_become_leaves_without_the_critic():
 def test_each_kind_of_steps_is_asked_for_once(recorder):
     model = lq_model()
     observations = th.as_tensor(model.replay_buffer.observations[:8, 0])
-    compiler = StepCompiler("eager", after_update=-248)
+    compiler = StepCompiler("eager", after_update=-198)
     for n_updates in range(1, 6):
         compiler.begin_update(n_updates)
         returns(model, compiler, observations)
@@ -203,7 +203,7 @@ def test_what_cannot_be_sent_is_compiled_here():
     model = lq_model()
     model.rollout_model.lock = threading.Lock()
     observations = th.as_tensor(model.replay_buffer.observations[:8, 0])
-    compiler = StepCompiler("eager", after_update=-249)
+    compiler = StepCompiler("eager", after_update=-199)
     returns(model, compiler, observations)
     compiler.begin_update(2)
     returns(model, compiler, observations)
@@ -215,7 +215,7 @@ def test_a_process_that_cannot_start_is_not_needed(monkeypatch):
     monkeypatch.setattr("sys.executable", "/nonexistent")
     model = lq_model()
     observations = th.as_tensor(model.replay_buffer.observations[:8, 0])
-    compiler = StepCompiler("eager", after_update=-249)
+    compiler = StepCompiler("eager", after_update=-199)
     returns(model, compiler, observations)
     compiler.begin_update(2)
     returns(model, compiler, observations)
@@ -250,8 +250,8 @@ def test_a_continued_training_stays_compiled(recorder, early, tmp_path):
 
 def test_copies_change_over_at_the_same_update_and_ask_nobody(recorder):
     """Those of learners, and of an update that is renewed."""
-    compiler = copy.copy(StepCompiler("eager", n_rows=8, after_update=-249))
-    assert (compiler.backend, compiler.n_rows, compiler.after_update) == ("eager", 8, -249)
+    compiler = copy.copy(StepCompiler("eager", n_rows=8, after_update=-199))
+    assert (compiler.backend, compiler.n_rows, compiler.after_update) == ("eager", 8, -199)
     model = lq_model()
     observations = th.as_tensor(model.replay_buffer.observations[:8, 0])
     for n_updates in (1, 2):

@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 COMPILE_FROM_MODEL_STEPS = 7500
 # Number of eager updates before each kind of steps is compiled. They are compiled in this order, and ready at about this time.
 # Plans come first, because they take most of the time of eager updates
-N_EAGER_UPDATES = {"follow": 75, "advance": 250, "hold": 300}
+N_EAGER_UPDATES = {"follow": 40, "advance": 200, "hold": 240}
 AT_ONCE, NEVER = -float("inf"), float("inf")
 
 

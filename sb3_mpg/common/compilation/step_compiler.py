@@ -4,7 +4,6 @@ import logging
 import warnings
 from collections.abc import Callable
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch as th
@@ -36,9 +35,9 @@ logger = logging.getLogger(__name__)
 # Compiled steps save 2 to 3 milliseconds for each model step of a batch (benchmarks/speed.py). Compiling takes 30 seconds, in
 # this process on a GPU, and otherwise beside eager updates
 COMPILE_FROM_MODEL_STEPS = 7500
-# Number of eager updates before each kind of steps is compiled. They are compiled in this order, and ready at about this time.
-# Plans come first, because they take most of the time of eager updates
-N_EAGER_UPDATES = {"follow": 40, "advance": 200, "hold": 240}
+# Number of eager updates before each kind of steps is compiled. Plans change over first: they take most of the time of eager
+# updates, and have the smallest graph
+N_EAGER_UPDATES = {"follow": 40, "advance": 100, "hold": 100}
 AT_ONCE, NEVER = -float("inf"), float("inf")
 
 
@@ -170,9 +169,8 @@ class StepCompiler(Steps):
         self._plan_loop: CompiledLoop | None = None
         self._act: Callable[..., th.Tensor] | None = None
 
-        # Compiles beside the training, and for each kind of steps the file that says that they are compiled
-        self._beside: CompilerProcess | None = None
-        self._requests: dict[str, Path | None] = {}
+        # Processes that compile beside the training, by the method that takes the steps; ``None`` if there is none
+        self._beside: dict[str, CompilerProcess | None] = {}
 
     def __reduce__(self) -> tuple[type["StepCompiler"], tuple[str, int | None, float, bool]]:
         # Compiled functions cannot be pickled or shared. A copy, as that of a learner, finds what the original asked for
@@ -189,9 +187,10 @@ class StepCompiler(Steps):
         self.n_updates = n_updates
 
     def close(self) -> None:
-        if self._beside is not None:
-            self._beside.close()
-        self._beside, self._requests = None, {}
+        for process in self._beside.values():
+            if process is not None:
+                process.close()
+        self._beside = {}
 
     def _compile_beside(self, method: str, args: tuple[Any, ...]) -> None:
         """
@@ -200,20 +199,18 @@ class StepCompiler(Steps):
         :param method: name of the method that takes the steps
         :param args: its arguments
         """
-        if method in self._requests or not self.asks:
+        if method in self._beside or not self.asks:
             return
+        self._beside[method] = None
         try:
-            self._beside = self._beside or CompilerProcess()
-            rank = list(N_EAGER_UPDATES).index(method)
-            self._requests[method] = self._beside.request(StepCompiler(self.backend, self.n_rows), method, args, rank)
+            self._beside[method] = CompilerProcess(StepCompiler(self.backend, self.n_rows), method, args)
         except Exception as error:
             logger.debug("Steps are not compiled in another process: %s: %s", type(error).__name__, error)
-            self._requests[method] = None
 
     def _wait_for(self, method: str) -> None:
-        done = self._requests.pop(method, None)
-        if done is not None and self._beside is not None:
-            self._beside.wait(done)
+        process = self._beside.pop(method, None)
+        if process is not None:
+            process.wait()
 
     def _attempt(
         self,

@@ -1,10 +1,13 @@
 """Compiling beside the training: another process compiles, and this one finds the result."""
 
 import copy
+import os
 import threading
+import time
 from pathlib import Path
 from typing import ClassVar
 
+import cloudpickle
 import pytest
 import torch as th
 from helpers import assert_same_parameters
@@ -14,7 +17,7 @@ from torch._dynamo.utils import counters
 
 from sb3_mpg import MPG
 from sb3_mpg.common.compilation import step_compiler
-from sb3_mpg.common.compilation.beside import CompilerProcess, portable
+from sb3_mpg.common.compilation.beside import CompilerProcess, portable, serve
 from sb3_mpg.common.compilation.step_compiler import AT_ONCE, StepCompiler
 from sb3_mpg.common.models.trainable import members_of
 from sb3_mpg.common.rollouts.model_rollout import model_rollout
@@ -24,20 +27,37 @@ pytestmark = pytest.mark.usefixtures("models_are_fitted_once")
 
 
 class Recorder:
-    """In place of the other process: it does nothing, and writes down what is done with it."""
+    """In place of the other process: it does nothing, and writes down what it is asked for."""
 
     made: ClassVar[list["Recorder"]] = []
 
-    def __init__(self, steps, method, args):
-        assert isinstance(steps, StepCompiler) and steps.after_update == AT_ONCE
-        self.method, self.is_waited_for, self.is_closed = method, False, False
+    def __init__(self):
+        self.requests, self.waits, self.is_closed = [], [], False
         self.made.append(self)
 
-    def wait(self):
-        self.is_waited_for = True
+    def request(self, steps, method, args, rank):
+        assert isinstance(steps, StepCompiler) and steps.after_update == AT_ONCE
+        self.requests.append(method)
+        return Path(method)
+
+    def wait(self, done):
+        self.waits.append(done.name)
 
     def close(self):
         self.is_closed = True
+
+
+TAKEN = []
+
+
+class Named:
+    """In place of steps; this process is served by itself."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def call(self):
+        TAKEN.append(self.name)
 
 
 @pytest.fixture
@@ -51,7 +71,7 @@ def recorder(monkeypatch):
 def early(monkeypatch):
     """Every training is long enough to compile, by a backend that takes no time, after ten updates."""
     monkeypatch.setattr(step_compiler, "COMPILE_FROM_MODEL_STEPS", 0)
-    monkeypatch.setattr(step_compiler, "N_EAGER_UPDATES", {"follow": 5, "advance": 10, "hold": 10})
+    monkeypatch.setattr(step_compiler, "N_EAGER_UPDATES", {"follow": 5, "advance": 10, "hold": 12})
     made = []
 
     class Quick(StepCompiler):
@@ -63,9 +83,8 @@ def early(monkeypatch):
     return made
 
 
-def model_and_observations():
-    model = MPG("MlpPolicy", LinearEnv(), compile=False, horizons=(0, 3), **SMALL).learn(44)
-    return model, th.as_tensor(model.replay_buffer.observations[:8, 0])
+def lq_model():
+    return MPG("MlpPolicy", LinearEnv(), compile=False, horizons=(0, 3), **SMALL).learn(44)
 
 
 def returns(model, steps, observations):
@@ -76,13 +95,15 @@ def returns(model, steps, observations):
 
 def test_what_another_process_compiled_is_found_in_the_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    model, observations = model_and_observations()
+    model = lq_model()
+    observations = th.as_tensor(model.replay_buffer.observations[:8, 0])
     expected = returns(model, EagerSteps(), observations)
     compiler = StepCompiler(n_rows=8, after_update=0)
     # Eager until then, whatever the other process has done
+    assert not compiler.is_compiled
     for n_updates in (1, 100):
         compiler.begin_update(n_updates)
-        assert th.equal(returns(model, compiler, observations), expected) and not compiler.is_compiled
+        assert th.equal(returns(model, compiler, observations), expected)
     counters.clear()
     compiler.begin_update(101)
     compiled = returns(model, compiler, observations)
@@ -90,41 +111,73 @@ def test_what_another_process_compiled_is_found_in_the_cache(monkeypatch, tmp_pa
     assert compiler.is_compiled and compiler._step_loop.graphs[0].loops
     # Both directions
     assert counters["inductor"]["fxgraph_cache_hit"] == 2 and counters["inductor"]["fxgraph_cache_miss"] == 0
-    assert compiler._beside == {}
+    process, folder = compiler._beside._process, compiler._beside._folder
+    assert process.poll() is None and folder.exists()
+    compiler.close()
+    assert process.poll() is not None and not folder.exists()
+    # Without the other process all goes on
+    assert th.equal(returns(model, compiler, observations), compiled)
 
 
-def parts_of(helper):
-    return helper._process, Path(helper._process.args[-1]).parent
+def test_requests_that_fail_are_done(tmp_path):
+    helper = CompilerProcess()
+    start = time.monotonic()
+    done = helper.request(StepCompiler(), "no_such_method", (), 0)
+    helper.wait(done)
+    assert done.exists() and time.monotonic() - start < 60
+    # Nobody waits for a process that has ended
+    helper._process.kill()
+    helper.wait(tmp_path / "never")
+    helper.close()
 
 
-def test_nobody_waits_for_a_process_that_has_failed():
-    helper = CompilerProcess(StepCompiler(), "no_such_method", ())
-    process, folder = parts_of(helper)
-    assert folder.exists()
-    helper.wait()
-    assert process.returncode == 1 and not folder.exists()
+def test_requests_are_taken_by_their_rank(tmp_path):
+    TAKEN.clear()
+    for rank in (2, 0, 1):
+        request = Named(rank), "call", (), (True, th.get_num_threads(), "none")
+        (tmp_path / f"{rank}.request").write_bytes(cloudpickle.dumps(request))
+    thread = threading.Thread(target=serve, args=(tmp_path, os.getppid()), daemon=True)
+    thread.start()
+    deadline = time.monotonic() + 10
+    while len(list(tmp_path.glob("*.done"))) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    for path in tmp_path.iterdir():
+        path.unlink()
+    tmp_path.rmdir()
+    thread.join(10)
+    assert TAKEN == [0, 1, 2] and not thread.is_alive()
 
 
-@pytest.mark.parametrize("is_closed", [True, False])
-def test_the_process_ends_with_its_owner(is_closed):
-    helper = CompilerProcess(StepCompiler(), "no_such_method", ())
-    process, folder = parts_of(helper)
-    if is_closed:
-        helper.close()
+def test_the_process_ends_with_its_owner():
+    helper = CompilerProcess()
+    process, folder = helper._process, helper._folder
     del helper
     assert process.poll() is not None and not folder.exists()
+
+
+def test_the_process_ends_with_its_parent_and_its_folder(tmp_path):
+    ended = []
+
+    def run(folder, parent):
+        serve(folder, parent)
+        ended.append(True)
+
+    for folder, parent in ((tmp_path, os.getppid() + 1), (tmp_path / "missing", os.getppid())):
+        threading.Thread(target=run, args=(folder, parent), daemon=True).start()
+    deadline = time.monotonic() + 10
+    while len(ended) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert ended == [True, True]
 
 
 def test_arguments_become_leaves_without_the_critic():
     weight = th.ones(2, requires_grad=True)
     module = th.nn.Linear(2, 2)
     context = RolloutContext(module, lambda *args: None, module, None, 0.9, EagerSteps())
-    sent = portable((HeldState(2 * weight, th.ones(1)), 3, {"w": 3 * weight, "bias": module.bias}, context))
+    sent = portable((HeldState(2 * weight, th.ones(1)), 3, {"w": 3 * weight}, context))
     assert sent[0].states.requires_grad and sent[0].states.is_leaf and not sent[0].n_left.requires_grad
     assert th.equal(sent[0].states, 2 * weight) and sent[1] == 3
     assert sent[2]["w"].is_leaf and th.equal(sent[2]["w"], 3 * weight)
-    # Parameters are compiled otherwise
-    assert isinstance(sent[2]["bias"], th.nn.Parameter) and not isinstance(sent[2]["w"], th.nn.Parameter)
     assert isinstance(sent[3], RolloutContext) and sent[3].q_function is None and sent[3].steps is None
     assert sent[3].actor is module and sent[3].gamma == 0.9
     # Strides are part of what is compiled
@@ -133,32 +186,48 @@ def test_arguments_become_leaves_without_the_critic():
 
 
 def test_each_kind_of_steps_is_asked_for_once(recorder):
-    model, observations = model_and_observations()
+    model = lq_model()
+    observations = th.as_tensor(model.replay_buffer.observations[:8, 0])
     compiler = StepCompiler("eager", after_update=-98)
     for n_updates in range(1, 6):
         compiler.begin_update(n_updates)
         returns(model, compiler, observations)
     (helper,) = recorder.made
-    assert helper.method == "advance" and helper.is_waited_for and not helper.is_closed
+    assert helper.requests == ["advance"] and helper.waits == ["advance"]
     assert compiler._step_loop is not None
+    compiler.close()
+    assert helper.is_closed and compiler._beside is None
 
 
-def test_processes_that_are_not_needed_any_more_are_ended(recorder):
-    compiler = StepCompiler("eager", after_update=0)
+def test_the_process_ends_when_nothing_is_left_to_compile(recorder):
+    compiler = StepCompiler("eager", after_update=-199)
     for method in ("follow", "hold"):
         compiler._compile_beside(method, ())
+    (helper,) = recorder.made
+    compiler.begin_update(1)
+    compiler._wait_for("follow")
+    assert helper.waits == ["follow"] and not helper.is_closed
+    compiler.begin_update(2)
+    compiler._wait_for("hold")
+    assert helper.waits == ["follow", "hold"] and helper.is_closed and compiler._beside is None
+
+
+def test_what_cannot_be_sent_is_compiled_here():
+    model = lq_model()
+    model.rollout_model.lock = threading.Lock()
+    observations = th.as_tensor(model.replay_buffer.observations[:8, 0])
+    compiler = StepCompiler("eager", after_update=-99)
+    returns(model, compiler, observations)
+    compiler.begin_update(2)
+    returns(model, compiler, observations)
+    assert compiler._step_loop is not None and not compiler.has_failed
     compiler.close()
-    assert [helper.method for helper in recorder.made] == ["follow", "hold"]
-    assert all(helper.is_closed and not helper.is_waited_for for helper in recorder.made)
 
 
-@pytest.mark.parametrize("what", ["model", "interpreter"])
-def test_what_cannot_be_sent_is_compiled_here(what, monkeypatch):
-    model, observations = model_and_observations()
-    if what == "model":
-        model.rollout_model.lock = threading.Lock()
-    else:
-        monkeypatch.setattr("sys.executable", "/nonexistent")
+def test_a_process_that_cannot_start_is_not_needed(monkeypatch):
+    monkeypatch.setattr("sys.executable", "/nonexistent")
+    model = lq_model()
+    observations = th.as_tensor(model.replay_buffer.observations[:8, 0])
     compiler = StepCompiler("eager", after_update=-99)
     returns(model, compiler, observations)
     compiler.begin_update(2)
@@ -173,8 +242,10 @@ def test_training_changes_over_at_a_fixed_update(recorder, early):
     model = train()
     (compiler,) = (steps for steps in early if steps.after_update == 0)
     assert compiler.is_compiled and compiler._step_loop is not None and compiler._plan_loop is not None
-    assert sorted(helper.method for helper in recorder.made) == ["advance", "follow", "hold"]
-    assert all(helper.is_waited_for for helper in recorder.made)
+    (helper,) = recorder.made
+    # Plans may come first
+    assert sorted(helper.requests) == ["advance", "follow", "hold"] == sorted(helper.waits)
+    assert helper.is_closed
     assert_same_parameters(train(), model)
 
 
@@ -194,7 +265,8 @@ def test_copies_change_over_at_the_same_update_and_ask_nobody(recorder):
     """Those of learners, and of an update that is renewed."""
     compiler = copy.copy(StepCompiler("eager", n_rows=8, after_update=-99))
     assert (compiler.backend, compiler.n_rows, compiler.after_update) == ("eager", 8, -99)
-    model, observations = model_and_observations()
+    model = lq_model()
+    observations = th.as_tensor(model.replay_buffer.observations[:8, 0])
     for n_updates in (1, 2):
         compiler.begin_update(n_updates)
         returns(model, compiler, observations)

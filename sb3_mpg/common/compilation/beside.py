@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import weakref
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ import torch as th
 
 from sb3_mpg.common.precision import get_matmul_precision, matmul_precision
 from sb3_mpg.common.rollouts.steps import Steps
+
+# Seconds between two looks at the folder
+POLL_SECONDS = 0.02
 
 
 def portable(value: Any) -> Any:
@@ -61,23 +65,18 @@ def end(process: subprocess.Popen[bytes], folder: Path) -> None:
 
 class CompilerProcess:
     """
-    Another process that calls a method which compiles, and ends. It also ends with the object.
+    Another process that compiles steps, one request after the other in the order of their ranks. It ends with this process, or
+    with the object.
 
-    :param steps: strategy that compiles when it steps the model; it is pickled
-    :param method: name of the method
-    :param args: its arguments
-    :raises Exception: when something cannot be pickled, the disk is full, or the process cannot be started
+    :raises OSError: when it cannot be started
     """
 
-    def __init__(self, steps: Steps, method: str, args: tuple[Any, ...]):
-        settings = th.is_grad_enabled(), th.get_num_threads(), get_matmul_precision()
-        packed = cloudpickle.dumps((steps, method, tuple(map(portable, args)), settings))
-        folder = Path(tempfile.mkdtemp(prefix="sb3_mpg_"))
+    def __init__(self) -> None:
+        self._folder = Path(tempfile.mkdtemp(prefix="sb3_mpg_"))
         try:
-            (folder / "request").write_bytes(packed)
             # The main script is not imported: it may have no main guard
             self._process = subprocess.Popen(
-                [sys.executable, "-m", __name__, str(folder / "request")],
+                [sys.executable, "-m", __name__, str(self._folder)],
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -86,29 +85,61 @@ class CompilerProcess:
                 start_new_session=True,
             )
         except OSError:
-            shutil.rmtree(folder, ignore_errors=True)
+            self._folder.rmdir()
             raise
-        self._end = weakref.finalize(self, end, self._process, folder)
+        self._end = weakref.finalize(self, end, self._process, self._folder)
 
-    def wait(self) -> None:
-        """Wait until the method has returned, or will never do so."""
-        self._process.wait()
-        self._end()
+    def request(self, steps: Steps, method: str, args: tuple[Any, ...], rank: int) -> Path:
+        """
+        :param steps: strategy that compiles in a call of its method; it is pickled
+        :param method: name of the method
+        :param args: its arguments
+        :param rank: of the request, of several the lowest comes first; each has its own
+        :return: file that appears when it has been called
+        :raises Exception: when something cannot be pickled, or the disk is full
+        """
+        settings = th.is_grad_enabled(), th.get_num_threads(), get_matmul_precision()
+        packed = cloudpickle.dumps((steps, method, tuple(map(portable, args)), settings))
+        path = self._folder / f"{rank}.request"
+        unfinished = path.with_suffix(".part")
+        unfinished.write_bytes(packed)
+        unfinished.replace(path)
+        return path.with_suffix(".done")
+
+    def wait(self, done: Path) -> None:
+        """
+        Wait until a request is done, or will never be.
+
+        :param done: file that appears when it is done
+        """
+        while not done.exists() and self._process.poll() is None:
+            time.sleep(POLL_SECONDS)
 
     def close(self) -> None:
         """End the process at once."""
         self._end()
 
 
-def call(path: Path) -> None:
+def serve(folder: Path, parent: int) -> None:
     """
-    :param path: file with a pickled request
+    Compile what is requested until the parent process has ended.
+
+    :param folder: folder of the requests
+    :param parent: id of the parent process
     """
-    steps, method, args, (has_gradient, n_threads, precision) = cloudpickle.loads(path.read_bytes())
-    th.set_num_threads(n_threads)
-    with th.set_grad_enabled(has_gradient), matmul_precision(precision):
-        getattr(steps, method)(*args)
+    while os.getppid() == parent and folder.exists():
+        path = min(folder.glob("*.request"), default=None)
+        if path is None:
+            time.sleep(POLL_SECONDS)
+            continue
+        # What fails here fails in the other process, too, which tells the user
+        with contextlib.suppress(Exception):
+            steps, method, args, (has_gradient, n_threads, precision) = cloudpickle.loads(path.read_bytes())
+            th.set_num_threads(n_threads)
+            with th.set_grad_enabled(has_gradient), matmul_precision(precision):
+                getattr(steps, method)(*args)
+        path.replace(path.with_suffix(".done"))
 
 
 if __name__ == "__main__":
-    call(Path(sys.argv[1]))
+    serve(Path(sys.argv[1]), os.getppid())

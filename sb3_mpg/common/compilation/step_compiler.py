@@ -4,6 +4,7 @@ import logging
 import warnings
 from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch as th
@@ -35,9 +36,10 @@ logger = logging.getLogger(__name__)
 # Compiled steps save 2 to 3 milliseconds for each model step of a batch (benchmarks/speed.py). Compiling takes 30 seconds, in
 # this process on a GPU, and otherwise beside eager updates
 COMPILE_FROM_MODEL_STEPS = 7500
-# Number of eager updates before each kind of steps is compiled. Plans change over first: they take most of the time of eager
-# updates, and have the smallest graph
-N_EAGER_UPDATES = {"follow": 40, "advance": 100, "hold": 100}
+# Number of eager updates before each kind of steps is compiled. They are compiled in this order, on two cores by about this time:
+# plans come first, because they take most of the time of eager updates. With more eager updates nobody would wait for the
+# compiler, but a training whose steps are in its cache, or on one core, would take longer
+N_EAGER_UPDATES = {"follow": 40, "advance": 100, "hold": 200}
 AT_ONCE, NEVER = -float("inf"), float("inf")
 
 
@@ -169,8 +171,9 @@ class StepCompiler(Steps):
         self._plan_loop: CompiledLoop | None = None
         self._act: Callable[..., th.Tensor] | None = None
 
-        # Processes that compile beside the training, by the method that takes the steps; ``None`` if there is none
-        self._beside: dict[str, CompilerProcess | None] = {}
+        # Compiles beside the training, and for each kind of steps the file that says that they are compiled
+        self._beside: CompilerProcess | None = None
+        self._requests: dict[str, Path | None] = {}
 
     def __reduce__(self) -> tuple[type["StepCompiler"], tuple[str, int | None, float, bool]]:
         # Compiled functions cannot be pickled or shared. A copy, as that of a learner, finds what the original asked for
@@ -187,10 +190,9 @@ class StepCompiler(Steps):
         self.n_updates = n_updates
 
     def close(self) -> None:
-        for process in self._beside.values():
-            if process is not None:
-                process.close()
-        self._beside = {}
+        if self._beside is not None:
+            self._beside.close()
+        self._beside, self._requests = None, {}
 
     def _compile_beside(self, method: str, args: tuple[Any, ...]) -> None:
         """
@@ -199,18 +201,23 @@ class StepCompiler(Steps):
         :param method: name of the method that takes the steps
         :param args: its arguments
         """
-        if method in self._beside or not self.asks:
+        if method in self._requests or not self.asks:
             return
-        self._beside[method] = None
         try:
-            self._beside[method] = CompilerProcess(StepCompiler(self.backend, self.n_rows), method, args)
+            self._beside = self._beside or CompilerProcess()
+            rank = list(N_EAGER_UPDATES).index(method)
+            self._requests[method] = self._beside.request(StepCompiler(self.backend, self.n_rows), method, args, rank)
         except Exception as error:
             logger.debug("Steps are not compiled in another process: %s: %s", type(error).__name__, error)
+            self._requests[method] = None
 
     def _wait_for(self, method: str) -> None:
-        process = self._beside.pop(method, None)
-        if process is not None:
-            process.wait()
+        done = self._requests.pop(method, None)
+        if done is not None and self._beside is not None:
+            self._beside.wait(done)
+            # The process has hundreds of megabytes
+            if not self._requests and all(map(self._is_due, N_EAGER_UPDATES)):
+                self.close()
 
     def _attempt(
         self,

@@ -37,8 +37,8 @@ logger = logging.getLogger(__name__)
 # this process on a GPU, and otherwise beside eager updates
 COMPILE_FROM_MODEL_STEPS = 7500
 # Number of eager updates before each kind of steps is compiled. They are compiled in this order, on two cores by about this
-# time. Plans come first, because they take most of the time of eager updates. With more eager updates nobody would wait for the
-# compiler, but a training whose steps are in its cache, or on one core, would take longer
+# time. Plans come first, because they take most of the time of eager updates. With more eager updates nobody would wait for
+# the compiler, but a training whose steps are in its cache, or on one core, would take longer
 N_EAGER_UPDATES = {"follow": 40, "advance": 100, "hold": 200}
 AT_ONCE, NEVER = -float("inf"), float("inf")
 

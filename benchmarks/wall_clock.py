@@ -51,13 +51,15 @@ EVERY = 50
 N_STARTS = 50
 
 
-def make(method: str, env_id: str, seed: int) -> Any:
+def make(method: str, task_name: str, seed: int) -> Any:
     """
     :param method: a key of ``METHODS``
-    :param env_id: id of the environment
+    :param task_name: a key of ``TASKS``
     :param seed: seed
-    :return: the algorithm with the defaults of its library, but for the discount factor of MPG's networks and the papers' 0.98
+    :return: the algorithm with the defaults of its library; SB3's TD3 and SAC have the settings of ``trust.py``, without which
+        they learn neither task
     """
+    env_id = TASKS[task_name].env_id
     if method in ("mpg", "earlier"):
         from sb3_mpg import MPG
 
@@ -66,9 +68,9 @@ def make(method: str, env_id: str, seed: int) -> Any:
         import sbx
 
         return getattr(sbx, {"td3": "TD3", "sac": "SAC", "crossq": "CrossQ"}[method[4:]])("MlpPolicy", env_id, seed=seed)
-    import stable_baselines3
+    from trust import make as make_peer
 
-    return getattr(stable_baselines3, method.upper())("MlpPolicy", env_id, seed=seed, device="cpu")
+    return make_peer(method, task_name, None, seed)
 
 
 def parameters(model: Any) -> Any:
@@ -126,7 +128,7 @@ def run_here(task_name: str, method: str, seed: int, steps: int, path: Path) -> 
     th.set_num_threads(1)
     task = TASKS[task_name]
     start = time.perf_counter()
-    model = make(method, task.env_id, seed)
+    model = make(method, task_name, seed)
     constructed = time.perf_counter() - start
 
     callback = Copies(steps)

@@ -7,7 +7,8 @@ Wall-clock: how long it takes from the call of ``learn`` to a goal, with all tha
 
 Each run is a process of its own with one thread and an empty cache of compiled code; nothing else may run. The policy is
 copied every 50 steps, and the copies are evaluated after the training, so that evaluations cost no time and give none to a
-compiler that works beside. ``--earlier FOLDER`` is a checkout of the commit that the method ``earlier`` runs.
+compiler that works beside. ``--earlier FOLDER`` is a checkout of the commit that the method ``earlier`` runs. The methods of
+SBX need ``pip install sbx-rl``; what is not installed is skipped.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -163,6 +165,9 @@ def run(task: str, method: str, seed: int, earlier: Path | None) -> None:
         return
     if method == "earlier" and earlier is None:
         print(f"{path.name} needs --earlier, skipped")
+        return
+    if method.startswith("sbx") and find_spec("sbx") is None:
+        print(f"{path.name} needs sbx-rl, skipped")
         return
     root = Path(__file__).parent.parent if method != "earlier" else earlier
     with tempfile.TemporaryDirectory() as cache:

@@ -57,6 +57,24 @@ assert merged_origin([run.origin, run.origin]) == run.origin
 next_states = model_of_readme().transition(th.tensor([[1.0, 0.0, 0.0]]), th.tensor([[2.0]]))
 assert next_states.shape == (1, 3) and next_states[0, 2] > 0
 """
+WALL_CLOCK = """
+import csv, sys
+from pathlib import Path
+import numpy as np
+import wall_clock
+
+wall_clock.EVERY, wall_clock.N_STARTS = 20, 2
+path = Path(sys.argv[1]) / "pendulum-td3-0.csv"
+wall_clock.run_here("pendulum", "td3", 0, 520, path)
+rows = list(csv.DictReader(path.open()))
+assert [int(row["steps"]) for row in rows] == list(range(20, 521, 20))
+seconds, returns = ([float(row[name]) for row in rows] for name in ("seconds", "return_mean"))
+assert seconds == sorted(seconds) and 0 < float(rows[0]["first_update_seconds"]) <= seconds[-1]
+# The copies are those of their time: nothing is learned before the first update
+assert returns[0] == returns[20] != returns[-1]
+assert wall_clock.first_above(path, min(returns) - 1) == (20, seconds[0])
+assert wall_clock.first_above(path, 1.0) == (np.inf, np.inf)
+"""
 # What a task needs beyond the dependencies of the tests
 PACKAGES = {
     "cartpole_swingup": "dm_control",
@@ -73,9 +91,10 @@ REWARD_TOLERANCE = {"cartpole_swingup_repeat": 0.02}
 N_UNKNOWN_REWARDS = {"cstr": 1, "four_tank": 1}
 
 
-def test_shared_parts_of_the_benchmarks(tmp_path):
+@pytest.mark.parametrize("program", [PROGRAM, WALL_CLOCK], ids=["shared", "wall_clock"])
+def test_programs_of_the_benchmarks(program, tmp_path):
     result = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(tmp_path)], cwd=BENCHMARKS, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", program, str(tmp_path)], cwd=BENCHMARKS, capture_output=True, text=True, timeout=120
     )
     assert result.returncode == 0, result.stderr
 

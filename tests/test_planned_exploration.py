@@ -15,14 +15,18 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from sb3_mpg import MPG
 from sb3_mpg.common.planned_exploration import (
     LONGEST_HORIZON,
+    N_OWN_UPDATES,
     N_STEPS_OF_PLAN,
     SMALLEST_MEAN,
     WEIGHT_OF_LARGER,
     WEIGHT_OF_LATEST,
     PlansExploration,
+    imitation_of,
     planning_horizon,
 )
+from sb3_mpg.common.rollouts.planned_actions import MIN_PLANNED_STEPS
 from sb3_mpg.common.rollouts.planning import Plan, Planner
+from sb3_mpg.common.training_state import PlanState
 from sb3_mpg.common.trust.measured import MeasuredTrust
 
 pytestmark = pytest.mark.usefixtures("models_are_fitted_once")
@@ -265,3 +269,20 @@ def test_the_correction_is_as_before_after_planning(full_trust, monkeypatch):
     model = small_model(model_planning=1.0).learn(30)
     assert not model.rollout_model.is_extrapolating and model.rollout_model.members == "mean"
     assert th.isfinite(th.cat([parameter.flatten() for parameter in model.policy.parameters()])).all()
+
+
+@pytest.mark.parametrize(
+    ("n_updates", "n_planned", "advantage", "share"),
+    [
+        (N_OWN_UPDATES + 1, MIN_PLANNED_STEPS, 0.2, 0.2),
+        # Wholly where plans are better by the spread of random ones; as far as the model is trusted
+        (N_OWN_UPDATES + 1, MIN_PLANNED_STEPS, 0.9, 0.5),
+        # Before, the policy may learn by itself
+        (N_OWN_UPDATES, MIN_PLANNED_STEPS, 0.9, 0.0),
+        (N_OWN_UPDATES + 1, MIN_PLANNED_STEPS - 1, 0.9, 0.0),
+        (N_OWN_UPDATES + 1, MIN_PLANNED_STEPS, 0.1, 0.0),
+    ],
+)
+def test_only_a_policy_that_is_stuck_imitates_plans(n_updates, n_planned, advantage, share):
+    imitation = imitation_of([None] * n_planned, PlanState(mean_advantage=advantage), 0.5, n_updates)
+    assert imitation == pytest.approx(share)

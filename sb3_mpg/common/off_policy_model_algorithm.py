@@ -297,7 +297,7 @@ class OffPolicyModelAlgorithm(PlansExploration, PickledWithEnv, OffPolicyAlgorit
             value_target=self.value_target,
             batch_reuse=self.batch_reuse,
             exploration=ModelExploration(self.model_exploration, max_steps=max(self.trust.longest_horizon, 1)),
-            imitation=imitation_of(self.update.plans, self.training_state.plans, self.trust.in_model(n_updates)),
+            imitation=imitation_of(self.update.plans, self.training_state.plans, self.trust.in_model(n_updates), n_updates),
         )
 
     def training_inputs(self, batch_size: int) -> TrainingInputs:

@@ -20,6 +20,9 @@ LONGEST_HORIZON = 200
 N_STEPS_OF_PLAN = 10
 # A plan is followed if all members of the model promise at least this relative advantage, and imitated if that is the mean
 SMALLEST_ADVANTAGE = 0.1
+# Before so many updates the policy imitates nothing. A policy that is far behind the plans at first may get ahead of them by
+# its gradient, and imitation would hold it up. One that is still behind is stuck, as one that stands still before a hill
+N_OWN_UPDATES = 750
 # Weights of the latest plan in the mean advantage: a policy that fails again is helped at once. And the smallest mean, so that
 # planning can come back
 WEIGHT_OF_LATEST = 0.1
@@ -36,14 +39,16 @@ def planning_horizon(gamma: float) -> int:
     return LONGEST_HORIZON if gamma >= 1 else min(math.ceil(round(TIME_CONSTANTS / (1 - gamma), 6)), LONGEST_HORIZON)
 
 
-def imitation_of(plans: PlannedActions, state: PlanState, trust: float) -> float:
+def imitation_of(plans: PlannedActions, state: PlanState, trust: float, n_updates: int) -> float:
     """
     :param plans: the planned steps
     :param state: where planned exploration stands
     :param trust: trust in the model, from 0 to 1
+    :param n_updates: number of the update
     :return: share of the imitation of plans in the policy gradient, from 0 to 1
     """
-    has_imitation = len(plans) >= MIN_PLANNED_STEPS and state.mean_advantage > SMALLEST_ADVANTAGE
+    is_needed = n_updates > N_OWN_UPDATES and state.mean_advantage > SMALLEST_ADVANTAGE
+    has_imitation = is_needed and len(plans) >= MIN_PLANNED_STEPS
     return trust * need_of_plans(state) if has_imitation else 0.0
 
 

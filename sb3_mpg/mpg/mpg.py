@@ -142,8 +142,8 @@ class MPG(OffPolicyModelAlgorithm):
     :param learner_kwargs: rarely needed settings of the learners: ``timeout`` (300 seconds), ``max_restarts`` (10),
         ``start_method`` (``"forkserver"`` or ``"spawn"``)
     :param compile: whether model and policy are compiled for the rollout (``torch.compile``). Compiled gradients differ in
-        the last bits only. ``"auto"`` compiles when the call of ``learn`` is long enough to repay the compile time. What
-        cannot be compiled runs eagerly, with a warning.
+        the last bits only, but a model that draws noise draws other numbers. ``"auto"`` compiles beside the first updates,
+        when the call of ``learn`` is long enough to repay it. What cannot be compiled runs eagerly, with a warning.
     :param stats_window_size: Window size for the rollout logging, specifying the number of episodes to average
         the reported success rate, mean episode length, and mean reward over
     :param tensorboard_log: the log location for tensorboard (if None, no logging)

@@ -18,11 +18,13 @@ TIME_CONSTANTS = 1.5
 LONGEST_HORIZON = 200
 # Number of steps after which a plan is made anew
 N_STEPS_OF_PLAN = 10
-# A plan is followed if all members of the model promise at least this relative advantage, and imitated if that is the mean
+# A plan is followed if all members of the model promise at least this relative advantage
 SMALLEST_ADVANTAGE = 0.1
 # Before so many updates the policy imitates nothing. A policy that is far behind the plans at first may get ahead of them by
 # its gradient, and imitation would hold it up. One that is still behind is stuck, as one that stands still before a hill
 N_OWN_UPDATES = 750
+# The mean advantage from which it is: plans are better than the policy by more than the spread of random plans
+STUCK = 0.5
 # Weights of the latest plan in the mean advantage: a policy that fails again is helped at once. And the smallest mean, so that
 # planning can come back
 WEIGHT_OF_LATEST = 0.1
@@ -47,9 +49,8 @@ def imitation_of(plans: PlannedActions, state: PlanState, trust: float, n_update
     :param n_updates: number of the update
     :return: share of the imitation of plans in the policy gradient, from 0 to 1
     """
-    is_needed = n_updates > N_OWN_UPDATES and state.mean_advantage > SMALLEST_ADVANTAGE
-    has_imitation = is_needed and len(plans) >= MIN_PLANNED_STEPS
-    return trust * need_of_plans(state) if has_imitation else 0.0
+    is_stuck = n_updates > N_OWN_UPDATES and state.mean_advantage > STUCK
+    return trust if is_stuck and len(plans) >= MIN_PLANNED_STEPS else 0.0
 
 
 def need_of_plans(state: PlanState) -> float:

@@ -41,7 +41,7 @@ def write_table(runs: Runs) -> None:
                     "algorithm": algorithm,
                     "environments": n_envs.removesuffix("envs"),
                     "goal": goal,
-                    "updates of each seed": " / ".join("never" if value is None else str(value) for value in reached),
+                    "updates of each seed": " / ".join("never" if value is None else f"{value:g}" for value in reached),
                     "paper": "" if paper is None else paper[index] or "never",
                     "best return of each seed": " / ".join(f"{curve[:, 1].max():.3g}" for curve in curves),
                     "mean of the last 5 evaluations": " / ".join(f"{curve[-5:, 1].mean():.3g}" for curve in curves),

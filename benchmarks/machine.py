@@ -25,13 +25,14 @@ def processor_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def git_commit() -> str:
+def git_commit(repository: Path = REPOSITORY) -> str:
     """
+    :param repository: folder of a checkout
     :return: abbreviated commit of the checkout, with ``-dirty`` if Python files differ from it; ``unknown`` without git
     """
 
     def git(*args: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(["git", *args], cwd=REPOSITORY, capture_output=True, text=True)
+        return subprocess.run(["git", *args], cwd=repository, capture_output=True, text=True)
 
     try:
         commit = git("rev-parse", "--short", "HEAD")

@@ -58,20 +58,20 @@ class Run(NamedTuple):
     """
     A learning curve.
 
-    :param curve: steps or updates, and mean returns, ``(n, 2)``
+    :param curve: steps, updates or seconds, and mean returns, ``(n, 2)``
     :param origin: the columns ``ORIGIN``
     """
 
     curve: np.ndarray
     origin: dict[str, str]
 
-    def first_above(self, goal: float) -> int | None:
+    def first_above(self, goal: float) -> float | None:
         """
         :param goal: a return
-        :return: steps or updates of the first evaluation above the goal, or ``None`` if there is none
+        :return: steps, updates or seconds of the first evaluation above the goal, or ``None`` if there is none
         """
         above = self.curve[self.curve[:, 1] > goal]
-        return int(above[0, 0]) if len(above) else None
+        return float(above[0, 0]) if len(above) else None
 
 
 #: Runs by the parts of their file name (without the seed) and by seed
@@ -83,7 +83,7 @@ def read_runs(folder: Path, x_column: str, n_parts: int) -> Runs:
     Read the csv files of a benchmark with one file per run, ``PART-PART-...-SEED.csv``.
 
     :param folder: folder of the files
-    :param x_column: ``steps`` or ``updates``
+    :param x_column: ``steps``, ``updates`` or ``seconds``
     :param n_parts: number of parts of a file name before the seed; other files are skipped
     :return: the runs
     """

@@ -99,7 +99,7 @@ def write_table(runs: Runs, bounds: dict[str, float]) -> None:
         }
         for name, goal in zip(("first goal", "second goal"), TASKS[task].default_goals, strict=True):
             reached = [run.first_above(goal) for run in seeds.values()]
-            each = " / ".join("never" if value is None else str(value) for value in reached)
+            each = " / ".join("never" if value is None else f"{value:g}" for value in reached)
             row[f"steps to the {name}"] = f"{median(reached)} ({each})"
         final = np.median([run.curve[-1, 1] for run in seeds.values()])
         row["return at the end"] = f"{final:.4g}"

@@ -27,9 +27,11 @@ from typing import Any
 import numpy as np
 import torch as th
 from evaluation import cpu_seconds, evaluate
+from machine import git_commit
 from stable_baselines3.common.callbacks import BaseCallback
 from tables import RESULTS, print_table, read_runs, write_csv
 
+import sb3_mpg
 import sb3_mpg_envs  # noqa: F401
 
 FOLDER = RESULTS / "wall_clock"
@@ -146,6 +148,8 @@ def run_here(task_name: str, method: str, seed: int, steps: int, path: Path) -> 
             "construct_seconds": f"{constructed:.3f}",
             "first_update_seconds": f"{callback.first_update:.2f}",
             "peak_mib": f"{peak:.0f}",
+            # Of the code that ran, which may be that of an earlier commit
+            "commit": git_commit(Path(sb3_mpg.__file__).parent),
         }
     write_csv(path, callback.rows)
 
@@ -178,32 +182,22 @@ def run(task: str, method: str, seed: int, earlier: Path | None) -> None:
 
 
 def report() -> None:
-    """Print tables of all complete runs: medians over seeds."""
+    """Print tables of all complete runs: medians over seeds, infinity for a goal that was not reached."""
+    runs = {what: read_runs(FOLDER, what, 3) for what in ("steps", "seconds")}
     for task, settings in TASKS.items():
         rows = []
-        for (name, method, _), by_seed in sorted(read_runs(FOLDER, "steps", 3).items()):
-            if name != task:
+        for cell, by_seed in sorted(runs["steps"].items()):
+            if cell[0] != task:
                 continue
-            row: dict[str, Any] = {"method": method, "seeds": len(by_seed)}
+            row: dict[str, Any] = {"method": cell[1], "seeds": len(by_seed)}
             for goal in settings.goals:
-                reached = [first_above(FOLDER / f"{task}-{method}-{METHODS[method]}-{seed}.csv", goal) for seed in by_seed]
-                for index, what in enumerate(("steps", "seconds")):
-                    row[f"{what} to {goal:g}"] = f"{np.median([values[index] for values in reached]):g}"
+                for what in runs:
+                    reached = [run.first_above(goal) for run in runs[what][cell].values()]
+                    row[f"{what} to {goal:g}"] = f"{np.median([np.inf if value is None else value for value in reached]):g}"
             rows.append(row)
         if rows:
             print(f"\n{task}\n")
             print_table(rows)
-
-
-def first_above(path: Path, goal: float) -> tuple[float, float]:
-    """
-    :param path: csv of a run
-    :param goal: a return
-    :return: environment steps and seconds of the first copy above the goal, infinity if there is none
-    """
-    table = np.genfromtxt(path, delimiter=",", names=True, dtype=None, encoding="utf-8")
-    above = table[table["return_mean"] > goal]
-    return (float(above["steps"][0]), float(above["seconds"][0])) if len(above) else (float("inf"), float("inf"))
 
 
 def main() -> None:

@@ -212,9 +212,13 @@ def test_the_process_ends_when_nothing_is_left_to_compile(recorder):
     assert helper.waits == ["follow", "hold"] and helper.is_closed and compiler._beside is None
 
 
-def test_what_cannot_be_sent_is_compiled_here():
+@pytest.mark.parametrize("lacks", ["pickle", "interpreter"])
+def test_what_cannot_be_sent_is_compiled_here(lacks, monkeypatch):
     model = lq_model()
-    model.rollout_model.lock = threading.Lock()
+    if lacks == "pickle":
+        model.rollout_model.lock = threading.Lock()
+    else:
+        monkeypatch.setattr("sys.executable", "/nonexistent")
     observations = th.as_tensor(model.replay_buffer.observations[:8, 0])
     compiler = StepCompiler("eager", after_update=-99)
     returns(model, compiler, observations)
@@ -222,17 +226,6 @@ def test_what_cannot_be_sent_is_compiled_here():
     returns(model, compiler, observations)
     assert compiler._step_loop is not None and not compiler.has_failed
     compiler.close()
-
-
-def test_a_process_that_cannot_start_is_not_needed(monkeypatch):
-    monkeypatch.setattr("sys.executable", "/nonexistent")
-    model = lq_model()
-    observations = th.as_tensor(model.replay_buffer.observations[:8, 0])
-    compiler = StepCompiler("eager", after_update=-99)
-    returns(model, compiler, observations)
-    compiler.begin_update(2)
-    returns(model, compiler, observations)
-    assert compiler._step_loop is not None and not compiler.has_failed
 
 
 def test_training_changes_over_at_a_fixed_update(recorder, early):

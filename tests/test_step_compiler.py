@@ -408,7 +408,7 @@ def test_auto_compiles_long_runs_only():
     assert compiled_after(1000, reset_num_timesteps=False) == 0
     model.update.steps.begin_update(98_001)
     assert model.update.steps.is_compiled
-    model.training_state.has_chosen_to_compile = False
+    model.training_state.compiled_after = None
     assert compiled_after(500, reset_num_timesteps=False) == NEVER
     model.gradient_steps = -1
     assert compiled_after(100_000) == 98_000

@@ -407,10 +407,9 @@ class OffPolicyModelAlgorithm(PlansExploration, PickledWithEnv, OffPolicyAlgorit
         goals.prepare_goals(self)
         state.restore_rng(self.device, is_continued=not reset_num_timesteps)
         settings = self.update_settings(1)
-        if reset_num_timesteps or not state.has_chosen_to_compile or self.compile != "auto":
+        if reset_num_timesteps or state.compiled_after is None or self.compile != "auto":
             n_model_steps = expected_updates(self, setup[0]) * self.update.n_model_steps(settings)
             state.compiled_after = choose_to_compile(self.compile, n_model_steps, self._n_updates, self.device)
-            state.has_chosen_to_compile = True
         self.update.steps = make_steps(state.compiled_after, self.update.n_rollout_rows(settings, self.batch_size))
         if self.n_learners > 0:
             self.learners = MultiprocessLearners(self.update, self.training_inputs(self.batch_size), self.learner_settings)

@@ -66,10 +66,9 @@ class TrainingState:
 
     :param update_seed: seed of the random numbers of all updates; ``None`` until the algorithm is set up
     :param n_updates_at_start: number of updates when ``num_timesteps`` was last reset
-    :param has_chosen_to_compile: whether ``learn`` has decided about it. A continued training keeps the choice, because
-        compiled gradients differ in the last bits
     :param compiled_after: number of updates after which rollouts are compiled beside the training, or infinity, see
-        ``choose_to_compile``
+        ``choose_to_compile``; ``None`` until ``learn`` decides. A continued training keeps the choice, because compiled
+        gradients differ in the last bits
     :param own_noise: standard deviation of the action noise if the algorithm created it; ``None`` for the user's noise
     :param has_warned_of_records: whether a non-finite observation or reward was reported
     :param has_warned_of_masks: whether masked states were reported
@@ -83,8 +82,7 @@ class TrainingState:
 
     update_seed: int | None = None
     n_updates_at_start: int = 0
-    has_chosen_to_compile: bool = False
-    compiled_after: float = float("inf")
+    compiled_after: float | None = None
     own_noise: float | None = None
     has_warned_of_records: bool = False
     has_warned_of_masks: bool = False

@@ -3,7 +3,7 @@
 import logging
 import warnings
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -11,7 +11,7 @@ import torch as th
 
 from sb3_mpg.common.compilation.beside import CompilerProcess
 from sb3_mpg.common.compilation.blocks import Blocks
-from sb3_mpg.common.compilation.compiled_loop import CompiledLoop
+from sb3_mpg.common.compilation.compiled_loop import Carried, CompiledLoop
 from sb3_mpg.common.compilation.torch_compile import compile_function, compile_loop, compiling, in_a_line
 from sb3_mpg.common.models.base import PriorModel
 from sb3_mpg.common.models.loading import name_of
@@ -170,7 +170,6 @@ class StepCompiler(Steps):
         self._hold_loop: CompiledLoop | None = None
         self._plan_loop: CompiledLoop | None = None
         self._act: Callable[..., th.Tensor] | None = None
-
         # Compiles beside the training, and for each kind of steps the file that says that they are compiled
         self._beside: CompilerProcess | None = None
         self._requests: dict[str, Path | None] = {}
@@ -256,9 +255,24 @@ class StepCompiler(Steps):
             )
             return result
 
-    def _blocks(self, rows: th.Tensor, model: PriorModel) -> Blocks:
+    def _in_blocks(
+        self, carried: Carried, n_steps: int, take: Callable[[Carried], tuple[Carried, th.Tensor]], context: RolloutContext
+    ) -> tuple[Carried, th.Tensor]:
+        """
+        :param carried: state of a rollout, a named tuple of batches
+        :param n_steps: number of steps
+        :param take: takes them with a block; returns its state, and the reward of each step, ``(n_steps, B, 1)``
+        :param context: model and discount factor
+        :return: state after these steps, and the sum of their discounted rewards, ``(B, 1)``
+        """
+        kind, rows = type(carried), carried[0]
         # On a GPU many rows take hardly longer than a few
-        return Blocks.of(len(rows), model, self.n_rows if rows.device.type == "cpu" else None)
+        blocks = Blocks.of(len(rows), context.model, self.n_rows if rows.device.type == "cpu" else None)
+        results = [take(kind(*block)) for block in zip(*map(blocks.split, carried), strict=True)]
+        after, rewards = zip(*results, strict=True)
+        joined = blocks.join(rewards, dim=1)
+        total = (discounts_of(context.gamma, n_steps, joined.device) * joined).sum(dim=0)
+        return kind(*map(blocks.join, zip(*after, strict=True))), total
 
     def advance(
         self, rollout: RolloutState, n_steps: int, actor_parameters: dict[str, th.Tensor], context: RolloutContext
@@ -270,17 +284,10 @@ class StepCompiler(Steps):
     def _advance(
         self, rollout: RolloutState, n_steps: int, actor_parameters: dict[str, th.Tensor], context: RolloutContext
     ) -> tuple[RolloutState, th.Tensor]:
-        blocks = self._blocks(rollout.states, context.model)
         if not th.is_grad_enabled():
             actor_parameters = {name: parameter.detach() for name, parameter in actor_parameters.items()}
-        results = [
-            self._take(RolloutState(*block), n_steps, actor_parameters, context)
-            for block in zip(*map(blocks.split, rollout), strict=True)
-        ]
-        rollouts, rewards = zip(*results, strict=True)
-        joined = blocks.join(rewards, dim=1)
-        total = (discounts_of(context.gamma, n_steps, joined.device) * joined).sum(dim=0)
-        return RolloutState(*map(blocks.join, zip(*rollouts, strict=True))), total
+        take = partial(self._take, n_steps=n_steps, actor_parameters=actor_parameters, context=context)
+        return self._in_blocks(rollout, n_steps, take, context)
 
     def _take(
         self, rollout: RolloutState, n_steps: int, actor_parameters: dict[str, th.Tensor], context: RolloutContext
@@ -328,15 +335,8 @@ class StepCompiler(Steps):
         # A graph without activations: plans have many more steps than rollouts
         if self._plan_loop is None:
             self._plan_loop = compile_loop(planned_step, planned.states.device, self.backend)
-        blocks = self._blocks(planned.states, context.model)
-        args = (context.actor, actor_parameters, context.model, context.units)
-        results = [
-            self._plan_loop(PlannedState(*block), n_steps, *args) for block in zip(*map(blocks.split, planned), strict=True)
-        ]
-        after, rewards = zip(*results, strict=True)
-        joined = blocks.join(rewards, dim=1)
-        total = (discounts_of(context.gamma, n_steps, joined.device) * joined).sum(dim=0)
-        return PlannedState(*map(blocks.join, zip(*after, strict=True))), total
+        loop, args = self._plan_loop, (context.actor, actor_parameters, context.model, context.units)
+        return self._in_blocks(planned, n_steps, lambda block: loop(block, n_steps, *args), context)
 
     def policy(self, actor: th.nn.Module, n_rows: int) -> Policy:
         """

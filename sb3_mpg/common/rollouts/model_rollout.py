@@ -9,30 +9,19 @@ from sb3_mpg.common.type_aliases import Differentiate
 from sb3_mpg.common.utils import parameters_of_modules
 
 
-def all_parameters(actor: th.nn.Module) -> dict[str, th.Tensor]:
+def parameters_of_steps(actor: th.nn.Module, is_frozen: bool) -> dict[str, th.Tensor]:
     """
     :param actor: the policy
-    :return: its parameters by name, in the memory layout of steps: with few inputs, as in a first layer, the gradient takes a
-        third of the time if columns are contiguous
+    :param is_frozen: whether they are those of a copy without gradient
+    :return: its parameters by name
     """
-    return {name: in_layout_of_steps(tensor) for name, tensor in parameters_of_modules(actor).items()}
-
-
-def frozen_parameters(actor: th.nn.Module) -> dict[str, th.Tensor]:
-    """
-    :param actor: the policy
-    :return: the same without gradient: those of a frozen copy
-    """
-    return {name: in_layout_of_steps(tensor.detach()) for name, tensor in parameters_of_modules(actor).items()}
-
-
-def in_layout_of_steps(tensor: th.Tensor) -> th.Tensor:
-    """
-    :param tensor: a parameter
-    :return: the same, with contiguous columns if it is a matrix with more rows than columns
-    """
-    is_tall = tensor.ndim == 2 and tensor.shape[0] > tensor.shape[1]
-    return tensor.t().contiguous().t() if is_tall else tensor
+    parameters: dict[str, th.Tensor] = {}
+    for name, parameter in parameters_of_modules(actor).items():
+        tensor = parameter.detach() if is_frozen else parameter
+        # With few inputs, as in a first layer, the gradient takes a third of the time if columns are contiguous in memory
+        is_tall = tensor.ndim == 2 and tensor.shape[0] > tensor.shape[1]
+        parameters[name] = tensor.t().contiguous().t() if is_tall else tensor
+    return parameters
 
 
 def start_rollout(observations: th.Tensor, context: RolloutContext, first_actions: th.Tensor | None = None) -> RolloutState:
@@ -77,7 +66,7 @@ def model_rollout(
         depend on others, which may have overflowed.
     """
     model, gamma = context.model, context.gamma
-    actor_parameters = frozen_parameters(context.actor) if differentiate == "first_action" else all_parameters(context.actor)
+    actor_parameters = parameters_of_steps(context.actor, is_frozen=differentiate == "first_action")
     rollout = start_rollout(observations, context, first_actions)
     rewards_so_far: th.Tensor | float = 0.0
     returns: dict[int, th.Tensor] = {}

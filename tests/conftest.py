@@ -35,4 +35,4 @@ def nothing_is_left():
 @pytest.fixture
 def models_are_fitted_once(monkeypatch):
     """To fit the correction of a model until it has converged takes longer than the rest of a short training."""
-    monkeypatch.setattr(ModelFitting, "_fit_until_converged", ModelFitting._fit_once)
+    monkeypatch.setattr(ModelFitting, "_fit_until_converged", lambda self, recorded, max_fits: self._fit_once(recorded))

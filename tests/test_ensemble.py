@@ -133,3 +133,53 @@ def test_the_state_of_the_optimizer_goes_where_the_parameters_go():
     fit()
     for ours, theirs in zip(copied.fitted.parameters(), expected.fitted.parameters(), strict=True):
         th.testing.assert_close(ours.float(), theirs)
+
+
+class TestSampled:
+    def networks(self):
+        networks = NetworkEnsemble(3, 4, 2, (16,), 1e-3, frequencies=())
+        for parameter in networks.average.parameters():
+            parameter.copy_(th.randn_like(parameter))
+        return networks
+
+    def test_each_row_is_predicted_by_a_member_that_is_drawn(self):
+        networks, inputs = self.networks(), th.randn(9, 4)
+        of_members = [networks(th.cat([inputs] * 3), "dealt")[9 * index : 9 * (index + 1)] for index in range(3)]
+        drawn = [networks(inputs, "sampled") for _ in range(20)]
+        for outputs in drawn:
+            members = [[th.allclose(outputs[row], of[row], atol=1e-5) for of in of_members].index(True) for row in range(9)]
+            assert sorted(members) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+        # Anew in each call
+        assert not th.allclose(drawn[0], drawn[1])
+
+    def test_its_gradient_reaches_the_inputs_of_the_same_rows(self):
+        networks, inputs = self.networks(), th.randn(7, 4, requires_grad=True)
+        outputs = networks(inputs, "sampled")
+        (gradient,) = th.autograd.grad(outputs[2].sum(), inputs)
+        assert gradient[2].abs().sum() > 0 and gradient[[0, 1, 3, 4, 5, 6]].abs().sum() == 0
+
+
+def test_the_outputs_of_all_that_are_fitted():
+    networks = NetworkEnsemble(2, 4, 3, (16,), 1e-3, n_spares=2)
+    for parameter in networks.fitted.parameters():
+        parameter.data = th.randn_like(parameter)
+    inputs = th.randn(5, 4)
+    of_all = networks.of_all(inputs)
+    assert of_all.shape == (4, 5, 3)
+    th.testing.assert_close(
+        of_all.flatten(0, 1), networks(th.cat([inputs] * 4), "dealt", is_fitting=True), atol=1e-4, rtol=1e-4
+    )
+    # Spares do not predict
+    assert all(len(parameter) == 2 for parameter in networks.average.parameters())
+
+
+def test_the_average_follows_the_elites():
+    networks, data = NetworkEnsemble(1, 4, 2, (8,), 1e-2, n_spares=2), truth(64)
+    networks.keep_best(th.tensor([3.0, 2.0, 1.0]))
+    networks.restore_best()
+    assert networks.elites.tolist() == [2]
+    networks.n_fits.zero_()
+    networks.descend(loss_of(networks, data))
+    for average, fitted in zip(networks.average.parameters(), networks.fitted.parameters(), strict=True):
+        # The first step of a plain mean
+        th.testing.assert_close(average[0], fitted[2])

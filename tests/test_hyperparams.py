@@ -15,6 +15,7 @@ from torch import nn
 import sb3_mpg_envs  # noqa: F401
 from sb3_mpg import MPG
 from sb3_mpg.common.torch_layers import ObservationScaler
+from sb3_mpg.hyperparams_opt import convert_params
 from sb3_mpg.zoo import (
     ALGORITHMS,
     PASSED_BY_ZOO,
@@ -22,7 +23,6 @@ from sb3_mpg.zoo import (
     ScaleReward,
     ZooError,
     check_hyperparameters,
-    convert_params,
     hyperparameter_file,
 )
 
@@ -196,19 +196,19 @@ def test_which_file_is_read(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "sampled",
+    ("names", "sampled"),
     [
-        {"horizon": 10, "policy_delay": 1},
-        {"n_steps": 10, "batch_reuse": 3},
+        (["mpg"], {"horizon": 10, "policy_delay": 1}),
+        (["ndpg", "nadp"], {"n_steps": 10, "batch_reuse": 3}),
+        (["dvpg"], {"n_horizons": 3, "lambda_": 0.5}),
     ],
-    ids=["mpg", "n_step"],
 )
-def test_sampled_values_become_arguments(sampled):
+def test_sampled_values_become_arguments(names, sampled):
     common = {"one_minus_gamma": 0.02, "batch_size_pow": 5, "learning_rate": 1e-3, "critic_learning_rate": 1e-3, "tau": 0.01}
     hyperparams = convert_params({**common, **sampled})
     assert hyperparams["gamma"] == 0.98
     assert hyperparams["batch_size"] == 32
-    for name in ("mpg",) if "horizon" in sampled else ("ndpg", "nadp"):
+    for name in names:
         assert hyperparams.keys() <= inspect.signature(ALGORITHMS[name]).parameters.keys() - PASSED_BY_ZOO
     # RL Zoo writes them to a file
     assert yaml.safe_load(yaml.safe_dump(hyperparams)) == hyperparams

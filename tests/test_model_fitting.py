@@ -29,6 +29,7 @@ class Counts(TrainableModel):
         self.errors, self.shifts = list(errors), shifts
         self.calls = []
         self.n_rows = []
+        self.held_out = []
 
     def rescale(self, transitions):
         self.calls.append("rescale")
@@ -48,8 +49,15 @@ class Counts(TrainableModel):
 
     def validation_error(self, transitions):
         self.calls.append("look")
-        self.n_held_out = len(transitions.rewards)
+        self.held_out.append(transitions)
         return self.errors.pop(0) if len(self.errors) > 1 else self.errors[0]
+
+    def keep_best(self, transitions):
+        self.calls.append("keep")
+        self.held_out.append(transitions)
+
+    def restore_best(self):
+        self.calls.append("restore")
 
     def learned_state(self):
         return {"calls": list(self.calls)}
@@ -69,7 +77,7 @@ class Schedule:
 
     def losses(self, n_updates):
         return [
-            self.schedule.fit(number, lambda: self.calls.append("once") or 1.0, lambda: self.calls.append("converged") or 2.0)
+            self.schedule.fit(number, lambda: self.calls.append("once") or 1.0, lambda most: self.calls.append(most) or 2.0)
             for number in range(1, n_updates + 1)
         ]
 
@@ -85,28 +93,37 @@ def test_every_update_takes_one_step():
 
 @pytest.mark.parametrize("every", [1, 3, 250])
 def test_until_converged_once_in_so_many_updates(every):
-    run = Schedule(UntilConverged(every))
+    run = Schedule(UntilConverged(every, max_fits=77))
     losses = run.losses(2 * every + 1)
     assert [number for number, loss in enumerate(losses, start=1) if loss is not None] == [1, every + 1, 2 * every + 1]
-    assert run.calls == ["converged"] * 3
+    assert run.calls == [77] * 3
 
 
-@pytest.mark.parametrize("schedule", [EveryUpdate, UntilConverged])
-def test_a_schedule_that_never_comes_is_refused(schedule):
-    with pytest.raises(ValueError, match="`every` counts updates and must be at least 1, got 0"):
-        schedule(0)
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda: EveryUpdate(later_every=0), "later_every"),
+        (lambda: UntilConverged(0), "every"),
+        (lambda: UntilConverged(max_fits=0), "max_fits"),
+    ],
+)
+def test_a_schedule_that_never_comes_is_refused(make, name):
+    with pytest.raises(ValueError, match=f"`{name}` must be a whole number, 1 or more, got 0"):
+        make()
 
 
 class TestConvergence:
     """One look at the error every 5 steps, and 10 steps without a lower error are enough."""
 
-    def n_fits(self, errors, **kwargs):
+    def n_fits(self, errors, max_fits=2000):
         model = Counts(errors)
-        fitting = ModelFitting(model, batch_size=8, **{"check_every": 5, "patience": 10, **kwargs})
-        model.fitting_schedule = UntilConverged(1)
+        fitting = ModelFitting(model, batch_size=8, check_every=5, patience=10)
+        model.fitting_schedule = UntilConverged(1, max_fits)
         loss = fitting.fit(1, filled_buffer())
         assert loss == model.calls.count("fit")
-        assert model.n_held_out == 8
+        # The best of what was seen is restored, once
+        assert model.calls.count("keep") == model.calls.count("look") and model.calls[-1] == "restore"
+        assert len({id(held_out) for held_out in model.held_out}) == 1
         return model.calls.count("fit")
 
     def test_an_error_that_never_falls(self):
@@ -137,7 +154,7 @@ class TestPreparation:
         model, fitting, recorded = self.make()
         assert not fitting.is_prepared
         fitting.prepare(recorded, 260, horizon=4)
-        assert model.calls == ["rescale", "fit", "look", "fit", "fit", "fit", "tune"]
+        assert model.calls == ["rescale", "fit", "look", "keep", "fit", "fit", "fit", "restore", "tune"]
         assert fitting.is_prepared and fitting.n_prepared_for == 260
         # As many rows for each member
         assert set(model.n_rows[1:]) == {3 * 8}
@@ -183,14 +200,14 @@ def test_each_update_fits_as_the_schedule_of_the_model_says():
     fitting, recorded = ModelFitting(model, batch_size=8, max_fits=3), filled_buffer()
     assert fitting.fit(1, recorded) == 1.0
     assert model.calls == ["fit"]
-    model.fitting_schedule = UntilConverged(4)
+    model.fitting_schedule = UntilConverged(4, max_fits=3)
     losses = [fitting.fit(number, recorded) for number in range(1, 6)]
     assert losses == [4.0, None, None, None, 7.0]
 
 
 def test_without_held_out_steps_there_is_no_error():
     model = Counts()
-    fitting = ModelFitting(model, batch_size=8, max_fits=300)
+    fitting = ModelFitting(model, batch_size=8)
     recorded = filled_buffer(n_envs=1, n_steps=5)
     assert fitting.held_out_steps(recorded) is None
     assert fitting.validation_error(recorded) is None

@@ -1,19 +1,32 @@
 """The contract of ``TrainableModel``, for each implementation; and of ``CorrectedModel``."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch as th
+from gymnasium import spaces
 from models import Known, KnowsNothing, LearnedDynamics, batch_of, truth
 
-from sb3_mpg import PriorModel
+from sb3_mpg import DynamicsModel, PriorModel
 from sb3_mpg.common.models.residual import ResidualModel
 from sb3_mpg.common.models.trainable import TrainableModel, members_of
 from sb3_mpg.common.models.windows import Transitions
 
+PLANE = spaces.Box(-1, 1, (2,))
+
+
+def dynamics(distribution, n_members=2, **kwargs):
+    settings = {"net_arch": (64,), "learning_rate": 3e-3, **kwargs}
+    return DynamicsModel(PLANE, PLANE, distribution=distribution, n_members=n_members, **settings)
+
+
 MODELS = {
     "residual": lambda **kwargs: ResidualModel(KnowsNothing(), 2, 2, **kwargs),
-    "dynamics": lambda **kwargs: LearnedDynamics(2, 2, **kwargs),
+    "a user's": lambda **kwargs: LearnedDynamics(2, 2, **kwargs),
+    "deterministic": partial(dynamics, "deterministic"),
+    "gaussian": partial(dynamics, "gaussian"),
+    "with spares": partial(dynamics, "deterministic", n_spares=2),
 }
 
 

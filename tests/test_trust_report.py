@@ -23,7 +23,7 @@ SMALL = {**settings.SMALL, "learning_starts": 100, "batch_size": 64, "buffer_siz
 def test_the_report_says_which_horizon_is_excluded():
     model = MPG("MlpPolicy", LinearEnv(), prior_model=Wrong(), residual=False, horizons=(0, 10), **SMALL)
     with pytest.warns(UserWarning, match="Wrong is excluded"):
-        model.learn(200)
+        model.learn(250)
     assert model.trust.measurements[-1].gradients.is_useless.tolist() == [False, True]
     rows = [line for line in str(model.trust_report()).splitlines() if "excluded: useless gradient" in line]
     assert len(rows) == 1

@@ -11,6 +11,9 @@ from sb3_mpg.common.models.trainable import CorrectedModel, TrainableModel, eval
 from sb3_mpg.common.models.windows import Transitions
 from sb3_mpg.common.saved_object import SavedObject
 
+# Number of held-out steps that tell whether a model has converged
+N_HELD_OUT = 1000
+
 
 class ModelFitting:
     """
@@ -19,7 +22,7 @@ class ModelFitting:
     :param model: the model
     :param batch_size: number of steps for each member of the model in one step of its optimizer
     :param max_scaling_steps: the scales are computed from at most this many of the latest steps
-    :param max_fits: largest number of optimizer steps until the model counts as converged
+    :param max_fits: largest number of optimizer steps until the model counts as converged, for a model that was rescaled
     :param check_every: number of optimizer steps between two measurements of the held-out error
     :param patience: number of optimizer steps without a lower held-out error until the model counts as converged
     :param n_rollout_steps: rollout-based choices are made on about this many of the latest steps
@@ -86,23 +89,23 @@ class ModelFitting:
         is_first, self.n_prepared_for = not self.is_prepared, n_recorded
         if is_first or self.model.needs_rescaling(latest):
             self.model.rescale(latest)
-            self._fit_until_converged(recorded)
+            self._fit_until_converged(recorded, self.max_fits)
             self._has_just_converged = True
-        if isinstance(self.model, CorrectedModel) and recorded.termination_rate() > 0:
-            self._learn_ends(self.model, recorded)
+        if self.model.can_learn_ends and recorded.termination_rate() > 0:
+            self._learn_ends(recorded)
             self.model.solve_end_rewards(latest)
         windows = recorded.windows(self.n_rollout_steps, horizon)
         if windows is not None:
             self.model.tune_on_rollouts(windows)
 
-    def _learn_ends(self, model: CorrectedModel, recorded: RecordedSteps) -> None:
+    def _learn_ends(self, recorded: RecordedSteps) -> None:
         """
-        Learn where episodes terminate, if enough terminations are recorded. What is learned is used if it is as right as the
-        terminations of the prior model.
+        Learn where episodes terminate, if enough terminations are recorded. What is learned is used if it is as right as what
+        is known without it.
 
-        :param model: the model
         :param recorded: the recorded steps
         """
+        model = self.model
         limit = looks_like_time_limit(recorded.lengths_of_terminated())
         if limit is not None and not self._has_warned_of_limit:
             self._has_warned_of_limit = True
@@ -115,7 +118,7 @@ class ModelFitting:
             model.use_learned_ends(False)
             return
         for _ in range(N_FITS):
-            self._fit_ends(model, recorded)
+            self._fit_ends(recorded)
         judged = [recorded.observed_last(self.n_rollout_steps, terminated) for terminated in (True, False)]
         with evaluated(model):
             model.use_learned_ends(False)
@@ -123,11 +126,12 @@ class ModelFitting:
             model.use_learned_ends(True)
             model.use_learned_ends(misjudged_ends(model, *judged).is_as_good_as(own))
 
-    def _fit_ends(self, model: CorrectedModel, recorded: RecordedSteps) -> None:
-        steps = recorded.sample(self.batch_size * model.n_members)
-        ends = recorded.sample_ends(self.batch_size // 4 * model.n_members)
+    def _fit_ends(self, recorded: RecordedSteps) -> None:
+        n_members = self.model.n_members
+        steps = recorded.sample(self.batch_size * n_members)
+        ends = recorded.sample_ends(self.batch_size // 4 * n_members)
         if steps is not None and ends is not None:
-            model.fit_ends(steps, ends, recorded.termination_rate())
+            self.model.fit_ends(steps, ends, recorded.termination_rate())
 
     def fit(self, n_updates: int, recorded: RecordedSteps) -> float | None:
         """
@@ -139,36 +143,39 @@ class ModelFitting:
         """
         has_just_converged, self._has_just_converged = self._has_just_converged, False
 
-        def fit_until_converged() -> float | None:
-            return None if has_just_converged else self._fit_until_converged(recorded)
+        def fit_until_converged(max_fits: int) -> float | None:
+            return None if has_just_converged else self._fit_until_converged(recorded, max_fits)
 
         loss = self.model.fitting_schedule.fit(n_updates, lambda: self._fit_once(recorded), fit_until_converged)
-        if isinstance(self.model, CorrectedModel):
-            if self.model.learns_ends:
-                self._fit_ends(self.model, recorded)
-            if n_updates % self.check_every == 0:
-                self._choose_outputs(self.model, recorded)
+        if self.model.learns_ends:
+            self._fit_ends(recorded)
+        if n_updates % self.check_every == 0:
+            held_out = self.held_out_steps(recorded)
+            if held_out is not None:
+                self.model.choose_outputs(held_out)
         return loss
 
     def _fit_once(self, recorded: RecordedSteps) -> float | None:
         batch = recorded.sample(self.batch_size * self.model.n_members)
         return None if batch is None else self.model.fit(batch)
 
-    def _choose_outputs(self, model: CorrectedModel, recorded: RecordedSteps) -> None:
-        held_out = self.held_out_steps(recorded)
-        if held_out is not None:
-            model.choose_outputs(held_out)
-
-    def _fit_until_converged(self, recorded: RecordedSteps) -> float | None:
+    def _fit_until_converged(self, recorded: RecordedSteps, max_fits: int) -> float | None:
+        # Always the same steps, so that errors can be compared
+        held_out = recorded.sample(N_HELD_OUT, held_out=True)
         best_error, best_step, loss = float("inf"), 0, None
-        for step in range(self.max_fits):
+        for step in range(max_fits):
             loss = self._fit_once(recorded)
-            if step % self.check_every == 0:
-                error = self.validation_error(recorded)
-                if error is not None and error < 0.98 * best_error:
-                    best_error, best_step = error, step
-                elif step - best_step >= self.patience:
-                    break
+            if step % self.check_every != 0:
+                continue
+            # Without held-out steps, the number of optimizer steps is that of the patience
+            error = float("inf") if held_out is None else self.model.validation_error(held_out)
+            if held_out is not None:
+                self.model.keep_best(held_out)
+            if error < 0.98 * best_error:
+                best_error, best_step = error, step
+            elif step - best_step >= self.patience:
+                break
+        self.model.restore_best()
         return loss
 
     def held_out_steps(self, recorded: RecordedSteps) -> Transitions | None:

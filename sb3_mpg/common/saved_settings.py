@@ -18,7 +18,7 @@ from stable_baselines3.common.save_util import is_json_serializable
 
 from sb3_mpg.common.buffers import check_replay_buffer
 from sb3_mpg.common.checks import check_default_dtype
-from sb3_mpg.common.models.loading import import_from_path
+from sb3_mpg.common.models.loading import NAMES, import_from_path
 from sb3_mpg.common.saved_object import SavedObject
 from sb3_mpg.common.settings import SettingOf
 from sb3_mpg.common.spaces import check_order
@@ -78,7 +78,7 @@ def open_settings(attributes: dict[str, Any]) -> None:
 
     def check(value: Any) -> None:
         # A prior model that is given as a path is looked up only where it is made
-        if name == "prior_model" and isinstance(value, str) and value != "auto":
+        if name == "prior_model" and isinstance(value, str) and value not in NAMES:
             import_from_path(value)
 
     for name in OF_TRAINING:
@@ -191,7 +191,7 @@ def attributes_to_save(algorithm: BaseAlgorithm) -> Iterator[None]:
     if isinstance(settings["prior_model"], th.nn.Module):
         settings["prior_model"] = copy.deepcopy(settings["prior_model"]).cpu()
     for name in OF_TRAINING:
-        is_path = name == "prior_model" and settings[name] != "auto"
+        is_path = name == "prior_model" and settings[name] not in NAMES
         if is_path or not is_json_serializable(settings[name]):
             settings[name] = SavedObject.of(settings[name])
     before = dict(attributes)

@@ -8,7 +8,7 @@ from stable_baselines3 import TD3
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
 from contract.envs import GoalEnv, LinearSystem
-from sb3_mpg import MPG, NStepADP, NStepDPG
+from sb3_mpg import DVPG, MPG, NStepADP, NStepDPG
 
 #: Settings with which every algorithm learns within a tenth of a second
 SMALL = {**settings.SMALL, "policy_kwargs": {"net_arch": [8]}, "learning_starts": 10, "batch_size": 16, "buffer_size": 200}
@@ -46,10 +46,13 @@ class Case:
 
 
 MODEL, SIMULATOR = "prior_model", "make_simulator"
+LEARNED = {"prior_model": "learned", "prior_model_kwargs": {"n_members": 2, "net_arch": (8,)}}
 #: An algorithm joins by one line
 OWN_CASES = [
     Case("MPG", MPG, {"horizons": (0, 3)}, offers=(MODEL,), n_critics=2),
     Case("MPG without a model", MPG, {"horizons": (0,)}),
+    Case("MPG with learned dynamics", MPG, {"horizons": (0, 3), **LEARNED}, n_critics=2),
+    Case("DVPG", DVPG, {"prior_model_kwargs": {"net_arch": (8,)}}),
     Case("NStepDPG", NStepDPG, {"n_steps": 3, "batch_reuse": 2}, offers=(SIMULATOR,)),
     Case("NStepADP", NStepADP, {"n_steps": 3, "batch_reuse": 2}, offers=(MODEL, SIMULATOR)),
 ]

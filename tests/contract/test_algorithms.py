@@ -15,8 +15,9 @@ import sb3_mpg
 from contract.cases import OWN_CASES, SMALL
 from sb3_mpg import MPG, NStepADP, NStepDPG
 from sb3_mpg.common.off_policy_model_algorithm import OffPolicyModelAlgorithm
+from sb3_mpg.hyperparams_opt import SAMPLERS
 from sb3_mpg.mpg.mpg import ACTOR_LEARNING_RATE, CRITIC_LEARNING_RATE
-from sb3_mpg.zoo import ALGORITHMS, SAMPLERS, check_hyperparameters
+from sb3_mpg.zoo import ALGORITHMS, check_hyperparameters
 
 ROOT = Path(__file__).parent.parent.parent
 CLASSES = list(dict.fromkeys(case.cls for case in OWN_CASES))

@@ -144,7 +144,7 @@ def test_a_policy_is_a_name_or_a_class(own_case, space):
     for name in ("CnnPolicy", "mlppolicy"):
         with pytest.raises(ValueError, match=f"{known}, got '{name}'; there is none for images"):
             own_case.make(env, name)
-    for thing, got in ((None, "NoneType"), (own_case.make().policy, "MPGPolicy")):
+    for thing, got in ((None, "NoneType"), (own_case.make().policy, own_case.cls.policy_aliases["MlpPolicy"].__name__)):
         with pytest.raises(TypeError, match=f"{known}, got an object of type {got}"):
             own_case.make(env, thing)
 

@@ -3,30 +3,23 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
-#: Fits the model, and returns the loss, ``None`` while nothing is recorded to fit it to
-Fit = Callable[[], float | None]
+from sb3_mpg.common.checks import check_count
 
-
-def check_every(every: int) -> int:
-    """
-    :param every: number of updates between two fits
-    :return: the same
-    :raises ValueError: when it is less than 1
-    """
-    if every < 1:
-        raise ValueError(f"`every` counts updates and must be at least 1, got {every}.")
-    return every
+#: Takes one step of the model's optimizer, and returns the loss, ``None`` while nothing is recorded to fit it to
+FitOnce = Callable[[], float | None]
+#: The same, with many steps, at most the given number
+FitUntilConverged = Callable[[int], float | None]
 
 
 class FittingSchedule(ABC):
     """Decides whether the model is fitted before an update, and how."""
 
     @abstractmethod
-    def fit(self, n_updates: int, fit_once: Fit, fit_until_converged: Fit) -> float | None:
+    def fit(self, n_updates: int, fit_once: FitOnce, fit_until_converged: FitUntilConverged) -> float | None:
         """
         :param n_updates: number of the update of the policy, from 1
         :param fit_once: takes one step of the model's optimizer
-        :param fit_until_converged: takes steps until the error on held-out steps no longer falls
+        :param fit_until_converged: takes steps until the error on held-out steps no longer falls, at most the given number
         :return: the loss, ``None`` when nothing was fitted
         """
 
@@ -40,9 +33,10 @@ class EveryUpdate(FittingSchedule):
     """
 
     def __init__(self, later_every: int = 1, n_first: int = 2000):
-        self.later_every, self.n_first = check_every(later_every), n_first
+        check_count("later_every", later_every, 1)
+        self.later_every, self.n_first = later_every, n_first
 
-    def fit(self, n_updates: int, fit_once: Fit, fit_until_converged: Fit) -> float | None:
+    def fit(self, n_updates: int, fit_once: FitOnce, fit_until_converged: FitUntilConverged) -> float | None:
         is_due = n_updates <= self.n_first or (n_updates - 1) % self.later_every == 0
         return fit_once() if is_due else None
 
@@ -52,10 +46,13 @@ class UntilConverged(FittingSchedule):
     The model is fitted until it has converged, once in so many updates of the policy, as ensembles of learned dynamics are.
 
     :param every: number of updates between two fits
+    :param max_fits: largest number of steps of the optimizer in one fit, so that training ends in time on a CPU
     """
 
-    def __init__(self, every: int = 250):
-        self.every = check_every(every)
+    def __init__(self, every: int = 250, max_fits: int = 2000):
+        check_count("every", every, 1)
+        check_count("max_fits", max_fits, 1)
+        self.every, self.max_fits = every, max_fits
 
-    def fit(self, n_updates: int, fit_once: Fit, fit_until_converged: Fit) -> float | None:
-        return fit_until_converged() if (n_updates - 1) % self.every == 0 else None
+    def fit(self, n_updates: int, fit_once: FitOnce, fit_until_converged: FitUntilConverged) -> float | None:
+        return fit_until_converged(self.max_fits) if (n_updates - 1) % self.every == 0 else None

@@ -8,11 +8,15 @@ from typing import Any
 import torch as th
 from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_mpg.common.checks import check_keywords
 from sb3_mpg.common.models.base import PriorModel
 from sb3_mpg.common.models.double_precision import InDoublePrecision
+from sb3_mpg.common.models.dynamics import DynamicsModel
 from sb3_mpg.common.models.trainable import CorrectedModel
 from sb3_mpg.common.spaces import FlatObservations, flat_box
 
+#: Texts that are no path to a model: the environment's own, and learned dynamics
+NAMES = ("auto", "learned")
 #: What the ``prior_model`` argument of the algorithms may be.
 PriorModelLike = PriorModel | type[PriorModel] | Callable[..., PriorModel] | str
 
@@ -40,7 +44,9 @@ def import_from_path(path: str) -> Callable[..., PriorModel]:
     """
     module_name, separator, name = path.partition(":")
     if not separator:
-        raise ValueError(f"A prior model given as text must be 'auto' or a path 'package.module:Class', got {path!r}.")
+        raise ValueError(
+            f"A prior model given as text must be 'auto', 'learned' or a path 'package.module:Class', got {path!r}."
+        )
     try:
         return getattr(importlib.import_module(module_name), name)
     except ModuleNotFoundError as error:
@@ -57,21 +63,27 @@ def with_spaces(make: Callable[..., PriorModel], kwargs: dict[str, Any], env: Ve
     :param make: a class or factory of models
     :param kwargs: arguments that the user gives
     :param env: the environment
-    :return: these arguments, and the boxes of flat observations and actions if the class or factory has parameters called
-        ``observation_space`` or ``action_space``, as learned dynamics need their sizes
+    :return: these arguments, and those that learned dynamics need: the boxes of flat observations and actions if the class or
+        factory has parameters called ``observation_space`` or ``action_space``, and the specification of the environment for
+        one called ``spec``
     """
     try:
         parameters = inspect.signature(make).parameters
     except (TypeError, ValueError):
         return kwargs  # a callable that does not tell its parameters
-    spaces = {"observation_space": FlatObservations(env.observation_space).box, "action_space": flat_box(env.action_space)}
-    return {**{name: space for name, space in spaces.items() if name in parameters}, **kwargs}
+    known = {
+        "observation_space": lambda: FlatObservations(env.observation_space).box,
+        "action_space": lambda: flat_box(env.action_space),
+        "spec": lambda: env.get_attr("spec", indices=[0])[0] if env.has_attr("spec") else None,
+    }
+    return {**{name: find() for name, find in known.items() if name in parameters and name not in kwargs}, **kwargs}
 
 
 def make_prior_model(prior_model: PriorModelLike, env: VecEnv, prior_model_kwargs: dict[str, Any] | None = None) -> PriorModel:
     """
-    :param prior_model: a model, a class or factory of models, a dotted path to one, or ``"auto"``: the environment's own.
-        Parameters ``observation_space`` and ``action_space`` of a class or factory get those of the environment
+    :param prior_model: a model, a class or factory of models, a dotted path to one, ``"auto"``: the environment's own, or
+        ``"learned"``: a ``DynamicsModel``. Parameters ``observation_space``, ``action_space`` and ``spec`` of a class or
+        factory get those of the environment
     :param env: the environment
     :param prior_model_kwargs: other arguments of the class or factory
     :return: the model
@@ -83,7 +95,8 @@ def make_prior_model(prior_model: PriorModelLike, env: VecEnv, prior_model_kwarg
     if isinstance(prior_model, PriorModel):
         if kwargs:
             raise ValueError(
-                "`prior_model_kwargs` goes with a class, a factory, a path or 'auto', but `prior_model` is a model."
+                "`prior_model_kwargs` goes with a class, a factory, a path, 'auto' or 'learned', but `prior_model` is a "
+                "model."
             )
         model = prior_model
     elif prior_model == "auto":
@@ -104,6 +117,8 @@ def make_prior_model(prior_model: PriorModelLike, env: VecEnv, prior_model_kwarg
                 "The environment's `prior_model()` failed in its worker process, or its model cannot be sent from there, as "
                 "one whose class is defined in the script itself. Move the class into a module, or pass `prior_model=`."
             ) from error
+    elif prior_model == "learned":
+        model = DynamicsModel(**with_spaces(DynamicsModel, check_keywords("prior_model_kwargs", kwargs, DynamicsModel), env))
     elif isinstance(prior_model, str):
         make = import_from_path(prior_model)
         if not callable(make):
@@ -115,7 +130,7 @@ def make_prior_model(prior_model: PriorModelLike, env: VecEnv, prior_model_kwarg
         model = prior_model
     if not isinstance(model, PriorModel):
         raise TypeError(
-            f"`prior_model` must be a PriorModel, a class or factory of one, 'package.module:Class' or 'auto', "
+            f"`prior_model` must be a PriorModel, a class or factory of one, 'package.module:Class', 'auto' or 'learned', "
             f"got {model!r}. (Without any model: horizons=(0,), weighting='constant'.)\n{HOW_TO_WRITE_A_MODEL}"
         )
     return model

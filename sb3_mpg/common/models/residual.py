@@ -1,11 +1,8 @@
 """A prior model that is corrected by recorded transitions."""
 
-import copy
 import math
-from typing import Any
 
 import torch as th
-from stable_baselines3.common.utils import update_learning_rate
 from torch.nn import functional as F
 
 from sb3_mpg.common.models.base import PriorModel
@@ -16,7 +13,7 @@ from sb3_mpg.common.models.hidden_states import HiddenStates, clipped_rollout_er
 from sb3_mpg.common.models.least_squares import LeastSquares, QuadraticReward
 from sb3_mpg.common.models.scaling import Standardizer
 from sb3_mpg.common.models.state_range import StateRange
-from sb3_mpg.common.models.trainable import StateDescription, copy_to_cpu
+from sb3_mpg.common.models.trainable import StateDescription
 from sb3_mpg.common.models.windows import Transitions, Windows
 
 # Targets that are this many times their scale need new scales: networks whose steps are bounded take too long to get there
@@ -77,11 +74,10 @@ class ResidualModel(CorrectedEnsemble):
             raise ValueError(
                 f"`net_arch` of the correction lists the sizes of its hidden layers, as in (64, 64), got {net_arch!r}."
             )
-        super().__init__(prior, n_states, n_members, learning_rate)
-        self.n_states = n_states
         n_inputs = n_states + n_actions
+        super().__init__(prior, n_states, NetworkEnsemble(n_members, n_inputs, n_states + 1, net_arch, learning_rate))
+        self.n_states = n_states
         self.standardizer = Standardizer(n_inputs)
-        self.networks = NetworkEnsemble(n_members, n_inputs, n_states + 1, net_arch, learning_rate)
         self.linear = LeastSquares(n_inputs, n_states)
         self.quadratic_reward = QuadraticReward(n_inputs + n_states)
         self.range = StateRange(n_states)
@@ -95,8 +91,6 @@ class ResidualModel(CorrectedEnsemble):
             "n_rows": th.zeros((), dtype=th.int64),
         }.items():
             self.register_buffer(name, buffer)
-        # All networks, whose optimizers are saved
-        self._ensembles = {"correction": self.networks, "ends": self.ends.networks}
 
     def refresh(self) -> None:
         super().refresh()
@@ -319,34 +313,18 @@ class ResidualModel(CorrectedEnsemble):
         missed = missed / self.target_scale
         return self.validation_error(transitions) < huber_loss(th.zeros_like(missed), missed).item()
 
-    def _own_state(self) -> dict[str, th.Tensor]:
-        """
-        :return: the state dictionary without the prior model, which is the user's, and without how the correction is used
-        """
-        state = self.state_dict()
-        return {name: value for name, value in state.items() if not name.startswith("prior.") and name != "gains"}
+    def own_state(self) -> dict[str, th.Tensor]:
+        # Without the prior model, and without how the correction is used
+        return {
+            name: value for name, value in super().own_state().items() if not name.startswith("prior.") and name != "gains"
+        }
 
-    def learned_state(self) -> dict[str, Any]:
-        optimizers = {name: networks.optimizer.state_dict() for name, networks in self._ensembles.items()}
-        return copy_to_cpu({"model": self._own_state(), "optimizers": optimizers})
-
-    @th.no_grad()
-    def load_learned_state(self, state: dict[str, Any]) -> bool:
-        own, saved = self._own_state(), state["model"]
-        if own.keys() != saved.keys() or any(own[name].shape != tensor.shape for name, tensor in saved.items()):
+    def is_of_this_model(self, state: dict[str, th.Tensor]) -> bool:
+        if not super().is_of_this_model(state):
             return False
         prefix = "fingerprint."
-        fingerprint = {name.removeprefix(prefix): value for name, value in saved.items() if name.startswith(prefix)}
-        if int(saved["n_rows"]) > 0 and not Fingerprint.matches(self.prior, fingerprint, self.gains.device):
-            return False
-        self.load_state_dict(saved, strict=False)
-        self.refresh()
-        for name, networks in self._ensembles.items():
-            # torch would share the tensors of the optimizer with the state
-            networks.optimizer.load_state_dict(copy.deepcopy(state["optimizers"][name]))
-            # The saved learning rate may have been replaced
-            update_learning_rate(networks.optimizer, networks.learning_rate)
-        return True
+        fingerprint = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        return int(state["n_rows"]) == 0 or Fingerprint.matches(self.prior, fingerprint, self.gains.device)
 
 
 def huber_loss(outputs: th.Tensor, targets: th.Tensor) -> th.Tensor:

@@ -26,12 +26,14 @@ class TrainableModel(PriorModel):
     processes.
     """
 
-    #: Number of members of the ensemble
+    #: Number of members of the ensemble that predict
     n_members: int
     #: Which members predict; set it by :meth:`using_members`
     members: Members = "mean"
     #: When the model is fitted while a policy is trained
     fitting_schedule: FittingSchedule = EveryUpdate()
+    #: Whether the model learns where episodes terminate
+    can_learn_ends: bool = False
     #: Whether rollouts may go far beyond the recorded states, see :meth:`extrapolating`
     is_extrapolating: bool = False
 
@@ -42,7 +44,8 @@ class TrainableModel(PriorModel):
         that should not exploit the errors of one of them, are computed with rows ``"dealt"`` to the members.
 
         :param members: ``"dealt"``: the rows of a batch are dealt to the members in equal parts, the first rows to the first
-            member; ``"mean"``: the mean of all members
+            member; ``"sampled"``: they are dealt at random in each step, and a model that has learned the noise of the
+            system draws it; ``"mean"``: the mean of all members, without noise
         """
         before = self.members
         self.members = members
@@ -114,6 +117,50 @@ class TrainableModel(PriorModel):
         :param transitions: held-out transitions
         :return: the loss, in scaled units
         """
+
+    @property
+    def learns_ends(self) -> bool:
+        """Whether learned terminations are used, instead of those that are known."""
+        return False
+
+    def choose_outputs(self, transitions: Transitions) -> None:
+        """
+        Use each output of a correction only if it predicts held-out transitions better than without it. By default, all are
+        used.
+
+        :param transitions: held-out transitions
+        """
+
+    def fit_ends(self, steps: Transitions, ends: Transitions, rate: float) -> None:
+        """
+        One step of the optimizer of learned terminations, for models that :attr:`can_learn_ends`.
+
+        :param steps: a batch of recorded steps
+        :param ends: recorded steps that terminated
+        :param rate: terminations for each recorded step
+        """
+
+    def use_learned_ends(self, is_used: bool) -> None:
+        """
+        :param is_used: whether learned terminations are used, instead of those that are known
+        """
+
+    def solve_end_rewards(self, transitions: Transitions) -> None:
+        """
+        Solve for what rewards lack where an episode ends. By default nothing is solved for.
+
+        :param transitions: all transitions to fit to that are recorded so far
+        """
+
+    def keep_best(self, transitions: Transitions) -> None:
+        """
+        Called from time to time while the model is fitted until convergence. By default nothing is kept.
+
+        :param transitions: held-out transitions, always the same until :meth:`restore_best`
+        """
+
+    def restore_best(self) -> None:
+        """Called at the end of a fit until convergence: return to the best of what :meth:`keep_best` saw."""
 
     @abstractmethod
     def learned_state(self) -> dict[str, Any]:
@@ -240,40 +287,6 @@ class CorrectedModel(TrainableModel):
         """
         :param transitions: held-out transitions
         :return: whether they are predicted better with the correction than without it
-        """
-
-    @property
-    def learns_ends(self) -> bool:
-        """Whether learned terminations replace those of the prior model."""
-        return False
-
-    def choose_outputs(self, transitions: Transitions) -> None:
-        """
-        Use each output of the correction only if it predicts held-out transitions better than without it. By default, all are
-        used.
-
-        :param transitions: held-out transitions
-        """
-
-    def fit_ends(self, steps: Transitions, ends: Transitions, rate: float) -> None:
-        """
-        One step of the optimizer of learned terminations. By default they are not learned.
-
-        :param steps: a batch of recorded steps
-        :param ends: recorded steps that terminated
-        :param rate: terminations for each recorded step
-        """
-
-    def use_learned_ends(self, is_used: bool) -> None:
-        """
-        :param is_used: whether learned terminations replace those of the prior model
-        """
-
-    def solve_end_rewards(self, transitions: Transitions) -> None:
-        """
-        Solve for what the prior model's rewards lack where an episode ends. By default nothing is solved for.
-
-        :param transitions: all transitions to fit to that are recorded so far
         """
 
     @abstractmethod

@@ -9,7 +9,7 @@ import numpy as np
 import torch as th
 
 from sb3_mpg.common.models.base import PriorModel
-from sb3_mpg.common.models.trainable import CorrectedModel, evaluated
+from sb3_mpg.common.models.trainable import CorrectedModel, TrainableModel, evaluated
 from sb3_mpg.common.models.windows import MIN_WINDOWS, Windows, rms, rollout_errors, rounding_errors, to_numpy
 from sb3_mpg.common.tables import MAX_SHARE, format_number, format_share, format_table
 from sb3_mpg.common.trust.gradient_errors import GradientErrors
@@ -147,10 +147,11 @@ class TrustReport:
 
     :param horizons: numbers of model steps
     :param measurements: the errors of the gradients and the weights, in the order of the updates
-    :param prior: prediction errors of the prior model
+    :param prior: prediction errors of the prior model, or of a model that is learned as a whole
     :param corrected: prediction errors of the corrected model, ``None`` if the rollouts use the prior model
     :param dimensions: names of the dimensions of the state; errors of hidden ones are differences to encoded observations
     :param re_encoded: names of the dimensions that the corrected model re-encodes in each step, see ``HiddenStates``
+    :param is_learned: whether the model is learned as a whole
     """
 
     horizons: tuple[int, ...]
@@ -159,9 +160,10 @@ class TrustReport:
     corrected: PredictionErrors | None
     dimensions: tuple[str, ...]
     re_encoded: tuple[str, ...] = ()
+    is_learned: bool = False
 
     def _models(self) -> dict[str, PredictionErrors]:
-        models = {"prior model": self.prior}
+        models = {"learned model" if self.is_learned else "prior model": self.prior}
         return models if self.corrected is None else {**models, "corrected model": self.corrected}
 
     def __str__(self) -> str:
@@ -284,4 +286,5 @@ def make_trust_report(
             corrected=prediction_errors(model, windows, gamma) if prior is not model and is_corrected else None,
             dimensions=tuple(names),
             re_encoded=tuple(name for name, is_again in zip(names, is_re_encoded, strict=True) if is_again),
+            is_learned=isinstance(model, TrainableModel) and not isinstance(model, CorrectedModel),
         )

@@ -1,0 +1,304 @@
+"""Models that are learned from recorded transitions alone."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch as th
+from gymnasium import spaces
+from gymnasium.envs.registration import EnvSpec
+from torch import nn
+from torch.nn import functional as F
+
+from sb3_mpg.common.checks import check_count
+from sb3_mpg.common.models.base import PriorModel
+from sb3_mpg.common.models.ensemble import NetworkEnsemble, is_architecture
+from sb3_mpg.common.models.fitting_schedule import EveryUpdate, FittingSchedule
+from sb3_mpg.common.models.known_ends import Terminal, known_terminal
+from sb3_mpg.common.models.scaling import Standardizer
+from sb3_mpg.common.models.state_range import StateRange
+from sb3_mpg.common.models.trainable_ensemble import TrainableEnsemble
+from sb3_mpg.common.models.windows import Transitions
+
+#: Maps states, actions and next states to rewards, ``(B, 1)``
+Reward = Callable[[th.Tensor, th.Tensor, th.Tensor], th.Tensor]
+# Bounds of the logarithm of the variance of a scaled target
+LOG_VARIANCES = (-10.0, 0.5)
+# Scaled error from which the loss of a deterministic model grows linearly
+HUBER = 0.1
+# Data whose mean has moved, or whose standard deviation has changed, by this factor of the earlier deviation need new scales
+SHIFT = 2.0
+
+
+def bounded(log_variances: th.Tensor) -> th.Tensor:
+    """
+    :param log_variances: any numbers, ``(..., n)``
+    :return: the same, softly bounded by ``LOG_VARIANCES``
+    """
+    low, high = LOG_VARIANCES
+    return low + F.softplus(high - F.softplus(high - log_variances) - low)
+
+
+class DynamicsModel(TrainableEnsemble):
+    r"""
+    Dynamics and rewards that are learned from the replay buffer, without any knowledge of the system,
+
+    .. math:: s' = s + \sigma_s D_s(s, a) + \mu_s, \quad r = \sigma_r D_r(s, a) + \mu_r,
+
+    by an ensemble of networks :math:`D` (see ``NetworkEnsemble``). The state is the observation. Inputs and targets are
+    standardised by the statistics of the data.
+
+    ``using_members`` says which members predict. A Gaussian model learns the noise of the system, too, and draws it with the
+    members ``"sampled"``.
+
+    Terminations are learned as far as they are not known (see ``LearnedEnds``). For the MuJoCo tasks of Gymnasium (v5) they
+    are known. What is paid for a termination is solved for separately (see ``EndRewards``).
+
+    Predicted states are kept within the range of the data and a margin (see ``StateRange``).
+
+    :param observation_space: box of the flat observations
+    :param action_space: box of the flat actions
+    :param spec: specification of the environment, by which its terminations may be known
+    :param reward: the reward if it is known: a function of states, actions and next states, or a ``PriorModel``; learned by
+        default
+    :param terminal: where episodes terminate: a function of states, ``(B, S)`` to bool ``(B, 1)``; ``"known"`` for what is
+        known of a task of Gymnasium; ``None`` if nothing is known. It is learned in any case, and replaced if what is learned
+        is as right
+    :param distribution: ``"deterministic"``: the mean of the next state and of the reward, by the squared error;
+        ``"gaussian"``: mean and variance, by the likelihood
+    :param n_members: number of networks that predict
+    :param n_spares: number of networks that are fitted as well; those with the largest held-out errors do not predict
+    :param net_arch: sizes of the hidden layers of each network
+    :param activation_fn: activation function
+    :param learning_rate: learning rate of Adam
+    :param weight_decay: factor of the squares of the weights, halved and added to the loss
+    :param fitting_schedule: when the model is fitted: once in each update by default (``EveryUpdate``), or ``UntilConverged``
+
+    :raises ValueError: for impossible values
+    """
+
+    target_mean: th.Tensor
+    target_std: th.Tensor
+    n_rows: th.Tensor
+
+    def __init__(
+        self,
+        observation_space: spaces.Box,
+        action_space: spaces.Box,
+        spec: EnvSpec | None = None,
+        reward: Reward | PriorModel | None = None,
+        terminal: Terminal | Literal["known"] | None = "known",
+        distribution: Literal["deterministic", "gaussian"] = "gaussian",
+        n_members: int = 5,
+        n_spares: int = 0,
+        net_arch: tuple[int, ...] = (200, 200),
+        activation_fn: type[nn.Module] = nn.SiLU,
+        learning_rate: float = 1e-3,
+        weight_decay: float = 0.0,
+        fitting_schedule: FittingSchedule | None = None,
+    ):
+        check_count("n_members", n_members, 1)
+        check_count("n_spares", n_spares, 0)
+        if not is_architecture(net_arch):
+            raise ValueError(
+                f"`net_arch` of the model lists the sizes of its hidden layers, as in (200, 200), got {net_arch!r}."
+            )
+        if distribution not in ("deterministic", "gaussian"):
+            raise ValueError(f"`distribution` must be 'deterministic' or 'gaussian', got {distribution!r}.")
+        if not (terminal is None or terminal == "known" or callable(terminal)):
+            raise ValueError(f"`terminal` must be a function of states, 'known' or None, got {terminal!r}.")
+        if not (reward is None or callable(reward)):
+            raise ValueError(f"`reward` must be a function, a PriorModel or None, got {reward!r}.")
+        super().__init__()
+        (self.n_states,), (n_actions,) = observation_space.shape, action_space.shape
+        n_inputs, n_targets = self.n_states + n_actions, self.n_states + 1
+        networks = NetworkEnsemble(
+            n_members,
+            n_inputs,
+            n_targets * (2 if distribution == "gaussian" else 1),
+            tuple(net_arch),
+            learning_rate,
+            activation_fn,
+            frequencies=(),
+            n_spares=n_spares,
+            weight_decay=weight_decay,
+        )
+        self.add_networks(networks, self.n_states)
+        self.is_gaussian = distribution == "gaussian"
+        # A module is moved with this one
+        self.reward_model = reward if isinstance(reward, PriorModel) else None
+        self.known_reward = reward.reward if isinstance(reward, PriorModel) else reward
+        self.known_terminal = known_terminal(spec) if terminal == "known" else terminal
+        self.fitting_schedule = EveryUpdate() if fitting_schedule is None else fitting_schedule
+        self.standardizer = Standardizer(n_inputs)
+        self.range = StateRange(self.n_states)
+        for name, buffer in {
+            "target_mean": th.zeros(n_targets),
+            "target_std": th.ones(n_targets),
+            # Number of transitions that the scales are from
+            "n_rows": th.zeros((), dtype=th.int64),
+        }.items():
+            self.register_buffer(name, buffer)
+
+    @property
+    def may_terminate(self) -> bool:
+        return self.known_terminal is not None or self.ends.is_used
+
+    def claims_end(self, states: th.Tensor) -> th.Tensor:
+        return super().terminal(states) if self.known_terminal is None else self.known_terminal(states)
+
+    def terminal(self, states: th.Tensor) -> th.Tensor:
+        return self.learned_ends(states) > 0.5 if self.ends.is_used else self.claims_end(states)
+
+    def termination_probability(self, states: th.Tensor) -> th.Tensor:
+        return self.learned_ends(states) if self.ends.is_used else self.claims_end(states).to(states.dtype)
+
+    def scaled_states(self, states: th.Tensor) -> th.Tensor:
+        mean, std = self.standardizer.mean[: self.n_states], self.standardizer.std[: self.n_states]
+        return (self.range.clip(self, states) - mean) / std
+
+    def _scaled(self, states: th.Tensor, actions: th.Tensor) -> th.Tensor:
+        """
+        :param states: ``(B, S)``
+        :param actions: ``(B, A)``
+        :return: both, standardised by the statistics of the data, ``(B, S + A)``
+        """
+        if self.is_extrapolating:
+            # Far from the data, states change as the nearest ones with data do
+            states = self.range.clip(self, states)
+        return self.standardizer(th.cat([states, actions], dim=1))
+
+    def _outputs(self, states: th.Tensor, actions: th.Tensor) -> th.Tensor:
+        """
+        :param states: ``(B, S)``
+        :param actions: ``(B, A)``
+        :return: changes of the states, and rewards, in the units of the environment, ``(B, S + 1)``
+        """
+        outputs = self.networks(self._scaled(states, actions), self.members)
+        if self.is_gaussian:
+            outputs, log_variances = outputs.chunk(2, dim=1)
+            if self.members == "sampled":
+                outputs = outputs + (0.5 * bounded(log_variances)).exp() * th.randn_like(outputs)
+        return outputs * self.target_std + self.target_mean
+
+    def _next_states(self, states: th.Tensor, outputs: th.Tensor) -> th.Tensor:
+        next_states = self.state_add(states, outputs[:, : self.n_states])
+        return self.range.clip(self, next_states, self.is_extrapolating)
+
+    def _rewards(
+        self, states: th.Tensor, actions: th.Tensor, next_states: th.Tensor, outputs: th.Tensor | None = None
+    ) -> th.Tensor:
+        """
+        :param states: ``(B, S)``
+        :param actions: ``(B, A)``
+        :param next_states: ``(B, S)``
+        :param outputs: of :meth:`_outputs` for them, if they are computed already, ``(B, S + 1)``
+        :return: rewards, ``(B, 1)``
+        """
+        if self.known_reward is not None:
+            return self.known_reward(states, actions, next_states)
+        rewards = (self._outputs(states, actions) if outputs is None else outputs)[:, self.n_states :]
+        return rewards + self.termination_probability(next_states) * self.end_rewards.jump if self.may_terminate else rewards
+
+    def step(self, states: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        outputs = self._outputs(states, actions)
+        next_states = self._next_states(states, outputs)
+        return next_states, self._rewards(states, actions, next_states, outputs)
+
+    def transition(self, states: th.Tensor, actions: th.Tensor) -> th.Tensor:
+        return self._next_states(states, self._outputs(states, actions))
+
+    def reward(self, states: th.Tensor, actions: th.Tensor, next_states: th.Tensor) -> th.Tensor:
+        return self._rewards(states, actions, next_states)
+
+    @th.no_grad()
+    def _inputs_and_targets(self, transitions: Transitions) -> tuple[th.Tensor, th.Tensor]:
+        """
+        :param transitions: recorded transitions
+        :return: standardised inputs, ``(B, S + A)``, and targets, ``(B, S + 1)``, of the transitions that are finite. The
+            reward of a termination, which jumps, is replaced by the mean of the others.
+        """
+        states, actions, rewards, next_states, _ = transitions
+        targets = (th.cat([self.state_difference(next_states, states), rewards], dim=1) - self.target_mean) / self.target_std
+        is_jump = self.may_jump(transitions, next_states)
+        targets = th.cat([targets[:, : self.n_states], th.where(is_jump, 0.0, targets[:, self.n_states :])], dim=1)
+        inputs = self._scaled(states, actions)
+        is_finite = th.isfinite(targets).all(dim=1) & th.isfinite(inputs).all(dim=1)
+        return (inputs, targets) if is_finite.all() else (inputs[is_finite], targets[is_finite])
+
+    @th.no_grad()
+    def rescale(self, transitions: Transitions) -> None:
+        is_finite = th.stack([th.isfinite(tensor).all(dim=1) for tensor in transitions[:4]]).all(dim=0)
+        transitions = transitions.select(is_finite)
+        if len(transitions.rewards) == 0:
+            return
+        states, actions, rewards, next_states, _ = transitions
+        self.range.extend(self, transitions, th.ones_like(self.range.low, dtype=th.bool))
+        self.standardizer.fit(th.cat([states, actions], dim=1))
+        is_ordinary = ~self.may_jump(transitions, next_states).squeeze(1)
+        changes = Standardizer(self.n_states + 1).to(rewards.device)
+        targets = th.cat([self.state_difference(next_states, states), rewards], dim=1)
+        changes.fit(targets[is_ordinary] if is_ordinary.any() else targets)
+        self.target_mean.copy_(changes.mean)
+        self.target_std.copy_(changes.std)
+        self.n_rows.fill_(len(rewards))
+        # The outputs have other units now
+        self.networks.reset_outputs()
+        self.ends.reset()
+        self.solve_end_rewards(transitions)
+
+    @th.no_grad()
+    def needs_rescaling(self, transitions: Transitions) -> bool:
+        inputs, targets = self._inputs_and_targets(transitions)
+        if len(inputs) < 2:
+            return False
+        scaled = th.cat([inputs, targets], dim=1)
+        return bool((scaled.mean(dim=0).abs() > SHIFT).any() or (scaled.std(dim=0) > SHIFT).any())
+
+    @th.no_grad()
+    def solve_end_rewards(self, transitions: Transitions) -> None:
+        if self.known_reward is not None:
+            return
+        states, actions, rewards, next_states, _ = transitions
+        is_end, _ = self.ends_of(transitions, next_states)
+        with self.using_members("mean"):
+            predicted = self._outputs(states, actions)[:, self.n_states :]
+        self.end_rewards.solve(self.end_rewards.jump, rewards - predicted, is_end)
+
+    def _loss(self, outputs: th.Tensor, targets: th.Tensor) -> th.Tensor:
+        """
+        :param outputs: of the networks, ``(..., n_outputs)``
+        :param targets: ``(..., S + 1)``
+        :return: the Huber loss, so that a few jumps of the environment do not dominate the fit; or the negative
+            log-likelihood of a Gaussian up to a constant, ``(..., S + 1)``
+        """
+        if not self.is_gaussian:
+            return F.smooth_l1_loss(outputs, targets, reduction="none", beta=HUBER)
+        means, log_variances = outputs.chunk(2, dim=-1)
+        log_variances = bounded(log_variances)
+        return (means - targets).square() * (-log_variances).exp() + log_variances
+
+    def fit(self, transitions: Transitions) -> float:
+        self.range.extend(self, transitions, th.ones_like(self.range.low, dtype=th.bool))
+        inputs, targets = self._inputs_and_targets(transitions)
+        if len(inputs) == 0:
+            return float("nan")
+        n_networks = self.networks.n_fitted
+        outputs = self.networks(inputs, "dealt", is_fitting=True)
+        # The sum over the networks of their means, so that the number of networks does not change the steps of any of them
+        loss = n_networks * self._loss(outputs, targets).mean()
+        self.networks.descend(loss)
+        return loss.item() / n_networks
+
+    @th.no_grad()
+    def validation_error(self, transitions: Transitions) -> float:
+        inputs, targets = self._inputs_and_targets(transitions)
+        return self._loss(self.networks(inputs, "dealt"), targets).mean().item()
+
+    @th.no_grad()
+    def keep_best(self, transitions: Transitions) -> None:
+        inputs, targets = self._inputs_and_targets(transitions)
+        means = self.networks.of_all(inputs)[..., : self.n_states + 1]
+        self.networks.keep_best((means - targets).square().mean(dim=(1, 2)))
+
+    def restore_best(self) -> None:
+        self.networks.restore_best()

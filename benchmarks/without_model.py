@@ -17,10 +17,12 @@ from typing import Any
 import numpy as np
 import torch as th
 from evaluation import EvaluationCallback
+from imagination import ImaginedUpdates
 from prior_models import KnowsNothing
 from sb3_contrib import CrossQ
 from stable_baselines3 import SAC, TD3
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.noise import NormalActionNoise
@@ -61,6 +63,8 @@ DVPG_METHODS: dict[str, dict[str, Any]] = {
     "dvg_1": {"horizons": (1,), "weighting": "constant"},
     "dvg_2": {"horizons": (2,), "weighting": "constant"},
     "dvgf_5": {"horizons": (5,), "weighting": "constant", "terminal_value": False},
+    # DDPG whose policy also learns from imagined states: the model is learned, and its horizon has no weight
+    "ddpg_model": {"weighting": "constant", "weighting_kwargs": {"values": [1, 0]}, "horizons": (0, 1)},
     "dvpg_measured": {
         "weighting": "measured",
         "prior_model_kwargs": {"n_members": 2},
@@ -111,7 +115,10 @@ def run(task: str, method: str, seed: int, steps: int) -> None:
         return np.array(evaluate_policy(model, envs, N_EPISODES, return_episode_rewards=True)[0])
 
     every = 250 if task == "pendulum" else 1000
-    make(method, task, seed).learn(steps, callback=EvaluationCallback(evaluate, "steps", every, path))
+    callbacks: list[BaseCallback] = [EvaluationCallback(evaluate, "steps", every, path)]
+    if method == "ddpg_model":
+        callbacks.append(ImaginedUpdates())
+    make(method, task, seed).learn(steps, callback=callbacks)
 
 
 def interval(values: list[float]) -> str:

@@ -74,7 +74,7 @@ def test_missing_model_shows_how_to_write_one():
 @pytest.mark.parametrize(
     ("prior_model", "error", "message"),
     [
-        ("somewhere", ValueError, "'auto' or a path 'package.module:Class'"),
+        ("somewhere", ValueError, "'auto', 'learned' or a path 'package.module:Class'"),
         ("no_such_package.models:Car", ValueError, "no module 'no_such_package'"),
         ("lq:NoSuchModel", ValueError, "module 'lq' has no 'NoSuchModel'"),
         ("lq:np", TypeError, "'lq:np' names <module 'numpy'.*neither a class nor a function"),

@@ -67,6 +67,32 @@ def test_the_common_error_of_the_critics_is_seen_by_the_model():
     assert measured.errors[0] > 20 * measured.errors[1]
 
 
+def three_horizons(model_std):
+    """The critics' common bias counts half as much behind a few model steps, and not behind many; models have noise."""
+    rng = np.random.default_rng(0)
+    gradients = np.tile(np.array([2.0, -1.0]), (3, 2, 4000, 1))
+    bias = rng.standard_normal((1, 4000, 2))
+    gradients[0] += bias
+    gradients[1] += 0.5 * bias + 0.02 * rng.standard_normal((2, 4000, 2))
+    gradients[2] += model_std * rng.standard_normal((2, 4000, 2))
+    return gradients
+
+
+def test_what_short_horizons_have_of_the_critics_is_seen_by_longer_ones():
+    measured = gradient_errors(three_horizons(model_std=0.05), (0, 5, 25))
+    np.testing.assert_allclose(measured.errors, 2 * np.log(2) * np.array([1.0, 0.25, 0.05**2]), rtol=0.15)
+    # The gradient of the longest horizon is the best
+    assert measured.gradient_norm == pytest.approx(5.0, rel=0.05)
+
+
+def test_longer_horizons_say_nothing_where_their_own_error_is_larger():
+    measured = gradient_errors(three_horizons(model_std=10.0), (0, 5, 25))
+    assert measured.errors[2] == pytest.approx(2 * np.log(2) * 100, rel=0.1)
+    assert measured.errors[1] == pytest.approx(2 * np.log(2) * 0.02**2, rel=0.1)
+    # Half of the critics' bias is what is different at horizon 5
+    assert measured.errors[0] == pytest.approx(2 * np.log(2) * 0.25, rel=0.15)
+
+
 def test_a_judge_sees_the_whole_error_of_what_it_judges():
     gradients = synthetic(critic_bias=0.3, critic_std=0.01, model_std=0.01)
     gradients[1, 0] += np.array([0.6, 0.8])

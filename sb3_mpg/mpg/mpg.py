@@ -105,7 +105,8 @@ class MPG(OffPolicyModelAlgorithm):
     :param n_steps: number of recorded steps of the value target. With more than one, the value target is ``"n_step_replay"``
     :param critic_learning_rate: learning rate of the critics
     :param prior_model: model of the system: a ``PriorModel``, a class or factory of one, a dotted path
-        ``"package.module:Class"``, or ``"auto"``, the model that the environment offers with a method ``prior_model()``
+        ``"package.module:Class"``; ``"auto"``, the model that the environment offers with a method ``prior_model()``; or
+        ``"learned"``, dynamics that are learned from recorded transitions alone, see ``DynamicsModel``
     :param prior_model_kwargs: arguments of the class or factory of the prior model
     :param residual: whether the model is corrected by recorded transitions, see ``ResidualModel``
     :param residual_kwargs: arguments of ``ResidualModel``

@@ -88,9 +88,9 @@ class DynamicsModel(TrainableEnsemble):
         reward: Reward | PriorModel | None = None,
         terminal: Terminal | Literal["known"] | None = "known",
         distribution: Literal["deterministic", "gaussian"] = "gaussian",
-        n_members: int = 5,
+        n_members: int = 3,
         n_spares: int = 0,
-        net_arch: tuple[int, ...] = (200, 200),
+        net_arch: tuple[int, ...] = (128, 128),
         activation_fn: type[nn.Module] = nn.SiLU,
         learning_rate: float = 1e-3,
         weight_decay: float = 0.0,
@@ -100,7 +100,7 @@ class DynamicsModel(TrainableEnsemble):
         check_count("n_spares", n_spares, 0)
         if not is_architecture(net_arch):
             raise ValueError(
-                f"`net_arch` of the model lists the sizes of its hidden layers, as in (200, 200), got {net_arch!r}."
+                f"`net_arch` of the model lists the sizes of its hidden layers, as in (128, 128), got {net_arch!r}."
             )
         if distribution not in ("deterministic", "gaussian"):
             raise ValueError(f"`distribution` must be 'deterministic' or 'gaussian', got {distribution!r}.")
@@ -138,6 +138,11 @@ class DynamicsModel(TrainableEnsemble):
             "n_rows": th.zeros((), dtype=th.int64),
         }.items():
             self.register_buffer(name, buffer)
+
+    @property
+    def _has_range(self) -> th.Tensor:
+        """Which dimensions of the state have a range: all of them are observed, bool ``(S,)``."""
+        return th.ones_like(self.range.low, dtype=th.bool)
 
     @property
     def may_terminate(self) -> bool:
@@ -222,8 +227,11 @@ class DynamicsModel(TrainableEnsemble):
         is_jump = self.may_jump(transitions, next_states)
         targets = th.cat([targets[:, : self.n_states], th.where(is_jump, 0.0, targets[:, self.n_states :])], dim=1)
         inputs = self._scaled(states, actions)
+        # One sum, because to look at each row takes as long as the activation functions
+        if th.isfinite(inputs.sum() + targets.sum()):
+            return inputs, targets
         is_finite = th.isfinite(targets).all(dim=1) & th.isfinite(inputs).all(dim=1)
-        return (inputs, targets) if is_finite.all() else (inputs[is_finite], targets[is_finite])
+        return inputs[is_finite], targets[is_finite]
 
     @th.no_grad()
     def rescale(self, transitions: Transitions) -> None:
@@ -232,7 +240,7 @@ class DynamicsModel(TrainableEnsemble):
         if len(transitions.rewards) == 0:
             return
         states, actions, rewards, next_states, _ = transitions
-        self.range.extend(self, transitions, th.ones_like(self.range.low, dtype=th.bool))
+        self.range.extend(self, transitions, self._has_range)
         self.standardizer.fit(th.cat([states, actions], dim=1))
         is_ordinary = ~self.may_jump(transitions, next_states).squeeze(1)
         changes = Standardizer(self.n_states + 1).to(rewards.device)
@@ -278,7 +286,9 @@ class DynamicsModel(TrainableEnsemble):
         return (means - targets).square() * (-log_variances).exp() + log_variances
 
     def fit(self, transitions: Transitions) -> float:
-        self.range.extend(self, transitions, th.ones_like(self.range.low, dtype=th.bool))
+        # The rows of one network, because all rows come from the same steps
+        rows = slice(-(-len(transitions.rewards) // self.networks.n_fitted))
+        self.range.extend(self, Transitions(*(tensor[rows] for tensor in transitions)), self._has_range)
         inputs, targets = self._inputs_and_targets(transitions)
         if len(inputs) == 0:
             return float("nan")

@@ -160,11 +160,11 @@ def gradient_errors(gradients: np.ndarray, horizons: Sequence[int], with_judge: 
     r"""
     Estimate errors by comparing estimates of the action gradient.
 
-    The error of a model horizon is estimated from two members of the ensemble, each with its own critic:
-    :math:`e_n = \mathrm{median}_s |g_n^1 - g_n^2|^2 / 2`. The critics share data and targets, so their errors are correlated
-    and their difference is too small. Their gradient is also compared with that of the best model horizon, and the error of
-    the latter is subtracted:
-    :math:`e_0 = \max(\mathrm{median}_s |g_0^1 - g_0^2|^2 / 2, \; \mathrm{median}_s |\bar g_0 - \bar g_n|^2 - e_n)`.
+    The error of a horizon is first estimated from two members of the ensemble, each with its own critic:
+    :math:`d_n = \mathrm{median}_s |g_n^1 - g_n^2|^2 / 2`. Critics share data and targets, so their errors are correlated and
+    their difference is too small. The shorter a horizon, the more of its gradient comes from the critic. So it is also
+    compared with all longer ones, the errors of which are subtracted:
+    :math:`e_n = \max(d_n, \; \max_{m > n} \mathrm{median}_s |\bar g_n - \bar g_m|^2 - e_m)`.
 
     With a judge, the first member is the model that is used, and the second is a better one, which only judges. Their whole
     difference is the error of the first (no factor 1/2), and the critics are compared with the second. This error of the model
@@ -190,15 +190,17 @@ def gradient_errors(gradients: np.ndarray, horizons: Sequence[int], with_judge: 
         references = gradients[:, -1] if with_judge else means
         models = [index for index, horizon in enumerate(horizons) if horizon > 0]
         best = min(models, key=lambda index: errors[index]) if models else 0
-        # Compare the critics with the best model horizon
-        if 0 in horizons and models:
-            critic = list(horizons).index(0)
-            distance, distance_error = _median(((means[critic] - references[best]) ** 2).sum(-1))
-            if not with_judge:
-                distance -= errors[best]
-                distance_error = float(np.hypot(distance_error, standard_errors[best]))
-            if distance > errors[critic]:
-                errors[critic], standard_errors[critic] = distance, distance_error
+        # Compare each horizon with longer ones. A judge has compared all model horizons already
+        for index in reversed(range(len(horizons) - 1)):
+            judges = [best] if horizons[index] == 0 else []
+            for other in judges if with_judge else range(index + 1, len(horizons)):
+                distance, distance_error = _median(((means[index] - references[other]) ** 2).sum(-1))
+                if not with_judge:
+                    distance -= errors[other]
+                    distance_error = float(np.hypot(distance_error, standard_errors[other]))
+                if distance > errors[index]:
+                    errors[index], standard_errors[index] = distance, distance_error
+        best = min(models, key=lambda index: errors[index]) if models else 0
         gradient_norm, _ = _median((references[best] ** 2).sum(-1))
         norms = np.array([_median((gradient**2).sum(-1))[0] for gradient in gradients[:, 0]])
     # Find useless horizons

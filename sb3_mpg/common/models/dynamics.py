@@ -88,7 +88,7 @@ class DynamicsModel(TrainableEnsemble):
         reward: Reward | PriorModel | None = None,
         terminal: Terminal | Literal["known"] | None = "known",
         distribution: Literal["deterministic", "gaussian"] = "gaussian",
-        n_members: int = 3,
+        n_members: int = 2,
         n_spares: int = 0,
         net_arch: tuple[int, ...] = (128, 128),
         activation_fn: type[nn.Module] = nn.SiLU,

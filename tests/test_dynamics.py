@@ -224,6 +224,12 @@ def test_values_that_are_not_finite_are_ignored():
         ({"net_arch": 64}, "`net_arch` of the model lists the sizes"),
         ({"distribution": "normal"}, "`distribution` must be 'deterministic' or 'gaussian', got 'normal'"),
         ({"terminal": "never"}, "`terminal` must be a function of states, 'known' or None, got 'never'"),
+        (
+            {"terminal": lambda states: states[:, 0] > 1},
+            r"`terminal` must map states .B, 2. to booleans .B, 1., got torch.bool",
+        ),
+        ({"terminal": lambda states: states[:, :1]}, "got torch.float32 of shape"),
+        ({"fitting_schedule": "every"}, "`fitting_schedule` must be an EveryUpdate or an UntilConverged, got 'every'"),
         ({"reward": "quadratic"}, "`reward` must be a function, a PriorModel or None, got 'quadratic'"),
     ],
 )

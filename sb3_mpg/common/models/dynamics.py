@@ -108,8 +108,17 @@ class DynamicsModel(TrainableEnsemble):
             raise ValueError(f"`terminal` must be a function of states, 'known' or None, got {terminal!r}.")
         if not (reward is None or callable(reward)):
             raise ValueError(f"`reward` must be a function, a PriorModel or None, got {reward!r}.")
+        if not (fitting_schedule is None or isinstance(fitting_schedule, FittingSchedule)):
+            raise ValueError(f"`fitting_schedule` must be an EveryUpdate or an UntilConverged, got {fitting_schedule!r}.")
         super().__init__()
         (self.n_states,), (n_actions,) = observation_space.shape, action_space.shape
+        if callable(terminal):
+            ends = terminal(th.zeros(2, self.n_states))
+            if ends.shape != (2, 1) or ends.dtype != th.bool:
+                raise ValueError(
+                    f"`terminal` must map states (B, {self.n_states}) to booleans (B, 1), got {ends.dtype} of shape "
+                    f"{tuple(ends.shape)} for 2 states; slices as states[:, :1] keep a dimension."
+                )
         n_inputs, n_targets = self.n_states + n_actions, self.n_states + 1
         networks = NetworkEnsemble(
             n_members,

@@ -33,7 +33,8 @@ HOW_TO_WRITE_A_MODEL = """A prior model is what you know about your system, in t
         def reward(self, states, actions, next_states):        # -> (B, 1)
             return -(states**2).sum(dim=1, keepdim=True)
 
-Pass it as `prior_model=MyModel`, or let the environment offer it with a method `prior_model()`."""
+Pass it as `prior_model=MyModel`, or let the environment offer it with a method `prior_model()`. If you know nothing of the
+system, a model can be learned: `prior_model="learned"`."""
 
 
 def import_from_path(path: str) -> Callable[..., PriorModel]:

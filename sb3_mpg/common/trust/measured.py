@@ -201,8 +201,8 @@ class MeasuredTrust(Trust):
     def check_comparison(self, n_critics: int, n_members: int) -> None:
         if n_critics < 2:
             raise ValueError(
-                "Measured weights compare the critics with each other, of which there is one; leave `n_critics` in "
-                "`policy_kwargs` at 2 or take another `weighting`."
+                "Measured weights compare the critics with each other, of which there is one; give `policy_kwargs` an "
+                "`n_critics` of 2, or take another `weighting`."
             )
         if n_members < 2:
             raise ValueError(

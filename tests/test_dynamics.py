@@ -87,6 +87,24 @@ def test_the_likelihood_is_that_of_a_gaussian():
     th.testing.assert_close(model._loss(outputs, targets), expected)
 
 
+def wave(n_rows, seed):
+    """The first dimension changes by a wave whose mean is zero everywhere along it, and there is no noise."""
+    rng = th.Generator().manual_seed(seed)
+    states, actions = (2 * th.rand(n_rows, 2, generator=rng) - 1 for _ in range(2))
+    changes = th.cat([th.sin(4 * states[:, :1]) * states[:, 1:], 0.01 * actions[:, :1]], dim=1)
+    return Transitions(states, actions, states[:, :1], states + changes, th.zeros(n_rows, 1))
+
+
+def test_the_mean_is_fitted_where_the_variance_was_large_at_first():
+    """A likelihood without weights explains the whole wave by the variance: the error is then 0.97 of the change."""
+    model = fitted(make(net_arch=(64, 64)), wave(4000, 0), 1200)
+    held_out = wave(1000, 1)
+    with th.no_grad():
+        errors = model.transition(held_out.observations, held_out.actions) - held_out.next_observations
+    changes = held_out.next_observations - held_out.observations
+    assert errors[:, 0].square().mean().sqrt() < 0.4 * changes[:, 0].std()
+
+
 def test_log_variances_are_softly_bounded():
     low, high = LOG_VARIANCES
     values = bounded(th.tensor([-1000.0, -4.0, 1000.0]))

@@ -25,6 +25,9 @@ Reward = Callable[[th.Tensor, th.Tensor, th.Tensor], th.Tensor]
 LOG_VARIANCES = (-10.0, 0.5)
 # Scaled error from which the loss of a deterministic model grows linearly
 HUBER = 0.1
+# Exponent of the variance that weights the likelihood in the fit. With 0, the mean is hardly fitted where the variance was
+# large at first; with 1, the few transitions with the largest errors dominate, as in a squared error
+VARIANCE_EXPONENT = 0.5
 # Data whose mean has moved, or whose standard deviation has changed, by this factor of the earlier deviation need new scales
 SHIFT = 2.0
 
@@ -63,8 +66,8 @@ class DynamicsModel(TrainableEnsemble):
     :param terminal: where episodes terminate: a function of states, ``(B, S)`` to bool ``(B, 1)``; ``"known"`` for what is
         known of a task of Gymnasium; ``None`` if nothing is known. It is learned in any case, and replaced if what is learned
         is as right
-    :param distribution: ``"deterministic"``: the mean of the next state and of the reward, by the squared error;
-        ``"gaussian"``: mean and variance, by the likelihood
+    :param distribution: ``"deterministic"``: the mean of the next state and of the reward, by the Huber loss;
+        ``"gaussian"``: mean and variance, by the likelihood, weighted by a power of the variance
     :param n_members: number of networks that predict
     :param n_spares: number of networks that are fitted as well; those with the largest held-out errors do not predict
     :param net_arch: sizes of the hidden layers of each network
@@ -294,6 +297,17 @@ class DynamicsModel(TrainableEnsemble):
         log_variances = bounded(log_variances)
         return (means - targets).square() * (-log_variances).exp() + log_variances
 
+    def _weights(self, outputs: th.Tensor) -> th.Tensor | float:
+        """
+        :param outputs: of the networks, ``(B, n_outputs)``
+        :return: weights of the losses in the fit: those of the likelihood of a Gaussian grow with its variance (Seitzer et al.
+            2022, "On the Pitfalls of Heteroscedastic Uncertainty Estimation with Probabilistic Neural Networks"),
+            ``(B, S + 1)``
+        """
+        if not self.is_gaussian:
+            return 1.0
+        return (VARIANCE_EXPONENT * bounded(outputs.detach().chunk(2, dim=1)[1])).exp()
+
     def fit(self, transitions: Transitions) -> float:
         # The rows of one network, because all rows come from the same steps
         rows = slice(-(-len(transitions.rewards) // self.networks.n_fitted))
@@ -303,10 +317,10 @@ class DynamicsModel(TrainableEnsemble):
             return float("nan")
         n_networks = self.networks.n_fitted
         outputs = self.networks(inputs, "dealt", is_fitting=True)
+        losses = self._loss(outputs, targets)
         # The sum over the networks of their means, so that the number of networks does not change the steps of any of them
-        loss = n_networks * self._loss(outputs, targets).mean()
-        self.networks.descend(loss)
-        return loss.item() / n_networks
+        self.networks.descend(n_networks * (losses * self._weights(outputs)).mean())
+        return losses.mean().item()
 
     @th.no_grad()
     def validation_error(self, transitions: Transitions) -> float:

@@ -7,9 +7,9 @@ EXTRAS := tests,plots,render,progress,export,zoo,docs
 PACKAGES := sb3_mpg sb3_mpg_envs
 SOURCES := sb3_mpg sb3_mpg_envs hyperparams benchmarks docs tests setup.py
 # Short benchmarks first; the last ones take days
-BENCHMARKS := benchmarks/simulators.py benchmarks/zoo_hook.py benchmarks/speed.py "benchmarks/learners.py throughput" \
-	benchmarks/learning.py benchmarks/learning_report.py benchmarks/bound.py benchmarks/trust.py \
-	benchmarks/trust_report.py
+BENCHMARKS := benchmarks/simulators.py benchmarks/zoo_hook.py benchmarks/speed.py benchmarks/learned_speed.py \
+	"benchmarks/learners.py throughput" benchmarks/learning.py benchmarks/learning_report.py benchmarks/bound.py benchmarks/trust.py \
+	benchmarks/trust_report.py benchmarks/without_model.py
 ALGO ?= mpg
 ENV ?= PathTracking-v0
 # One update for each step

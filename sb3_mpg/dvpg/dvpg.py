@@ -18,13 +18,8 @@ from sb3_mpg.mpg.mpg import MPG
 from sb3_mpg.mpg.update import MPGUpdateSettings
 
 # Two hidden layers of 64 ReLU units with an L2 penalty, whose factor the paper does not give
-PAPER_MODEL = {
-    "distribution": "deterministic",
-    "n_members": 1,
-    "net_arch": (64, 64),
-    "activation_fn": nn.ReLU,
-    "weight_decay": 1e-4,
-}
+PAPER_NETWORK = {"n_members": 1, "net_arch": (64, 64), "activation_fn": nn.ReLU, "weight_decay": 1e-4}
+PAPER_MODEL = {"distribution": "deterministic", **PAPER_NETWORK}
 
 
 class DVPG(MPG):
@@ -37,10 +32,9 @@ class DVPG(MPG):
     Settings give the paper's other algorithms: ``horizons=(k,)`` is DVG(k), the same with ``terminal_value=False`` is DVGF(k),
     and ``horizons=(0,)`` is DDPG.
 
-    Differences from the paper, which leaves some of it open: the model predicts the change of the state, and is fitted until
-    it has converged before the first update; its inputs and targets are scaled by their statistics, and so are observations;
-    terminations end rollouts and targets; targets take the target policy; weights are divided by their sum, which is
-    :math:`1 - \lambda^{t + 1}`; exploration is Gaussian noise.
+    Differences from the paper, which leaves some of it open: the model predicts the change of the state and is fitted until it
+    has converged before the first update; terminations end rollouts and targets; weights are divided by their sum, which is
+    :math:`1 - \lambda^{t + 1}`. The documentation lists all of them.
 
     :param policy: The policy model to use (MlpPolicy, or MultiInputPolicy for observations of several parts)
     :param env: The environment to learn from (if registered in Gym, can be str)
@@ -74,6 +68,7 @@ class DVPG(MPG):
         replay_buffer_class: type[ReplayBuffer] | None = None,
         replay_buffer_kwargs: dict[str, Any] | None = None,
         optimize_memory_usage: bool = False,
+        n_steps: int = 1,
         critic_learning_rate: float | Schedule = 1e-3,
         prior_model: PriorModelLike = "learned",
         prior_model_kwargs: dict[str, Any] | None = None,
@@ -113,6 +108,7 @@ class DVPG(MPG):
             replay_buffer_class,
             replay_buffer_kwargs,
             optimize_memory_usage,
+            n_steps,
             critic_learning_rate=critic_learning_rate,
             prior_model=prior_model,
             prior_model_kwargs=(

@@ -21,6 +21,7 @@ class Case:
 
     :param offers: what the environment must offer, and therefore all that it offers
     :param n_critics: smallest number of critics
+    :param learning_rate: with which it learns small tasks quickly
     """
 
     name: str
@@ -28,6 +29,7 @@ class Case:
     kwargs: dict[str, Any] = field(default_factory=dict)
     offers: tuple[str, ...] = ()
     n_critics: int = 1
+    learning_rate: float = 2e-2
 
     def env(self, *args, **kwargs):
         return LinearSystem(*args, offers=self.offers, **kwargs)
@@ -52,7 +54,8 @@ OWN_CASES = [
     Case("MPG", MPG, {"horizons": (0, 3)}, offers=(MODEL,), n_critics=2),
     Case("MPG without a model", MPG, {"horizons": (0,)}),
     Case("MPG with learned dynamics", MPG, {"horizons": (0, 3), **LEARNED}, n_critics=2),
-    Case("DVPG", DVPG, {"prior_model_kwargs": {"net_arch": (8,)}}),
+    # One critic, ReLU and unbounded gradients, as in the paper, diverge with larger rates
+    Case("DVPG", DVPG, {"prior_model_kwargs": {"net_arch": (8,)}}, learning_rate=1e-2),
     Case("NStepDPG", NStepDPG, {"n_steps": 3, "batch_reuse": 2}, offers=(SIMULATOR,)),
     Case("NStepADP", NStepADP, {"n_steps": 3, "batch_reuse": 2}, offers=(MODEL, SIMULATOR)),
 ]

@@ -34,7 +34,7 @@ def test_it_learns_to_brake(case, layer_norm):
         batch_size=32,
         learning_starts=100,
         action_noise=NormalActionNoise(np.zeros(1), np.full(1, 0.3)),
-        **dict.fromkeys(learning_rates, 2e-2),
+        **dict.fromkeys(learning_rates, case.learning_rate),
     )
 
     def mean_return():

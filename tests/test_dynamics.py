@@ -169,6 +169,12 @@ class TestEnds:
 SMALL_MODEL = {"net_arch": (16,), "n_members": 2}
 
 
+def test_tasks_that_never_end_have_the_cheaper_rollouts():
+    assert not make(spec=gym.spec("Pendulum-v1")).may_terminate
+    assert make(spec=gym.spec("Hopper-v5")).may_terminate
+    assert not make(spec=gym.spec("Hopper-v5"), terminal=None).may_terminate
+
+
 class TestElites:
     def test_the_networks_with_the_lowest_errors_predict(self):
         model, data = make(n_members=2, n_spares=3, distribution="deterministic"), noisy_linear(2000)

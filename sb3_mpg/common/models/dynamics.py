@@ -13,7 +13,7 @@ from sb3_mpg.common.checks import check_count
 from sb3_mpg.common.models.base import PriorModel
 from sb3_mpg.common.models.ensemble import NetworkEnsemble, is_architecture
 from sb3_mpg.common.models.fitting_schedule import EveryUpdate, FittingSchedule
-from sb3_mpg.common.models.known_ends import Terminal, known_terminal
+from sb3_mpg.common.models.known_ends import Never, Terminal, known_terminal
 from sb3_mpg.common.models.scaling import Standardizer
 from sb3_mpg.common.models.state_range import StateRange
 from sb3_mpg.common.models.trainable_ensemble import TrainableEnsemble
@@ -64,8 +64,8 @@ class DynamicsModel(TrainableEnsemble):
     :param reward: the reward if it is known: a function of states, actions and next states, or a ``PriorModel``; learned by
         default
     :param terminal: where episodes terminate: a function of states, ``(B, S)`` to bool ``(B, 1)``; ``"known"`` for what is
-        known of a task of Gymnasium; ``None`` if nothing is known. It is learned in any case, and replaced if what is learned
-        is as right
+        known of a task of Gymnasium; ``None`` if nothing is known. Terminations are learned in any case, and replace the
+        known ones if they are as right
     :param distribution: ``"deterministic"``: the mean of the next state and of the reward, by the Huber loss;
         ``"gaussian"``: mean and variance, by the likelihood, weighted by a power of the variance
     :param n_members: number of networks that predict
@@ -158,7 +158,8 @@ class DynamicsModel(TrainableEnsemble):
 
     @property
     def may_terminate(self) -> bool:
-        return self.known_terminal is not None or self.ends.is_used
+        is_known = self.known_terminal is not None and not isinstance(self.known_terminal, Never)
+        return is_known or self.ends.is_used
 
     def claims_end(self, states: th.Tensor) -> th.Tensor:
         return super().terminal(states) if self.known_terminal is None else self.known_terminal(states)

@@ -4,6 +4,7 @@ import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_mpg import DVPG
+from sb3_mpg.common.buffers import RecordedSteps
 from sb3_mpg.common.models.trainable import evaluated
 from sb3_mpg.common.rollouts.policy_gradient import mixed_policy_gradient
 
@@ -42,7 +43,9 @@ class ImaginedUpdates(BaseCallback):
         :return: imagined observations, ``(N_TRAJECTORIES * n_steps, O)``
         """
         dynamics, units = self.model.update.model, self.model.units()
-        states = self.model.replay_buffer.sample(N_TRAJECTORIES).observations
+        states = RecordedSteps(self.model.replay_buffer, units.unscale_actions, self.model.device).sample_observations(
+            N_TRAJECTORIES
+        )
         imagined = []
         with evaluated(dynamics):
             for _ in range(n_steps):

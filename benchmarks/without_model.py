@@ -59,6 +59,8 @@ METHODS: dict[str, dict[str, Any]] = {
 # How they differ from the defaults of DVPG
 DVPG_METHODS: dict[str, dict[str, Any]] = {
     "dvpg": {},
+    # As in hyperparams/dvpg.yml for small tasks
+    "dvpg_fast": {"learning_rate": 1e-3, "learning_starts": 250},
     "ddpg": {"horizons": (0,)},
     "dvg_1": {"horizons": (1,), "weighting": "constant"},
     "dvg_2": {"horizons": (2,), "weighting": "constant"},

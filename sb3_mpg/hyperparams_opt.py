@@ -1,5 +1,7 @@
 """Samplers of hyperparameters for RL Zoo's optimization with Optuna."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -22,59 +24,41 @@ def _sample_common(trial: "optuna.Trial") -> dict[str, Any]:
     }
 
 
-def sample_mpg_params(trial: "optuna.Trial", n_actions: int, n_envs: int, additional_args: dict) -> dict[str, Any]:
-    """
-    Sampler for MPG hyperparams.
+def _sample_mpg(trial: "optuna.Trial") -> dict[str, Any]:
+    return {"horizon": trial.suggest_int("horizon", 1, 40), "policy_delay": trial.suggest_int("policy_delay", 1, 3)}
 
+
+def _sample_dvpg(trial: "optuna.Trial") -> dict[str, Any]:
+    return {"n_horizons": trial.suggest_int("n_horizons", 2, 6), "lambda_": trial.suggest_float("lambda_", 0.1, 0.9)}
+
+
+def _sample_n_step(trial: "optuna.Trial") -> dict[str, Any]:
+    return {"n_steps": trial.suggest_int("n_steps", 1, 40), "batch_reuse": trial.suggest_int("batch_reuse", 1, 20)}
+
+
+def sample_params(
+    sample_own: Callable[["optuna.Trial"], dict[str, Any]],
+    trial: "optuna.Trial",
+    n_actions: int,
+    n_envs: int,
+    additional_args: dict[str, Any],
+) -> dict[str, Any]:
+    """
+    Sampler of hyperparameters, as RL Zoo calls it.
+
+    :param sample_own: samples those of one algorithm
     :param trial: Optuna trial
     :param n_actions: number of action dimensions, not used
     :param n_envs: number of environments, not used
     :param additional_args: whether the replay buffer is a ``HerReplayBuffer``, and its arguments
     :return: arguments of the constructor
     """
-    sampled_params = _sample_common(trial)
-    sampled_params["horizon"] = trial.suggest_int("horizon", 1, 40)
-    sampled_params["policy_delay"] = trial.suggest_int("policy_delay", 1, 3)
-    return _with_her(trial, convert_params(sampled_params), additional_args)
-
-
-def sample_dvpg_params(trial: "optuna.Trial", n_actions: int, n_envs: int, additional_args: dict) -> dict[str, Any]:
-    """
-    Sampler for DVPG hyperparams.
-
-    :param trial: Optuna trial
-    :param n_actions: number of action dimensions, not used
-    :param n_envs: number of environments, not used
-    :param additional_args: whether the replay buffer is a ``HerReplayBuffer``, and its arguments
-    :return: arguments of the constructor
-    """
-    sampled_params = _sample_common(trial)
-    sampled_params["n_horizons"] = trial.suggest_int("n_horizons", 2, 6)
-    sampled_params["lambda_"] = trial.suggest_float("lambda_", 0.1, 0.9)
-    return _with_her(trial, convert_params(sampled_params), additional_args)
-
-
-def sample_n_step_params(trial: "optuna.Trial", n_actions: int, n_envs: int, additional_args: dict) -> dict[str, Any]:
-    """
-    Sampler for NStepDPG and NStepADP hyperparams.
-
-    :param trial: Optuna trial
-    :param n_actions: number of action dimensions, not used
-    :param n_envs: number of environments, not used
-    :param additional_args: whether the replay buffer is a ``HerReplayBuffer``, and its arguments
-    :return: arguments of the constructor
-    """
-    sampled_params = _sample_common(trial)
-    sampled_params["n_steps"] = trial.suggest_int("n_steps", 1, 40)
-    sampled_params["batch_reuse"] = trial.suggest_int("batch_reuse", 1, 20)
-    return _with_her(trial, convert_params(sampled_params), additional_args)
-
-
-def _with_her(trial: "optuna.Trial", hyperparams: dict[str, Any], additional_args: dict) -> dict[str, Any]:
-    from rl_zoo3.hyperparams_opt import sample_her_params
-
+    hyperparams = convert_params({**_sample_common(trial), **sample_own(trial)})
     if not additional_args.get("using_her_replay_buffer"):
         return hyperparams
+    # Only RL Zoo calls this function
+    from rl_zoo3.hyperparams_opt import sample_her_params
+
     return sample_her_params(trial, hyperparams, additional_args["her_kwargs"])
 
 
@@ -95,8 +79,8 @@ def convert_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
 
 
 SAMPLERS = {
-    "mpg": sample_mpg_params,
-    "ndpg": sample_n_step_params,
-    "nadp": sample_n_step_params,
-    "dvpg": sample_dvpg_params,
+    "mpg": partial(sample_params, _sample_mpg),
+    "ndpg": partial(sample_params, _sample_n_step),
+    "nadp": partial(sample_params, _sample_n_step),
+    "dvpg": partial(sample_params, _sample_dvpg),
 }

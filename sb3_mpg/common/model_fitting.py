@@ -149,7 +149,7 @@ class ModelFitting:
         loss = self.model.fitting_schedule.fit(n_updates, lambda: self._fit_once(recorded), fit_until_converged)
         if self.model.learns_ends:
             self._fit_ends(recorded)
-        if n_updates % self.check_every == 0:
+        if isinstance(self.model, CorrectedModel) and n_updates % self.check_every == 0:
             held_out = self.held_out_steps(recorded)
             if held_out is not None:
                 self.model.choose_outputs(held_out)

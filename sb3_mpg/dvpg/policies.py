@@ -1,6 +1,5 @@
 from typing import Any
 
-import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.type_aliases import Schedule
@@ -27,12 +26,9 @@ class DVPGPolicy(MPGPolicy):
         activation_fn: type[nn.Module] = nn.ReLU,
         features_extractor_class: type[BaseFeaturesExtractor] = ObservationScaler,
         features_extractor_kwargs: dict[str, Any] | None = None,
-        normalize_images: bool = True,
-        optimizer_class: type[th.optim.Optimizer] = th.optim.Adam,
-        optimizer_kwargs: dict[str, Any] | None = None,
         n_critics: int = 1,
         layer_norm: bool = False,
-        share_features_extractor: bool = False,
+        **kwargs: Any,
     ):
         if features_extractor_kwargs is None and features_extractor_class is ObservationScaler:
             features_extractor_kwargs = {"frequencies": []}
@@ -44,12 +40,9 @@ class DVPGPolicy(MPGPolicy):
             activation_fn,
             features_extractor_class,
             features_extractor_kwargs,
-            normalize_images,
-            optimizer_class,
-            optimizer_kwargs,
-            n_critics,
-            layer_norm,
-            share_features_extractor,
+            n_critics=n_critics,
+            layer_norm=layer_norm,
+            **kwargs,
         )
 
 

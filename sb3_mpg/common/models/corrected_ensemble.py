@@ -17,19 +17,23 @@ class CorrectedEnsemble(TrainableEnsemble, CorrectedModel):
     A corrected model whose members may each be corrected or not, and which learns where episodes terminate.
 
     :param prior: the prior model
-    :param n_states: number of dimensions of its state
     :param networks: networks of the correction
+    :param n_states: number of dimensions of its state
+    :param n_actions: number of dimensions of an action
     """
 
     gains: th.Tensor
     # What a model lacks is soon known, and a step takes as long as a third of an update of the critics
     fitting_schedule = EveryUpdate(later_every=2)
 
-    def __init__(self, prior: PriorModel, n_states: int, networks: NetworkEnsemble):
-        super().__init__(prior)
-        self.add_networks(networks, n_states)
+    def __init__(self, prior: PriorModel, networks: NetworkEnsemble, n_states: int, n_actions: int):
+        super().__init__(networks, n_states, n_actions, prior=prior)
         # Factor of each member's correction: 0 is the prior model as it is
         self.register_buffer("gains", th.ones(self.n_members, 1, 1))
+
+    @property
+    def state_model(self) -> PriorModel:
+        return self.prior
 
     def claims_end(self, states: th.Tensor) -> th.Tensor:
         return self.prior.terminal(states)

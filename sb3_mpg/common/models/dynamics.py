@@ -15,7 +15,6 @@ from sb3_mpg.common.models.ensemble import NetworkEnsemble, is_architecture
 from sb3_mpg.common.models.fitting_schedule import EveryUpdate, FittingSchedule
 from sb3_mpg.common.models.known_ends import Never, Terminal, known_terminal
 from sb3_mpg.common.models.scaling import Standardizer
-from sb3_mpg.common.models.state_range import StateRange
 from sb3_mpg.common.models.trainable_ensemble import TrainableEnsemble
 from sb3_mpg.common.models.windows import Transitions
 
@@ -79,10 +78,6 @@ class DynamicsModel(TrainableEnsemble):
     :raises ValueError: for impossible values
     """
 
-    target_mean: th.Tensor
-    target_std: th.Tensor
-    n_rows: th.Tensor
-
     def __init__(
         self,
         observation_space: spaces.Box,
@@ -113,16 +108,15 @@ class DynamicsModel(TrainableEnsemble):
             raise ValueError(f"`reward` must be a function, a PriorModel or None, got {reward!r}.")
         if not (fitting_schedule is None or isinstance(fitting_schedule, FittingSchedule)):
             raise ValueError(f"`fitting_schedule` must be an EveryUpdate or an UntilConverged, got {fitting_schedule!r}.")
-        super().__init__()
-        (self.n_states,), (n_actions,) = observation_space.shape, action_space.shape
+        (n_states,), (n_actions,) = observation_space.shape, action_space.shape
         if callable(terminal):
-            ends = terminal(th.zeros(2, self.n_states))
+            ends = terminal(th.zeros(2, n_states))
             if ends.shape != (2, 1) or ends.dtype != th.bool:
                 raise ValueError(
-                    f"`terminal` must map states (B, {self.n_states}) to booleans (B, 1), got {ends.dtype} of shape "
+                    f"`terminal` must map states (B, {n_states}) to booleans (B, 1), got {ends.dtype} of shape "
                     f"{tuple(ends.shape)} for 2 states; slices as states[:, :1] keep a dimension."
                 )
-        n_inputs, n_targets = self.n_states + n_actions, self.n_states + 1
+        n_inputs, n_targets = n_states + n_actions, n_states + 1
         networks = NetworkEnsemble(
             n_members,
             n_inputs,
@@ -134,27 +128,15 @@ class DynamicsModel(TrainableEnsemble):
             n_spares=n_spares,
             weight_decay=weight_decay,
         )
-        self.add_networks(networks, self.n_states)
+        super().__init__(networks, n_states, n_actions)
         self.is_gaussian = distribution == "gaussian"
         # A module is moved with this one
         self.reward_model = reward if isinstance(reward, PriorModel) else None
         self.known_reward = reward.reward if isinstance(reward, PriorModel) else reward
         self.known_terminal = known_terminal(spec) if terminal == "known" else terminal
         self.fitting_schedule = EveryUpdate() if fitting_schedule is None else fitting_schedule
-        self.standardizer = Standardizer(n_inputs)
-        self.range = StateRange(self.n_states)
-        for name, buffer in {
-            "target_mean": th.zeros(n_targets),
-            "target_std": th.ones(n_targets),
-            # Number of transitions that the scales are from
-            "n_rows": th.zeros((), dtype=th.int64),
-        }.items():
-            self.register_buffer(name, buffer)
-
-    @property
-    def _has_range(self) -> th.Tensor:
-        """Which dimensions of the state have a range: all of them are observed, bool ``(S,)``."""
-        return th.ones_like(self.range.low, dtype=th.bool)
+        # Of the changes of states, and of rewards
+        self.target_standardizer = Standardizer(n_targets)
 
     @property
     def may_terminate(self) -> bool:
@@ -170,33 +152,18 @@ class DynamicsModel(TrainableEnsemble):
     def termination_probability(self, states: th.Tensor) -> th.Tensor:
         return self.learned_ends(states) if self.ends.is_used else self.claims_end(states).to(states.dtype)
 
-    def scaled_states(self, states: th.Tensor) -> th.Tensor:
-        mean, std = self.standardizer.mean[: self.n_states], self.standardizer.std[: self.n_states]
-        return (self.range.clip(self, states) - mean) / std
-
-    def _scaled(self, states: th.Tensor, actions: th.Tensor) -> th.Tensor:
-        """
-        :param states: ``(B, S)``
-        :param actions: ``(B, A)``
-        :return: both, standardised by the statistics of the data, ``(B, S + A)``
-        """
-        if self.is_extrapolating:
-            # Far from the data, states change as the nearest ones with data do
-            states = self.range.clip(self, states)
-        return self.standardizer(th.cat([states, actions], dim=1))
-
     def _outputs(self, states: th.Tensor, actions: th.Tensor) -> th.Tensor:
         """
         :param states: ``(B, S)``
         :param actions: ``(B, A)``
         :return: changes of the states, and rewards, in the units of the environment, ``(B, S + 1)``
         """
-        outputs = self.networks(self._scaled(states, actions), self.members)
+        outputs = self.networks(self.scaled_inputs(states, actions), self.members)
         if self.is_gaussian:
             outputs, log_variances = outputs.chunk(2, dim=1)
             if self.members == "sampled":
                 outputs = outputs + (0.5 * bounded(log_variances)).exp() * th.randn_like(outputs)
-        return outputs * self.target_std + self.target_mean
+        return outputs * self.target_standardizer.std + self.target_standardizer.mean
 
     def _next_states(self, states: th.Tensor, outputs: th.Tensor) -> th.Tensor:
         next_states = self.state_add(states, outputs[:, : self.n_states])
@@ -236,10 +203,10 @@ class DynamicsModel(TrainableEnsemble):
             reward of a termination, which jumps, is replaced by the mean of the others.
         """
         states, actions, rewards, next_states, _ = transitions
-        targets = (th.cat([self.state_difference(next_states, states), rewards], dim=1) - self.target_mean) / self.target_std
+        targets = self.target_standardizer(th.cat([self.state_difference(next_states, states), rewards], dim=1))
         is_jump = self.may_jump(transitions, next_states)
         targets = th.cat([targets[:, : self.n_states], th.where(is_jump, 0.0, targets[:, self.n_states :])], dim=1)
-        inputs = self._scaled(states, actions)
+        inputs = self.scaled_inputs(states, actions)
         # One sum, because to look at each row takes as long as the activation functions
         if th.isfinite(inputs.sum() + targets.sum()):
             return inputs, targets
@@ -253,15 +220,11 @@ class DynamicsModel(TrainableEnsemble):
         if len(transitions.rewards) == 0:
             return
         states, actions, rewards, next_states, _ = transitions
-        self.range.extend(self, transitions, self._has_range)
+        self.range.extend(self, transitions)
         self.standardizer.fit(th.cat([states, actions], dim=1))
         is_ordinary = ~self.may_jump(transitions, next_states).squeeze(1)
-        changes = Standardizer(self.n_states + 1).to(rewards.device)
         targets = th.cat([self.state_difference(next_states, states), rewards], dim=1)
-        changes.fit(targets[is_ordinary] if is_ordinary.any() else targets)
-        self.target_mean.copy_(changes.mean)
-        self.target_std.copy_(changes.std)
-        self.n_rows.fill_(len(rewards))
+        self.target_standardizer.fit(targets[is_ordinary] if is_ordinary.any() else targets)
         # The outputs have other units now
         self.networks.reset_outputs()
         self.ends.reset()
@@ -312,7 +275,7 @@ class DynamicsModel(TrainableEnsemble):
     def fit(self, transitions: Transitions) -> float:
         # The rows of one network, because all rows come from the same steps
         rows = slice(-(-len(transitions.rewards) // self.networks.n_fitted))
-        self.range.extend(self, Transitions(*(tensor[rows] for tensor in transitions)), self._has_range)
+        self.range.extend(self, Transitions(*(tensor[rows] for tensor in transitions)))
         inputs, targets = self._inputs_and_targets(transitions)
         if len(inputs) == 0:
             return float("nan")

@@ -13,17 +13,9 @@ Interval = tuple[float, float]
 # Tasks whose episodes are only truncated
 NEVER_TERMINATE = ("HalfCheetah-v5", "Swimmer-v5", "HumanoidStandup-v5", "Pusher-v5", "Reacher-v5", "Pendulum-v1")
 # Wrappers that leave observations and terminations alone
-HARMLESS_WRAPPERS = (
-    *(
-        "Monitor",
-        "TimeLimit",
-        "OrderEnforcing",
-        "PassiveEnvChecker",
-        "RecordEpisodeStatistics",
-        "RecordVideo",
-        "HumanRendering",
-    ),
-    *("RescaleAction", "ClipAction", "NormalizeReward", "TransformReward", "ScaleReward"),
+HARMLESS_WRAPPERS = frozenset(
+    "Monitor TimeLimit OrderEnforcing PassiveEnvChecker RecordEpisodeStatistics RecordVideo HumanRendering "
+    "RescaleAction ClipAction NormalizeReward TransformReward ScaleReward".split()
 )
 # Length of the double pendulum's poles, and the height of the tip at which it has fallen
 POLE, FALLEN = 0.6, 1.0
@@ -38,10 +30,10 @@ class Never:
 
 class Leaves:
     """
-    An episode terminates when an element of the observation leaves an open interval, or is not finite.
+    An episode terminates when an element of the observation leaves an interval, or is not finite.
 
     :param intervals: by the index of the element
-    :param closed: whether the ends of the intervals belong to them
+    :param closed: whether the ends of the intervals belong to them; open by default
     :param others: an interval for all elements but the first, ``None`` for any values
     """
 

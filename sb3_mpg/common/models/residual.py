@@ -11,8 +11,6 @@ from sb3_mpg.common.models.ensemble import NetworkEnsemble, is_architecture
 from sb3_mpg.common.models.fingerprint import Fingerprint
 from sb3_mpg.common.models.hidden_states import HiddenStates, clipped_rollout_error
 from sb3_mpg.common.models.least_squares import LeastSquares, QuadraticReward
-from sb3_mpg.common.models.scaling import Standardizer
-from sb3_mpg.common.models.state_range import StateRange
 from sb3_mpg.common.models.trainable import StateDescription
 from sb3_mpg.common.models.windows import Transitions, Windows
 
@@ -75,12 +73,10 @@ class ResidualModel(CorrectedEnsemble):
                 f"`net_arch` of the correction lists the sizes of its hidden layers, as in (64, 64), got {net_arch!r}."
             )
         n_inputs = n_states + n_actions
-        super().__init__(prior, n_states, NetworkEnsemble(n_members, n_inputs, n_states + 1, net_arch, learning_rate))
-        self.n_states = n_states
-        self.standardizer = Standardizer(n_inputs)
+        networks = NetworkEnsemble(n_members, n_inputs, n_states + 1, net_arch, learning_rate)
+        super().__init__(prior, networks, n_states, n_actions)
         self.linear = LeastSquares(n_inputs, n_states)
         self.quadratic_reward = QuadraticReward(n_inputs + n_states)
-        self.range = StateRange(n_states)
         self.hidden = HiddenStates(n_states)
         self.fingerprint = Fingerprint(n_states, n_actions)
         for name, buffer in {
@@ -98,21 +94,6 @@ class ResidualModel(CorrectedEnsemble):
 
     def describe_states(self) -> StateDescription:
         return StateDescription(*((~mask).cpu().numpy() for mask in (self.hidden.is_observed, self.hidden.is_kept)))
-
-    def scaled_states(self, states: th.Tensor) -> th.Tensor:
-        mean, std = self.standardizer.mean[: self.n_states], self.standardizer.std[: self.n_states]
-        return (self.range.clip(self.prior, states) - mean) / std
-
-    def _scaled(self, states: th.Tensor, actions: th.Tensor) -> th.Tensor:
-        """
-        :param states: ``(B, S)``
-        :param actions: ``(B, A)``
-        :return: both, standardised by the statistics of the data, ``(B, S + A)``
-        """
-        if self.is_extrapolating:
-            # Far from the data, the correction is that of the nearest states with data
-            states = self.range.clip(self.prior, states)
-        return self.standardizer(th.cat([states, actions], dim=1))
 
     def _quadratic(self, scaled: th.Tensor, next_states: th.Tensor) -> th.Tensor:
         """
@@ -170,17 +151,17 @@ class ResidualModel(CorrectedEnsemble):
         return th.where(gains > 0, corrected, predicted)
 
     def step(self, states: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-        scaled = self._scaled(states, actions)
+        scaled = self.scaled_inputs(states, actions)
         learned = self._network_outputs(scaled)
         next_states = self._next_states(states, actions, scaled, learned)
         return next_states, self._corrected_reward(states, actions, next_states, scaled, learned)
 
     def transition(self, states: th.Tensor, actions: th.Tensor) -> th.Tensor:
-        scaled = self._scaled(states, actions)
+        scaled = self.scaled_inputs(states, actions)
         return self._next_states(states, actions, scaled, self._network_outputs(scaled))
 
     def reward(self, states: th.Tensor, actions: th.Tensor, next_states: th.Tensor) -> th.Tensor:
-        scaled = self._scaled(states, actions)
+        scaled = self.scaled_inputs(states, actions)
         return self._corrected_reward(states, actions, next_states, scaled, self._network_outputs(scaled))
 
     def _missed_by_prior(self, transitions: Transitions) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
@@ -195,7 +176,7 @@ class ResidualModel(CorrectedEnsemble):
         missed = th.where(self.hidden.is_observed, self.state_difference(next_states, predicted), 0.0)
         # The reward is corrected at the recorded next state
         missed_reward = transitions.rewards - self.prior.reward(states, transitions.actions, next_states)
-        return self._scaled(states, transitions.actions), next_states, th.cat([missed, missed_reward], dim=1)
+        return self.scaled_inputs(states, transitions.actions), next_states, th.cat([missed, missed_reward], dim=1)
 
     @th.no_grad()
     def _inputs_and_targets(self, transitions: Transitions) -> tuple[th.Tensor, th.Tensor]:

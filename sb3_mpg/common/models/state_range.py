@@ -47,13 +47,13 @@ class StateRange(nn.Module):
             self.register_buffer(name, th.full((n_states,), value))
 
     @th.no_grad()
-    def extend(self, prior: PriorModel, transitions: Transitions, is_observed: th.Tensor) -> None:
+    def extend(self, prior: PriorModel, transitions: Transitions, is_observed: th.Tensor | None = None) -> None:
         """
         Extend the range, so that it contains some transitions.
 
         :param prior: the model whose states they are
         :param transitions: recorded transitions; values that are not finite are ignored
-        :param is_observed: dimensions that have a range, bool ``(S,)``; the others are never clipped
+        :param is_observed: dimensions that have a range, bool ``(S,)``; the others are never clipped. All by default
         """
         for observations, low, high in (
             (transitions.observations, self.start_low, self.start_high),
@@ -66,8 +66,10 @@ class StateRange(nn.Module):
         margin = MARGIN * (self.start_high - self.start_low)
         low = th.minimum(self.start_low - margin, self.next_low)
         high = th.maximum(self.start_high + margin, self.next_high)
-        self.low.copy_(th.where(is_observed, low, -float("inf")))
-        self.high.copy_(th.where(is_observed, high, float("inf")))
+        if is_observed is not None:
+            low, high = th.where(is_observed, low, -float("inf")), th.where(is_observed, high, float("inf"))
+        self.low.copy_(low)
+        self.high.copy_(high)
         self.middle.copy_(0.5 * (self.start_low + self.start_high))
 
     def clip(self, prior: PriorModel, states: th.Tensor, is_wide: bool = False) -> th.Tensor:

@@ -123,14 +123,6 @@ class TrainableModel(PriorModel):
         """Whether learned terminations are used, instead of those that are known."""
         return False
 
-    def choose_outputs(self, transitions: Transitions) -> None:
-        """
-        Use each output of a correction only if it predicts held-out transitions better than without it. By default, all are
-        used.
-
-        :param transitions: held-out transitions
-        """
-
     def fit_ends(self, steps: Transitions, ends: Transitions, rate: float) -> None:
         """
         One step of the optimizer of learned terminations, for models that :attr:`can_learn_ends`.
@@ -287,6 +279,14 @@ class CorrectedModel(TrainableModel):
         """
         :param transitions: held-out transitions
         :return: whether they are predicted better with the correction than without it
+        """
+
+    def choose_outputs(self, transitions: Transitions) -> None:
+        """
+        Use each output of a correction only if it predicts held-out transitions better than without it. By default, all are
+        used.
+
+        :param transitions: held-out transitions
         """
 
     @abstractmethod

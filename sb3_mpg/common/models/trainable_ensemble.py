@@ -1,4 +1,4 @@
-"""What trainable models of this library share: networks, and learned terminations."""
+"""What trainable models of this library share: networks, the scales of their inputs, and learned terminations."""
 
 import copy
 from abc import abstractmethod
@@ -7,9 +7,12 @@ from typing import Any
 import torch as th
 from stable_baselines3.common.utils import update_learning_rate
 
+from sb3_mpg.common.models.base import PriorModel
 from sb3_mpg.common.models.ensemble import NetworkEnsemble
 from sb3_mpg.common.models.learned_ends import LearnedEnds, blurred
 from sb3_mpg.common.models.least_squares import EndRewards
+from sb3_mpg.common.models.scaling import Standardizer
+from sb3_mpg.common.models.state_range import StateRange
 from sb3_mpg.common.models.trainable import TrainableModel, copy_to_cpu
 from sb3_mpg.common.models.windows import Transitions
 
@@ -18,20 +21,21 @@ class TrainableEnsemble(TrainableModel):
     """
     A trainable model of networks side by side. It learns where episodes terminate (see ``LearnedEnds``), and what is paid for
     it (see ``EndRewards``). Terminations that it claims without having learned them are those of the user, or none.
+
+    :param networks: networks of the dynamics or of their correction
+    :param n_states: number of dimensions of a state
+    :param n_actions: number of dimensions of an action
+    :param others: arguments of the next class in the order of inheritance
     """
 
     can_learn_ends = True
-    networks: NetworkEnsemble
-    ends: LearnedEnds
-    end_rewards: EndRewards
 
-    def add_networks(self, networks: NetworkEnsemble, n_states: int) -> None:
-        """
-        :param networks: networks of the dynamics or of their correction
-        :param n_states: number of dimensions of a state
-        """
-        self.n_members = networks.n_members
+    def __init__(self, networks: NetworkEnsemble, n_states: int, n_actions: int, **others: Any):
+        super().__init__(**others)
+        self.n_members, self.n_states = networks.n_members, n_states
         self.networks = networks
+        self.standardizer = Standardizer(n_states + n_actions)
+        self.range = StateRange(n_states)
         # Models that do not need it draw the same random numbers as without
         with th.random.fork_rng(devices=[]):
             self.ends = LearnedEnds(n_states, networks.n_members, networks.learning_rate)
@@ -40,12 +44,29 @@ class TrainableEnsemble(TrainableModel):
     def refresh(self) -> None:
         self.ends.refresh()
 
-    @abstractmethod
+    @property
+    def state_model(self) -> PriorModel:
+        """The model that defines the state: its observation, and differences between states."""
+        return self
+
     def scaled_states(self, states: th.Tensor) -> th.Tensor:
         """
         :param states: ``(B, S)``
         :return: the states within the range of the data, standardised by their statistics, ``(B, S)``
         """
+        mean, std = self.standardizer.mean[: self.n_states], self.standardizer.std[: self.n_states]
+        return (self.range.clip(self.state_model, states) - mean) / std
+
+    def scaled_inputs(self, states: th.Tensor, actions: th.Tensor) -> th.Tensor:
+        """
+        :param states: ``(B, S)``
+        :param actions: ``(B, A)``
+        :return: both, standardised by the statistics of the data, ``(B, S + A)``
+        """
+        if self.is_extrapolating:
+            # Far from the data, predict what was learned of the nearest states with data
+            states = self.range.clip(self.state_model, states)
+        return self.standardizer(th.cat([states, actions], dim=1))
 
     @abstractmethod
     def claims_end(self, states: th.Tensor) -> th.Tensor:
@@ -97,7 +118,7 @@ class TrainableEnsemble(TrainableModel):
         """
         states = self.state_from_observation(transitions.observations)
         next_states = self.state_from_observation(transitions.next_observations)
-        scaled = self.scaled_states(blurred(self, states, next_states, is_end))
+        scaled = self.scaled_states(blurred(self.state_model, states, next_states, is_end))
         return scaled[th.isfinite(scaled).all(dim=1)]
 
     @property

@@ -190,10 +190,10 @@ def gradient_errors(gradients: np.ndarray, horizons: Sequence[int], with_judge: 
         references = gradients[:, -1] if with_judge else means
         models = [index for index, horizon in enumerate(horizons) if horizon > 0]
         best = min(models, key=lambda index: errors[index]) if models else 0
-        # Compare each horizon with longer ones. A judge has compared all model horizons already
-        for index in reversed(range(len(horizons) - 1)):
-            judges = [best] if horizons[index] == 0 else []
-            for other in judges if with_judge else range(index + 1, len(horizons)):
+        # Compare each horizon with longer ones. A judge has compared all model horizons already: only the critics are left
+        n_compared = len(horizons) - 1 if not with_judge else int(horizons[0] == 0 and len(models) > 0)
+        for index in reversed(range(n_compared)):
+            for other in [best] if with_judge else range(index + 1, len(horizons)):
                 distance, distance_error = _median(((means[index] - references[other]) ** 2).sum(-1))
                 if not with_judge:
                     distance -= errors[other]
